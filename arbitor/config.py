@@ -1,0 +1,436 @@
+"""What a run is made of: model, training and data settings, presets, strict TOML reading and exact writing.
+
+Every setting is checked where it is made, so a `RunConfig` that exists can be used; whatever cannot be used
+is a `UserError` that names the setting, the value and what is allowed.
+"""
+
+import dataclasses
+import math
+import typing
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import UnionType
+from typing import Any
+
+from arbitor import __version__
+from arbitor.errors import UserError
+
+STATES = ("lean", "compact", "full")
+RULES = ("spectral", "sinkhorn", "row", "sign")
+TSCALES = ("T4", "T6", "T8", "T16", "T32", "T64", "T96", "ROW")
+DEVICES = ("auto", "cpu", "cuda")
+
+_WIDTH = (1, 1 << 20)
+_COUNT = (1, 1 << 31)
+_FROM_ZERO = (0, 1 << 31)
+_MAX_TOML_BYTES = 1 << 20
+
+
+def did_you_mean(name: str, allowed: Collection[str]) -> str:
+    """` (did you mean 'x'?)` for the closest of `allowed`, or an empty string if none is close."""
+    import difflib
+
+    close = difflib.get_close_matches(name[:64], list(allowed), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _settle_types(config: Any) -> None:
+    """Check every field against its annotation; integers become floats and lists tuples where those are due."""
+    for spec in dataclasses.fields(config):
+        value = getattr(config, spec.name)
+        settled = _settled(spec.name, spec.type, value)
+        if settled is not value:
+            object.__setattr__(config, spec.name, settled)
+
+
+def _settled(name: str, kind: Any, value: Any) -> Any:
+    if isinstance(kind, UnionType):
+        if value is None:
+            return None
+        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+    if typing.get_origin(kind) is tuple:
+        if isinstance(value, str):
+            value = (value,)
+        if not isinstance(value, list | tuple):
+            raise UserError(f"{name} must be a list of strings, got {_described(value)}")
+        return tuple(_settled(name, str, item) for item in value)
+    if kind is float and type(value) is int and abs(value) < 1 << 53:
+        value = float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        wanted = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}.get(
+            kind, kind
+        )
+        raise UserError(f"{name} must be {wanted}, got {_described(value)}")
+    if kind is float and not math.isfinite(value):
+        raise UserError(f"{name} must be finite, got {value!r}")
+    if kind is str:
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UserError(f"{name} is not valid Unicode text: {_short(value)}") from error
+    return value
+
+
+def _require_range(config: Any, name: str, low: int, high: int) -> None:
+    value = getattr(config, name)
+    if not low <= value <= high:
+        raise UserError(f"{name} must be between {low} and {high}, got {_short(value)}")
+
+
+def _require_name(setting: str, value: str, allowed: Collection[str]) -> None:
+    if value not in allowed:
+        hint = did_you_mean(value, allowed)
+        raise UserError(f"{setting} must be one of {', '.join(allowed)}, got {_short(value)}{hint}")
+
+
+def _described(value: Any) -> str:
+    return f"{_short(value)} ({type(value).__name__})"
+
+
+def _short(value: Any) -> str:
+    """A one-line `repr` of bounded length, also of integers too long for Python to print."""
+    if isinstance(value, int) and abs(value) >= 10**40:
+        return f"an integer of {value.bit_length()} bits"
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """Architecture of an `ARBModel`. Widths that are multiples of 160 pack without padding.
+
+    Attributes:
+        vocab_size: Token ids: 256 bytes and 32 control tokens.
+        dim: Width of the residual stream.
+        num_prelude_layers: Blocks of attention and feed-forward ahead of the core.
+        num_coda_layers: Blocks of attention and feed-forward after the core.
+        num_heads: Attention heads.
+        head_dim: Query and key dimensions per head without rotary position.
+        rope_dim: Rotary query dimensions per head; the rotary key is shared by all heads. Even.
+        value_dim: Value dimensions per head.
+        kv_latent_dim: Width of the latent that keys and values are made from (what decoding caches).
+        ffn_dim: Hidden width of the feed-forward part.
+        ctx: Context length in bytes that the model trains with, at least 8.
+        attention_window: Positions that attention looks back; 0 means the whole context.
+        rope_theta: Base of the rotary frequencies.
+        tscale: Weights that share a scale exponent: T4 ... T96 or ROW.
+    """
+
+    vocab_size: int = 288
+    dim: int = 160
+    num_prelude_layers: int = 2
+    num_coda_layers: int = 0
+    num_heads: int = 5
+    head_dim: int = 16
+    rope_dim: int = 16
+    value_dim: int = 32
+    kv_latent_dim: int = 160
+    ffn_dim: int = 640
+    ctx: int = 128
+    attention_window: int = 0
+    rope_theta: float = 10000.0
+    tscale: str = "ROW"
+
+    def __post_init__(self) -> None:
+        _settle_types(self)
+        _require_range(self, "vocab_size", 288, 1 << 16)
+        for name in ("dim", "num_heads", "head_dim", "value_dim", "kv_latent_dim", "ffn_dim"):
+            _require_range(self, name, *_WIDTH)
+        _require_range(self, "rope_dim", 2, 1 << 20)
+        if self.rope_dim % 2:
+            raise UserError(f"rope_dim must be even (rotary dimensions come in pairs), got {self.rope_dim}")
+        _require_range(self, "num_prelude_layers", 0, 10_000)
+        _require_range(self, "num_coda_layers", 0, 10_000)
+        if self.num_prelude_layers + self.num_coda_layers == 0:
+            raise UserError(
+                "num_prelude_layers and num_coda_layers are both 0; a model needs at least one layer"
+            )
+        _require_range(self, "ctx", 8, 1 << 24)
+        _require_range(self, "attention_window", *_FROM_ZERO)
+        if not 1.0 < self.rope_theta <= 1e12:
+            raise UserError(f"rope_theta must be above 1 and at most 1e12, got {self.rope_theta!r}")
+        _require_name("tscale", self.tscale, TSCALES)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """How a model is trained.
+
+    Attributes:
+        steps: Optimizer steps.
+        batch: Windows per micro-batch.
+        accum: Micro-batches per optimizer step.
+        lr: Peak learning rate in trits per step; unset, the default of the state.
+        state: What training keeps: lean (1.2 bytes a weight), compact (1.8) or full (2.3).
+        rule: Direction of the votes: spectral, sinkhorn, row or sign.
+        seed: Seed of initialisation, data order and stochastic rounding.
+        warmup: Share of the steps in which the learning rate rises linearly.
+        accum_threshold: Accumulator value at which a trit flips; unset, the default of the state.
+        e_accum_threshold: Accumulator value at which a scale exponent moves.
+        scale_lr: Strength of the scale votes; 0 keeps the exponents.
+        eval_steps: Held-out windows per evaluation during training.
+        eval_interval: Steps between evaluations; 0 evaluates at the end only.
+        save_interval: Steps between checkpoints; 0 saves at the end only.
+        log_interval: Steps between lines of progress where the output is not a terminal.
+        save: Whether checkpoints are written at all.
+        device: auto, cpu or cuda.
+    """
+
+    steps: int = 600
+    batch: int = 32
+    accum: int = 1
+    lr: float | None = None
+    state: str = "full"
+    rule: str = "spectral"
+    seed: int = 0
+    warmup: float = 0.05
+    accum_threshold: int | None = None
+    e_accum_threshold: int = 32
+    scale_lr: float = 0.0
+    eval_steps: int = 64
+    eval_interval: int = 100
+    save_interval: int = 100
+    log_interval: int = 1
+    save: bool = True
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        _settle_types(self)
+        for name in ("steps", "batch", "accum", "eval_steps", "log_interval"):
+            _require_range(self, name, *_COUNT)
+        for name in ("eval_interval", "save_interval"):
+            _require_range(self, name, *_FROM_ZERO)
+        if self.lr is not None and not 0.0 < self.lr <= 100.0:
+            raise UserError(f"lr must be above 0 and at most 100 (trits per step), got {self.lr!r}")
+        _require_name("state", self.state, STATES)
+        _require_name("rule", self.rule, RULES)
+        _require_range(self, "seed", 0, (1 << 63) - 1)
+        if not 0.0 <= self.warmup <= 1.0:
+            raise UserError(f"warmup must be between 0 and 1 (a share of the steps), got {self.warmup!r}")
+        if self.accum_threshold is not None:
+            _require_range(self, "accum_threshold", 2, 127)
+        _require_range(self, "e_accum_threshold", 1, 127)
+        if not 0.0 <= self.scale_lr <= 100.0:
+            raise UserError(f"scale_lr must be between 0 and 100, got {self.scale_lr!r}")
+        _require_name("device", self.device, DEVICES)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """What a model is trained on.
+
+    Attributes:
+        data: Files, folders or globs; empty means the embedded corpus (the standard library's sources).
+        held_out: What evaluation is measured on: a path, or the share of the data to hold out. Unset, a
+            tenth of the data (a twentieth of the embedded corpus).
+        field: Name of the field that holds the text in .jsonl files.
+    """
+
+    data: tuple[str, ...] = ()
+    held_out: str | None = None
+    field: str = "text"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.held_out, (int, float)) and not isinstance(self.held_out, bool):
+            object.__setattr__(self, "held_out", repr(self.held_out))  # `held_out = 0.1` in TOML
+        _settle_types(self)
+        for path in self.data:
+            if not path:
+                raise UserError("data contains an empty path; give a file, a folder or a glob")
+        if self.held_out == "":
+            raise UserError("held_out is empty; give a path or a fraction such as 0.1")
+        if not self.field:
+            raise UserError("field is empty; give the name of the .jsonl field that holds the text")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """Everything that defines a run.
+
+    Attributes:
+        preset: Name of the preset that the settings started from.
+        model: Architecture.
+        train: Training.
+        data: Data.
+        version: Version of arbitor that made the run.
+    """
+
+    preset: str
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    version: str = __version__
+
+    def __post_init__(self) -> None:
+        _settle_types(self)
+
+
+SECTIONS = {"model": ModelConfig, "train": TrainConfig, "data": DataConfig}
+_SECTION_OF = {f.name: section for section, cls in SECTIONS.items() for f in dataclasses.fields(cls)}
+
+PRESETS: dict[str, RunConfig] = {
+    "tiny": RunConfig(preset="tiny"),
+    "small": RunConfig(
+        preset="small",
+        model=ModelConfig(
+            dim=480,
+            num_prelude_layers=4,
+            num_heads=6,
+            head_dim=48,
+            rope_dim=32,
+            value_dim=80,
+            kv_latent_dim=160,
+            ffn_dim=1920,
+            ctx=256,
+        ),
+        train=TrainConfig(steps=1000, batch=64),
+    ),
+    "base": RunConfig(
+        preset="base",
+        model=ModelConfig(
+            dim=960,
+            num_prelude_layers=12,
+            num_heads=12,
+            head_dim=48,
+            rope_dim=32,
+            value_dim=80,
+            kv_latent_dim=320,
+            ffn_dim=3840,
+            ctx=1024,
+        ),
+        train=TrainConfig(steps=10_000, batch=32, eval_interval=500, save_interval=500),
+    ),
+}
+
+
+def preset(name: str, **overrides: Any) -> RunConfig:
+    """The preset `name` with single settings replaced, e.g. `preset("tiny", steps=100, dim=320)`.
+
+    Raises:
+        UserError: for an unknown preset or setting, or a value that is not allowed.
+    """
+    if name not in PRESETS:
+        raise UserError(
+            f"unknown preset {name!r}{did_you_mean(name, PRESETS)}; presets: {', '.join(PRESETS)}"
+        )
+    return override(PRESETS[name], **overrides)
+
+
+def override(config: RunConfig, **values: Any) -> RunConfig:
+    """A copy of `config` with settings of any section replaced by name; names are unique across sections.
+
+    Raises:
+        UserError: for an unknown setting or a value that is not allowed.
+    """
+    changes: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        if name not in _SECTION_OF:
+            raise UserError(f"unknown setting {name!r}{did_you_mean(name, _SECTION_OF)}")
+        changes.setdefault(_SECTION_OF[name], {})[name] = value
+    sections = {s: dataclasses.replace(getattr(config, s), **change) for s, change in changes.items()}
+    return dataclasses.replace(config, **sections) if sections else config
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The tables of a TOML file.
+
+    Raises:
+        UserError: if the file is missing, unreadable, over 1 MiB or not TOML (with the line where it is known).
+    """
+    import tomllib
+
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(_MAX_TOML_BYTES + 1)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise UserError(f"cannot read the config file {str(path)!r}: {reason}") from error
+    if len(raw) > _MAX_TOML_BYTES:
+        raise UserError(f"{path}: over 1 MiB, which no config file is; is this the right file?")
+    try:
+        return tomllib.loads(raw.decode("utf-8"))
+    except RecursionError as error:
+        raise UserError(f"{path}: not a config file: nested too deeply") from error
+    except ValueError as error:  # TOMLDecodeError, UnicodeDecodeError and integers of thousands of digits
+        raise UserError(f"{path}: not valid TOML: {_one_line(error)}") from error
+
+
+def load_config(path: str | Path, base: RunConfig | None = None) -> RunConfig:
+    """The settings of a TOML file laid over `base`.
+
+    Without a `base` the file's own `preset` is the base (`tiny` if it names none); with one, the file may
+    not name another preset.
+
+    Raises:
+        UserError: for an unreadable file, an unknown table or key (with a suggestion), a value of the wrong
+            type or out of range; the message starts with the file's name.
+    """
+    tables = read_toml(path)
+    try:
+        return _overlay(tables, base)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def dump_toml(config: RunConfig) -> str:
+    """`config` as TOML text; `load_config` of it gives an equal `RunConfig`. Unset settings are left out."""
+    lines = [f"preset = {_toml_value(config.preset)}", f"version = {_toml_value(config.version)}"]
+    for section in SECTIONS:
+        lines += ["", f"[{section}]"]
+        for name, value in dataclasses.asdict(getattr(config, section)).items():
+            if value is not None:
+                lines.append(f"{name} = {_toml_value(value)}")
+    return "\n".join(lines) + "\n"
+
+
+def _overlay(tables: Mapping[str, Any], base: RunConfig | None) -> RunConfig:
+    top = [f.name for f in dataclasses.fields(RunConfig)]
+    for key, value in tables.items():
+        if key not in top:
+            section = _SECTION_OF.get(key)
+            hint = f" (it belongs in [{section}])" if section else did_you_mean(key, top)
+            raise UserError(f"unknown key {_short(key)}{hint}; allowed: {', '.join(top)}")
+        if key in SECTIONS and not isinstance(value, dict):
+            raise UserError(f"{key} must be a table [{key}], got {_described(value)}")
+        if key not in SECTIONS and not isinstance(value, str):
+            raise UserError(f"{key} must be a string, got {_described(value)}")
+    named = tables.get("preset")
+    if base is None:
+        base = preset("tiny" if named is None else named)
+    elif named is not None and named != base.preset:
+        raise UserError(
+            f"the file's preset {_short(named)} contradicts the preset {base.preset!r}; drop one of them"
+        )
+    sections = {}
+    for section, cls in SECTIONS.items():
+        names = [f.name for f in dataclasses.fields(cls)]
+        table = tables.get(section, {})
+        for key in table:
+            if key not in names:
+                home = _SECTION_OF.get(key)
+                hint = f" (it belongs in [{home}])" if home else did_you_mean(key, names)
+                raise UserError(
+                    f"unknown key {_short(key)} in [{section}]{hint}; allowed: {', '.join(names)}"
+                )
+        sections[section] = dataclasses.replace(getattr(base, section), **table)
+    return dataclasses.replace(base, version=tables.get("version", base.version), **sections)
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+def _toml_value(value: str | bool | float | tuple[str, ...]) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return '"' + "".join(c if " " <= c != "\x7f" else f"\\u{ord(c):04x}" for c in escaped) + '"'
+    return repr(value)

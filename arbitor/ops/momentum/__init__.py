@@ -1,0 +1,55 @@
+"""Momentum in low-bit codes: `momentum_fold`."""
+
+import torch
+from torch import Tensor
+
+from arbitor.ops.momentum import reference
+from arbitor.ops.momentum.reference import GROUP, code_max
+
+__all__ = ["GROUP", "code_max", "momentum_fold"]
+
+
+@torch.library.custom_op("arbitor::momentum_fold", mutates_args=("codes", "exponent"))
+def momentum_fold(
+    gradient: Tensor,
+    codes: Tensor,
+    exponent: Tensor,
+    random_bits: Tensor,
+    active: Tensor,
+    bits: int,
+    beta: float,
+    lookahead: float,
+) -> Tensor:
+    """Fold a gradient into the momentum and give the direction of the step.
+
+    With m = decode(codes) * beta + gradient * (1 - beta) in fp32, the codes become m rounded stochastically,
+    and the direction is gradient * (1 - lookahead) + m * lookahead with m unrounded.
+
+    Args:
+        gradient: fp32 [..., I].
+        codes: int8 [..., I], or uint8 [..., ceil(I/2)] for 4 bits; changed.
+        exponent: int16 [..., ceil(I/32)]; changed.
+        random_bits: int32 [..., I], of which the high 16 bits round.
+        active: bool, broadcasts over [..., 1]; where False nothing changes.
+        bits: 8 or 4.
+        beta: share of the old momentum that stays.
+        lookahead: weight of the momentum in the direction (Nesterov's form).
+
+    Returns:
+        fp32 [..., I], meaningless where not active.
+    """
+    return reference.fold(gradient, codes, exponent, random_bits, active, bits, beta, lookahead)
+
+
+@momentum_fold.register_fake
+def _(
+    gradient: Tensor,
+    codes: Tensor,
+    exponent: Tensor,
+    random_bits: Tensor,
+    active: Tensor,
+    bits: int,
+    beta: float,
+    lookahead: float,
+) -> Tensor:
+    return torch.empty_like(gradient)

@@ -1,0 +1,103 @@
+"""Votes, flips and repacking: `state_update` for trits, `scale_update` for exponents.
+
+Shape letters: O out, I in, P packed bytes a row, G groups; `...` leading dimensions (matrices, experts).
+"""
+
+import torch
+from torch import Tensor
+
+from arbitor.ops.state_update import reference
+from arbitor.ops.state_update.reference import MAX_SCALE_EXPONENT, MIN_SCALE_EXPONENT
+
+__all__ = ["MAX_SCALE_EXPONENT", "MIN_SCALE_EXPONENT", "scale_update", "state_update"]
+
+
+@torch.library.custom_op("arbitor::state_update", mutates_args=("packed", "accumulator"))
+def state_update(
+    packed: Tensor,
+    accumulator: Tensor,
+    direction: Tensor,
+    bits: Tensor,
+    active: Tensor,
+    step: float,
+    span: int,
+    threshold: int,
+    rail: int,
+    reset: bool,
+) -> Tensor:
+    """Turn a direction into integer votes, collect them, and flip trits whose accumulator crossed.
+
+    A weight with no vote keeps trit and accumulator. Otherwise the vote is added; an accumulator at or above
+    the threshold raises a trit below +1 and falls by the span, one below minus the threshold does the
+    opposite (at minus the threshold too when threshold > span / 2, where that cannot swing back); at a rail
+    (T = +-1) the accumulator is held to the rail limit outwards, and last of all to +-127.
+
+    Args:
+        packed: uint8 [..., O, P]; changed.
+        accumulator: int8 [..., O, I]; changed.
+        direction: fp32 [..., O, I], steps go against it.
+        bits: int32 [..., O, I], of which the low 16 round.
+        active: bool, broadcasts over [..., 1, 1]; where False nothing changes.
+        step: accumulator units for a direction of 1 (learning rate in trits times span).
+        span: accumulator units between neighbouring trits.
+        threshold: accumulator value at which a trit flips.
+        rail: limit of the accumulator outwards at T = +-1.
+        reset: set the accumulator to 0 after a flip instead of keeping the rest.
+
+    Returns:
+        int64 [...]: flips in each matrix.
+    """
+    return reference.update(packed, accumulator, direction, bits, active, step, span, threshold, rail, reset)
+
+
+@state_update.register_fake
+def _(
+    packed: Tensor,
+    accumulator: Tensor,
+    direction: Tensor,
+    bits: Tensor,
+    active: Tensor,
+    step: float,
+    span: int,
+    threshold: int,
+    rail: int,
+    reset: bool,
+) -> Tensor:
+    return packed.new_empty(packed.shape[:-2], dtype=torch.int64)
+
+
+@torch.library.custom_op("arbitor::scale_update", mutates_args=("exponent", "accumulator"))
+def scale_update(
+    exponent: Tensor,
+    accumulator: Tensor,
+    direction: Tensor,
+    bits: Tensor,
+    active: Tensor,
+    step: float,
+    threshold: int,
+) -> None:
+    """Collect votes on scale exponents and apply whole steps; the rest stays in the accumulator.
+
+    Args:
+        exponent: int8 [..., O, G]; changed, held to [-62, 31].
+        accumulator: int8 [..., O, G]; changed.
+        direction: fp32 [..., O, G], steps go against it.
+        bits: int32 [..., O, G], of which the low 16 round.
+        active: bool, broadcasts over [..., 1, 1].
+        step: accumulator units for a direction of 1.
+        threshold: accumulator units in a whole octave.
+    """
+    reference.scale_update(exponent, accumulator, direction, bits, active, step, threshold)
+
+
+@scale_update.register_fake
+def _(
+    exponent: Tensor,
+    accumulator: Tensor,
+    direction: Tensor,
+    bits: Tensor,
+    active: Tensor,
+    step: float,
+    threshold: int,
+) -> None:
+    return None

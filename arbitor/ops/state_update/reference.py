@@ -1,0 +1,77 @@
+"""Votes, flips and repacking: the one place where trits, accumulators and exponents change.
+
+With S = span, theta = threshold and R = rail, an accumulator in units of 1/S trit and a trit are together
+the integer latent weight S*T + T_accum. Shape letters: O out, I in, P packed bytes a row, G groups.
+"""
+
+import torch
+from torch import Tensor
+
+from arbitor.ops.trit_codec import reference as trit_codec
+
+MIN_SCALE_EXPONENT = -62
+MAX_SCALE_EXPONENT = 31
+_FIXED_LIMIT = float(1 << 30)  # keeps the fixed-point vote inside int32 whatever the learning rate
+
+
+def stochastic_floor(values: Tensor, factor: float, bits: Tensor) -> Tensor:
+    """floor(factor * values + uniform[0, 1)) in integers after one float rounding.
+
+    Args:
+        values: fp32 [...].
+        factor: rounded to fp32 before use.
+        bits: int32 [...], of which the low 16 are the uniform number.
+
+    Returns:
+        int32 [...]: (rint(factor * 2^16 * values) + bits mod 2^16) >> 16.
+    """
+    fixed = (values * (factor * 65536.0)).clamp_(-_FIXED_LIMIT, _FIXED_LIMIT).round_().to(torch.int32)
+    return (fixed + (bits & 0xFFFF)) >> 16
+
+
+def update(
+    packed: Tensor,
+    accumulator: Tensor,
+    direction: Tensor,
+    bits: Tensor,
+    active: Tensor,
+    step: float,
+    span: int,
+    threshold: int,
+    rail: int,
+    reset: bool,
+) -> Tensor:
+    """Vote and flip in place; see `arbitor.ops.state_update.state_update`."""
+    in_features = direction.shape[-1]
+    votes = stochastic_floor(direction, -step, bits).masked_fill_(~active, 0).to(torch.int16)
+    trits = trit_codec.unpack(packed, in_features)
+    total = accumulator + votes
+    voted = votes != 0
+    lowest = threshold if reset or 2 * threshold > span else threshold + 1
+    up = (total >= threshold) & (trits < 1) & voted
+    down = (total <= -lowest) & (trits > -1) & voted
+    flip = up.to(torch.int8) - down.to(torch.int8)
+    trits += flip
+    total = total.masked_fill_(flip != 0, 0) if reset else total - span * flip.to(torch.int16)
+    total = torch.where(trits == 1, total.clamp(max=rail), total)
+    total = torch.where(trits == -1, total.clamp(min=-rail), total).clamp_(-127, 127)
+    accumulator.copy_(torch.where(voted, total, accumulator.to(torch.int16)))
+    packed.copy_(trit_codec.pack(trits))
+    return flip.abs().sum(dim=(-2, -1), dtype=torch.int64)
+
+
+def scale_update(
+    exponent: Tensor,
+    accumulator: Tensor,
+    direction: Tensor,
+    bits: Tensor,
+    active: Tensor,
+    step: float,
+    threshold: int,
+) -> None:
+    """Votes on scale exponents in place; see `arbitor.ops.state_update.scale_update`."""
+    votes = stochastic_floor(direction, -step, bits).clamp_(-16384, 16384).masked_fill_(~active, 0)
+    total = accumulator.to(torch.int32) + votes
+    whole = torch.div(total, threshold, rounding_mode="trunc")
+    accumulator.copy_((total - whole * threshold).clamp_(-127, 127))
+    exponent.copy_((exponent + whole).clamp_(MIN_SCALE_EXPONENT, MAX_SCALE_EXPONENT))

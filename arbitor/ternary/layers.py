@@ -1,0 +1,297 @@
+"""Layers on integer weights: TernaryLinear, TernaryEmbeddingTable, Int8Embedding.
+
+Backward computes the gradient of the input and leaves the weight's gradient to the optimizer's capture;
+it changes no weight. Shape letters: N tokens, I in, O out, V rows of a table, D its width.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from arbitor.errors import UserError
+from arbitor.ops.int8_table import Q_MAX, int8_gather, int8_linear, int8_linear_backward
+from arbitor.ops.ternary_linear import ternary_linear, ternary_linear_backward
+from arbitor.ops.trit_codec import ternary_decode
+from arbitor.ternary.capture import (
+    GradientCapture,
+    needs_root,
+    refuse_reentrant_checkpoint,
+)
+from arbitor.ternary.tensor import (
+    INIT_CLAMP,
+    IntegerModule,
+    TernaryScaleTensor,
+    TScaleType,
+)
+
+# There is no float parameter, so this leaf makes autograd record a forward whose input needs no gradient.
+# It belongs to no module and never receives a gradient.
+_ROOT = torch.zeros(1, requires_grad=True)
+
+
+def _root(module: IntegerModule) -> Tensor | None:
+    if needs_root(module.capture):
+        return _ROOT
+    if module.capture is not None and module.training:
+        refuse_reentrant_checkpoint()
+    return None
+
+
+def _output_dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def _capture_linear(capture: GradientCapture, codes: Tensor, scale: Tensor, dy: Tensor) -> None:
+    capture.add_linear(codes, (dy * scale).to(dy.dtype))
+
+
+class _TernaryMatmul(torch.autograd.Function):
+    """Forward and input gradient of a ternary linear on x [N, I]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        root: Tensor | None,
+        x: Tensor,
+        module: "TernaryLinear",
+        quantize: bool,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        packed, exponent = module.T_packed, module.E
+        y, codes, scale, rstd = ternary_linear(
+            x, packed, exponent, module.group, module.input_norm, quantize, out_dtype
+        )
+        ctx.module = module
+        saved_codes = codes if module.capture is not None else None
+        ctx.save_for_backward(x, rstd, packed, exponent, saved_codes, scale)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, rstd, packed, exponent, codes, scale = ctx.saved_tensors
+        module = ctx.module
+        if module.capture is not None and codes is not None:
+            _capture_linear(module.capture, codes, scale, dy)
+        dx = None
+        if ctx.needs_input_grad[1]:
+            dx = ternary_linear_backward(dy, x, rstd, packed, exponent, module.group, module.input_norm)
+        return None, dx, None, None, None
+
+
+class TernaryLinear(TernaryScaleTensor):
+    """y = quantize(rms_norm(x)) W^T on packed trits; no gain, no bias.
+
+    Args:
+        in_features, out_features: sizes.
+        tscale: weights that share a scale exponent.
+        input_norm: divide every token by its root mean square first; False for layers put into models that
+            already normalise.
+        leading_shape: leading dimensions of the stored matrices.
+        device: where to create the parameters.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        tscale: TScaleType | str = TScaleType.ROW,
+        input_norm: bool = True,
+        leading_shape: tuple[int, ...] = (),
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(
+            in_features,
+            out_features,
+            tscale=tscale,
+            leading_shape=leading_shape,
+            device=device,
+        )
+        self.input_norm = input_norm
+
+    def forward(self, x: Tensor, quantize: bool = True) -> Tensor:
+        """Apply to x.
+
+        Args:
+            x: float [..., I].
+            quantize: int8 activations per token; False keeps them float.
+
+        Returns:
+            [..., O] in autocast's dtype where autocast is on, else in the dtype of x.
+        """
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"expected a last dimension of {self.in_features}, got {tuple(x.shape)}")
+        x_NI = x.reshape(-1, self.in_features)
+        y_NO = _TernaryMatmul.apply(_root(self), x_NI, self, quantize, _output_dtype(x))
+        return y_NO.view(*x.shape[:-1], self.out_features)
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of a table by id; the gradient of the table goes to the capture."""
+
+    @staticmethod
+    def forward(ctx: Any, root: Tensor | None, ids: Tensor, module: IntegerModule) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.module = module
+        return module._rows(ids)  # type: ignore[operator]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[None, None, None]:
+        (ids,) = ctx.saved_tensors
+        capture = ctx.module.capture
+        if capture is not None:
+            capture.add_dense(
+                torch.ops.aten.embedding_dense_backward(dy.contiguous(), ids, capture.rows, -1, False)
+            )
+        return None, None, None
+
+
+class TernaryEmbeddingTable(TernaryScaleTensor):
+    """Rows of trits times powers of two, looked up by id."""
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        dim: int,
+        *,
+        tscale: TScaleType | str = TScaleType.ROW,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(dim, num_embeddings, tscale=tscale, device=device)
+
+    def reset_parameters(self) -> None:
+        """As for a matrix, with rows of standard deviation near 1."""
+        super().reset_parameters()
+        if self.E.device.type != "meta":
+            with torch.no_grad():
+                self.E.zero_()
+
+    def _rows(self, ids: Tensor) -> Tensor:
+        flat = ids.reshape(-1)
+        rows = ternary_decode(
+            self.T_packed[flat],
+            self.E[flat],
+            self.in_features,
+            self.group,
+            torch.float32,
+        )
+        return rows.view(*ids.shape, self.in_features)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids int64 [...] -> fp32 [..., dim]."""
+        return _Gather.apply(_root(self), ids, self)
+
+
+class _TableMatmul(torch.autograd.Function):
+    """Forward and input gradient of a table used as an output layer on x [N, D]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        root: Tensor | None,
+        x: Tensor,
+        module: "Int8Embedding",
+        quantize: bool,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        y, codes, scale, rstd = int8_linear(x, module.q, module.E, quantize, out_dtype)
+        ctx.module = module
+        saved_codes = codes if module.capture is not None else None
+        ctx.save_for_backward(x, rstd, module.q, module.E, saved_codes, scale)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, rstd, q, exponent, codes, scale = ctx.saved_tensors
+        if ctx.module.capture is not None and codes is not None:
+            _capture_linear(ctx.module.capture, codes, scale, dy)
+        dx = int8_linear_backward(dy, x, rstd, q, exponent) if ctx.needs_input_grad[1] else None
+        return None, dx, None, None, None
+
+
+class Int8Embedding(IntegerModule):
+    """Byte table with weight = q * 2^(E - 6), q int8 in [-95, 95], one exponent a row.
+
+    Attributes:
+        q: int8 parameter [num_embeddings, dim].
+        E: int8 parameter [num_embeddings].
+
+    Args:
+        num_embeddings: rows.
+        dim: width.
+        kind: "embedding" starts with a standard deviation of 1, "head" with dim^-1/2.
+        device: where to create the parameters.
+    """
+
+    q: nn.Parameter
+    E: nn.Parameter
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        dim: int,
+        *,
+        kind: str = "embedding",
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if kind not in ("embedding", "head"):
+            raise UserError(f"unknown kind of table {kind!r}; choose embedding or head")
+        self.num_embeddings = num_embeddings
+        self.dim = dim
+        self.kind = kind
+        q = torch.empty((num_embeddings, dim), dtype=torch.int8, device=device)
+        exponent = torch.empty((num_embeddings,), dtype=torch.int8, device=device)
+        self.q = nn.Parameter(q, requires_grad=False)
+        self.E = nn.Parameter(exponent, requires_grad=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """q = round(64 u) with u ~ N(0, 1) clamped; E by the kind of table."""
+        if self.q.device.type == "meta":
+            return
+        u = torch.randn(self.q.shape, device=self.q.device).clamp_(-INIT_CLAMP, INIT_CLAMP)
+        self.q.copy_(u.mul_(64).round_())
+        self.E.fill_(0 if self.kind == "embedding" else round(math.log2(self.dim**-0.5)))
+
+    @property
+    def stored(self) -> nn.Parameter:
+        """q."""
+        return self.q
+
+    def numel(self) -> int:
+        """Logical weights."""
+        return self.num_embeddings * self.dim
+
+    def check(self, name: str = "") -> None:
+        """Raise UserError, naming the tensor, if a code stands outside [-95, 95] or an exponent is illegal."""
+        if self.q.device.type == "meta":
+            return
+        where = f"{name}." if name else ""
+        if bool((self.q.to(torch.int16).abs() > Q_MAX).any()):
+            raise UserError(f"{where}q holds a code outside -{Q_MAX}...{Q_MAX}: the data is damaged")
+        if bool(((self.E < -62) | (self.E > 31)).any()):
+            raise UserError(f"{where}E holds an exponent outside -62...31: the data is damaged")
+
+    def _rows(self, ids: Tensor) -> Tensor:
+        return int8_gather(self.q, self.E, ids)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids int64 [...] -> fp32 [..., dim]."""
+        return _Gather.apply(_root(self), ids, self)
+
+    def logits(self, x: Tensor, quantize: bool = True) -> Tensor:
+        """The table as an output layer: x float [..., dim] -> [..., num_embeddings]."""
+        x_ND = x.reshape(-1, self.dim)
+        y_NV = _TableMatmul.apply(_root(self), x_ND, self, quantize, _output_dtype(x))
+        return y_NV.view(*x.shape[:-1], self.num_embeddings)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.dim}, kind={self.kind}"

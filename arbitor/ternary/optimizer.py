@@ -1,0 +1,528 @@
+"""VoteOptimizer: integer training state and the one place where weights change."""
+
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from arbitor.errors import UserError
+from arbitor.ops.exponent import exp2_int
+from arbitor.ops.int8_table import int8_table_update
+from arbitor.ops.momentum import GROUP, momentum_fold
+from arbitor.ops.random_bits import random_bits, stream_keys
+from arbitor.ops.state_update import scale_update, state_update
+from arbitor.ops.trit_codec import trit_unpack
+from arbitor.ternary.capture import GradientCapture
+from arbitor.ternary.layers import Int8Embedding
+from arbitor.ternary.rules import get_rule
+from arbitor.ternary.tensor import (
+    RESIDUAL_UNITS,
+    IntegerModule,
+    TernaryScaleTensor,
+    named_ternary,
+)
+
+LOOKAHEAD = 0.95  # weight of the momentum in the direction, Nesterov's form
+TABLE_STEP = 32  # table units (1/64 of a weight) a trit of learning rate: lr / 2 * 64
+SIGN_THRESHOLD = 32
+WORKSPACE_BYTES = 256 << 20  # how much transient memory a batch of matrices may take
+_WORKSPACE_BYTES_PER_WEIGHT = 40
+
+
+@dataclass(frozen=True)
+class StateKind:
+    """What training keeps for each weight of a matrix, and the constants that suit it.
+
+    Attributes:
+        momentum_bits: 8, 4, or 0 for none.
+        beta: of the matrices' momentum.
+        table_beta: of the byte tables' momentum, which is always int8.
+        lr: peak learning rate, trits per step.
+        threshold: accumulator value at which a trit flips.
+        span_ratio: span over threshold.
+        rail_ratio: rail limit over threshold; None for threshold - 1.
+    """
+
+    momentum_bits: int
+    beta: float
+    table_beta: float
+    lr: float
+    threshold: int
+    span_ratio: float
+    rail_ratio: float | None
+
+
+STATES = {
+    "full": StateKind(8, 0.9, 0.9, 0.05, 64, 2.0, None),
+    "compact": StateKind(4, 0.8, 0.8, 0.07, 64, 2.0, None),
+    "lean": StateKind(0, 0.0, 0.9, 0.15, 80, 1.6, 0.8),
+}
+SIGN_LR = STATES["full"].lr  # of the tables, when matrices vote by sign
+
+
+class VoteOptimizer(torch.optim.Optimizer):
+    """Trains ternary matrices and int8 tables by integer votes.
+
+    Gradients are captured during backward and accumulate until `step()`, which alone changes weights and state.
+    Attaching takes over the residuals that initialisation left; on a model loaded from a file the accumulators
+    start at zero. A second optimizer on the same model replaces the first.
+
+    Args:
+        model: holds TernaryScaleTensor and Int8Embedding modules; everything else is left alone.
+        lr: trits per step; None takes the state's own (full 0.05, compact 0.07, lean 0.15). Rule `sign` uses it
+            for the byte tables only.
+        rule: direction of the vote: spectral, sinkhorn, row or sign.
+        state: full (int8 momentum), compact (4-bit) or lean (none).
+        seed: of the stochastic rounding.
+        accum_threshold: accumulator value at which a trit flips; sets span and rail limit along with it.
+        e_accum_threshold: votes that make a scale exponent move by one octave.
+        scale_lr: strength of the votes on scale exponents, octaves per step; 0 freezes them.
+
+    Raises:
+        UserError: a name or value that is not allowed, or a model without ternary weights.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float | None = None,
+        rule: str = "spectral",
+        state: str = "full",
+        seed: int = 0,
+        *,
+        accum_threshold: int | None = None,
+        e_accum_threshold: int = 32,
+        scale_lr: float = 0.0,
+    ) -> None:
+        if state not in STATES:
+            raise UserError(f"unknown state {state!r}; choose one of {', '.join(STATES)}")
+        if lr is not None and not lr >= 0:
+            raise UserError(f"the learning rate must not be negative, got {lr}")
+        self.direction = get_rule(rule)
+        self.rule = rule
+        self.state_name = state
+        self.kind = STATES[state]
+        self.seed = seed
+        self.step_count = 0
+        self._modules: dict[str, IntegerModule] = dict(named_ternary(model))
+        if not self._modules:
+            raise UserError(
+                "the model has no ternary weights to train; convert its linears to TernaryLinear first"
+            )
+        self._set_thresholds(accum_threshold, e_accum_threshold)
+        weights = [module.stored for module in self._modules.values()]
+        default_lr = SIGN_LR if rule == "sign" else self.kind.lr
+        super().__init__(
+            weights,
+            {"lr": default_lr if lr is None else lr, "scale_lr": scale_lr},  # type: ignore[arg-type]
+        )
+        self._dropped = torch.zeros((), dtype=torch.int64, device=weights[0].device)
+        self._last_ok = torch.ones((), dtype=torch.bool, device=weights[0].device)
+        self._loss_ok: Tensor | None = None
+        self._flips: dict[str, Tensor] = {}
+        for module in self._modules.values():
+            self._attach(module)
+
+    # -- construction ---------------------------------------------------------------------------------------
+
+    def _set_thresholds(self, accum_threshold: int | None, e_accum_threshold: int) -> None:
+        sign = self.rule == "sign"
+        theta = accum_threshold or (SIGN_THRESHOLD if sign else self.kind.threshold)
+        if not 2 <= theta <= 127:
+            raise UserError(f"accum_threshold must be between 2 and 127, got {theta}")
+        if not 1 <= e_accum_threshold <= 127:
+            raise UserError(f"e_accum_threshold must be between 1 and 127, got {e_accum_threshold}")
+        ratio = self.kind.rail_ratio
+        self.accum_threshold = theta
+        self.e_accum_threshold = e_accum_threshold
+        self.span = round((2.0 if sign else self.kind.span_ratio) * theta)
+        if sign:
+            self.rail = theta
+        else:
+            self.rail = theta - 1 if ratio is None else round(ratio * theta)
+
+    def configure(self, accum_threshold: int | None = None, e_accum_threshold: int | None = None) -> None:
+        """Change thresholds during a run; live accumulators are rescaled with the span.
+
+        Args:
+            accum_threshold: flips; span and rail limit follow. None restores the state's own.
+            e_accum_threshold: scale exponents; None keeps the present one.
+        """
+        old_span = self.span
+        self._set_thresholds(accum_threshold, e_accum_threshold or self.e_accum_threshold)
+        if self.span != old_span:
+            for module in self._matrices().values():
+                accumulator = self.state[module.T_packed]["T_accum"]
+                scaled = (accumulator.to(torch.float32) * (self.span / old_span)).round_()
+                accumulator.copy_(scaled.clamp_(-127, 127))
+
+    def _attach(self, module: IntegerModule) -> None:
+        if isinstance(module, TernaryScaleTensor):
+            self.state[module.T_packed] = self._new_matrix_state(module)
+            columns = module.in_features
+            rows = module.out_features
+        else:
+            assert isinstance(module, Int8Embedding)
+            rows, columns = module.q.shape
+            self.state[module.q] = self._new_momentum((rows,), columns, 8, module.q.device)
+        module.capture = GradientCapture(rows, columns)
+
+    def _new_matrix_state(self, module: TernaryScaleTensor) -> dict[str, Tensor]:
+        rows = (*module.leading_shape, module.out_features)
+        device = module.T_packed.device
+        if module.T_residual is None:
+            accumulator = torch.zeros((*rows, module.in_features), dtype=torch.int8, device=device)
+        elif self.span == RESIDUAL_UNITS:
+            accumulator = module.T_residual
+        else:
+            scaled = (module.T_residual.to(torch.float32) * (self.span / RESIDUAL_UNITS)).round_()
+            accumulator = scaled.to(torch.int8)
+        module.T_residual = None
+        state = {"T_accum": accumulator, "E_accum": torch.zeros_like(module.E)}
+        if self.kind.momentum_bits:
+            state |= self._new_momentum(rows, module.in_features, self.kind.momentum_bits, device)
+        return state
+
+    @staticmethod
+    def _new_momentum(
+        rows: tuple[int, ...], columns: int, bits: int, device: torch.device
+    ) -> dict[str, Tensor]:
+        if bits == 8:
+            codes = torch.zeros((*rows, columns), dtype=torch.int8, device=device)
+        else:
+            codes = torch.full((*rows, -(-columns // 2)), 0x88, dtype=torch.uint8, device=device)
+        exponent = torch.zeros((*rows, -(-columns // GROUP)), dtype=torch.int16, device=device)
+        return {"M": codes, "M_exp": exponent}
+
+    def detach(self) -> None:
+        """Stop capturing: the model's layers keep no gradient any more."""
+        for module in self._modules.values():
+            module.capture = None
+
+    # -- the step -------------------------------------------------------------------------------------------
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop what backward captured since the last step."""
+        for module in self._modules.values():
+            if module.capture is not None:
+                module.capture.clear()
+        self._loss_ok = None
+
+    def note_loss(self, loss: Tensor) -> None:
+        """A loss that is not finite drops the coming step, as a gradient that is not finite does."""
+        ok = torch.isfinite(loss.detach()).all()
+        self._loss_ok = ok if self._loss_ok is None else self._loss_ok & ok
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Turn captured gradients into votes, flips and new momentum; then drop them.
+
+        If the noted loss or any captured gradient is not finite, weights and state stay bit-identical, and the step
+        is counted as dropped. A matrix, expert or table row without a gradient stays as it is.
+
+        Args:
+            closure: computes the loss and its backward; optional.
+
+        Returns:
+            What the closure returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        captured = {
+            name: module
+            for name, module in self._modules.items()
+            if module.capture is not None and not module.capture.empty
+        }
+        ok = self._all_finite(captured.values())
+        self._flips = {}
+        if ok.is_cuda or bool(ok):
+            for batch in self._batches(captured):
+                self._update_matrices(batch, ok)
+            for name, module in captured.items():
+                if isinstance(module, Int8Embedding):
+                    self._update_table(name, module, ok)
+        self.step_count += 1
+        self._last_ok = ok
+        self._dropped += ~ok
+        self.zero_grad()
+        return loss
+
+    def _all_finite(self, modules: Iterable[IntegerModule]) -> Tensor:
+        """One flag on the device: the noted loss and every captured gradient are finite."""
+        tensors = [t for m in modules if m.capture is not None for t in m.capture.magnitudes()]
+        ok = (
+            torch.ones_like(self._last_ok)
+            if self._loss_ok is None
+            else self._loss_ok.to(self._last_ok.device)
+        )
+        if tensors:
+            largest = torch.stack([n.to(torch.float32) for n in torch._foreach_norm(tensors, float("inf"))])
+            ok = ok & torch.isfinite(largest).all()
+        return ok
+
+    def _batches(self, captured: Mapping[str, IntegerModule]) -> Iterable[dict[str, TernaryScaleTensor]]:
+        """Matrices of equal shape together, as many as the workspace holds."""
+        shapes: dict[tuple[Any, ...], list[tuple[str, TernaryScaleTensor]]] = defaultdict(list)
+        for name, module in captured.items():
+            if isinstance(module, TernaryScaleTensor):
+                key = (
+                    module.leading_shape,
+                    module.out_features,
+                    module.in_features,
+                    module.group,
+                )
+                shapes[key].append((name, module))
+        for members in shapes.values():
+            size = max(
+                1,
+                WORKSPACE_BYTES // (members[0][1].numel() * _WORKSPACE_BYTES_PER_WEIGHT),
+            )
+            for start in range(0, len(members), size):
+                yield dict(members[start : start + size])
+
+    def _keys(self, names: Iterable[str], device: torch.device) -> Tensor:
+        """int32 [n, 2]: the random stream of each name in this step."""
+        keys = [stream_keys(self.seed, self.step_count, zlib.crc32(name.encode())) for name in names]
+        return torch.tensor(keys, dtype=torch.int32, device=device)
+
+    def _update_matrices(self, batch: dict[str, TernaryScaleTensor], ok: Tensor) -> None:
+        """One step of matrices of equal shape, stacked along a first dimension."""
+        modules = list(batch.values())
+        group_lr: dict[str, Any] = self.param_groups[0]
+        states = [self.state[m.T_packed] for m in modules]
+        gradient = torch.stack([self._gradient(m) for m in modules]).to(torch.float32)
+        device = gradient.device
+        active = (gradient != 0).any(dim=-1).any(dim=-1) & ok.to(device)
+        active = active[..., None, None]
+        bits = random_bits(self._keys(batch, device), modules[0].numel()).view(gradient.shape)
+
+        direction = gradient
+        if self.kind.momentum_bits:
+            codes, exponent = _stack(states, "M"), _stack(states, "M_exp")
+            direction = momentum_fold(
+                gradient,
+                codes,
+                exponent,
+                bits,
+                active,
+                self.kind.momentum_bits,
+                self.kind.beta,
+                LOOKAHEAD,
+            )
+            _copy_back(states, "M", codes)
+            _copy_back(states, "M_exp", exponent)
+
+        scale = torch.stack([m.E for m in modules])
+        weighted = direction * _relative_scale(scale, modules[0].group, modules[0].in_features)
+        packed, accumulator = (
+            torch.stack([m.T_packed for m in modules]),
+            _stack(states, "T_accum"),
+        )
+        if group_lr["scale_lr"] > 0:
+            self._update_scales(batch, weighted, active, group_lr["scale_lr"])
+        step = 1.0 if self.rule == "sign" else float(group_lr["lr"]) * self.span
+        flips = state_update(
+            packed,
+            accumulator,
+            self.direction(weighted),
+            bits,
+            active,
+            step,
+            self.span,
+            self.accum_threshold,
+            self.rail,
+            self.rule == "sign",
+        )
+        _copy_back(states, "T_accum", accumulator)
+        torch._foreach_copy_([m.T_packed for m in modules], list(packed.unbind(0)))
+        for name, count in zip(batch, flips.unbind(0), strict=True):
+            self._flips[name] = count.sum()
+
+    def _update_scales(
+        self,
+        batch: dict[str, TernaryScaleTensor],
+        weighted: Tensor,
+        active: Tensor,
+        scale_lr: float,
+    ) -> None:
+        """Votes on the exponents: the gradient of log2 of each group's scale, brought to RMS 1 in a matrix."""
+        modules = list(batch.values())
+        trits = torch.stack([_unpacked(m) for m in modules])
+        per_weight = weighted * trits
+        first = modules[0]
+        groups = first.E.shape[-1]
+        padded = nn.functional.pad(per_weight, (0, groups * first.group - first.in_features))
+        gradient = padded.view(*padded.shape[:-1], groups, first.group).sum(dim=-1)
+        largest = gradient.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(1e-30)
+        gradient = gradient / largest
+        gradient = gradient * gradient.square().mean(dim=(-2, -1), keepdim=True).clamp_min(1e-30).rsqrt()
+        states = [self.state[m.T_packed] for m in modules]
+        exponent, accumulator = (
+            torch.stack([m.E for m in modules]),
+            _stack(states, "E_accum"),
+        )
+        keys = self._keys([f"{name}.E" for name in batch], gradient.device)
+        bits = random_bits(keys, first.E.numel()).view(gradient.shape)
+        step = scale_lr * self.e_accum_threshold
+        scale_update(exponent, accumulator, gradient, bits, active, step, self.e_accum_threshold)
+        _copy_back(states, "E_accum", accumulator)
+        torch._foreach_copy_([m.E for m in modules], list(exponent.unbind(0)))
+
+    def _update_table(self, name: str, module: Int8Embedding, ok: Tensor) -> None:
+        state = self.state[module.q]
+        gradient = self._gradient(module).to(torch.float32)
+        active = (gradient != 0).any(dim=-1) & ok.to(gradient.device)
+        bits = random_bits(self._keys([name], gradient.device), module.numel()).view(gradient.shape)
+        direction = momentum_fold(
+            gradient,
+            state["M"],
+            state["M_exp"],
+            bits,
+            active[:, None],
+            8,
+            self.kind.table_beta,
+            LOOKAHEAD,
+        )
+        step = float(self.param_groups[0]["lr"]) * TABLE_STEP
+        int8_table_update(module.q, direction, step, bits, active)
+
+    @staticmethod
+    def _gradient(module: IntegerModule) -> Tensor:
+        assert module.capture is not None
+        gradient = module.capture.gradient()
+        if isinstance(module, TernaryScaleTensor) and module.leading_shape:
+            return gradient.view(*module.leading_shape, module.out_features, module.in_features)
+        return gradient
+
+    # -- what it tells --------------------------------------------------------------------------------------
+
+    def _matrices(self) -> dict[str, TernaryScaleTensor]:
+        return {n: m for n, m in self._modules.items() if isinstance(m, TernaryScaleTensor)}
+
+    @property
+    def dropped_steps(self) -> int:
+        """Steps dropped because a loss or gradient was not finite (synchronises the device)."""
+        return int(self._dropped)
+
+    @property
+    def last_step_applied(self) -> bool:
+        """Whether the last step changed state, or was dropped (synchronises the device)."""
+        return bool(self._last_ok)
+
+    def flip_rate(self) -> float:
+        """Share of all trits that flipped in the last step (synchronises the device)."""
+        total = sum(m.numel() for m in self._matrices().values())
+        return float(torch.stack(list(self._flips.values())).sum()) / total if self._flips else 0.0
+
+    def layer_metrics(self) -> dict[str, dict[str, float]]:
+        """For each matrix: flip_rate of the last step, zero_share (T = 0) and rail_share (held at a rail)."""
+        metrics = {}
+        for name, module in self._matrices().items():
+            trits = _unpacked(module)
+            outwards = trits * self.state[module.T_packed]["T_accum"]
+            flips = int(self._flips[name]) if name in self._flips else 0
+            metrics[name] = {
+                "flip_rate": flips / module.numel(),
+                "zero_share": float((trits == 0).float().mean()),
+                "rail_share": float((outwards >= self.rail).float().mean()),
+            }
+        return metrics
+
+    # -- saving ---------------------------------------------------------------------------------------------
+
+    def named_state(self) -> dict[str, Tensor]:
+        """All integer training state by name: `<module>.T_accum`, `.E_accum`, `.M`, `.M_exp`."""
+        named: dict[str, Tensor] = {}
+        for name, module in self._modules.items():
+            named |= {f"{name}.{key}": value for key, value in self.state[module.stored].items()}
+        return dict(sorted(named.items()))
+
+    def load_named_state(self, named: Mapping[str, Tensor]) -> None:
+        """Put back what `named_state` gave.
+
+        Raises:
+            UserError: a tensor is missing, too much, or of another shape or dtype.
+        """
+        own = self.named_state()
+        missing, extra = (
+            sorted(own.keys() - named.keys()),
+            sorted(named.keys() - own.keys()),
+        )
+        if missing or extra:
+            raise UserError(
+                f"optimizer state does not fit the model: {len(missing)} missing {missing[:3]}, "
+                f"{len(extra)} unknown {extra[:3]}; was it saved with another --state or model?"
+            )
+        for name, tensor in own.items():
+            given = named[name]
+            if given.shape != tensor.shape or given.dtype != tensor.dtype:
+                raise UserError(
+                    f"optimizer state {name} is {given.dtype} {tuple(given.shape)}, "
+                    f"expected {tensor.dtype} {tuple(tensor.shape)}"
+                )
+        for name, tensor in own.items():
+            tensor.copy_(named[name])
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """Plain values that belong to the state: rule, kind, seed, thresholds and counters."""
+        return {
+            "rule": self.rule,
+            "state": self.state_name,
+            "seed": self.seed,
+            "accum_threshold": self.accum_threshold,
+            "e_accum_threshold": self.e_accum_threshold,
+            "step_count": self.step_count,
+            "dropped_steps": self.dropped_steps,
+        }
+
+    def load_hyperparameters(self, values: Mapping[str, Any]) -> None:
+        """Put back what `hyperparameters` gave; UserError if rule or kind of state differ."""
+        for key, own in (("rule", self.rule), ("state", self.state_name)):
+            if values[key] != own:
+                raise UserError(f"the saved optimizer has {key} {values[key]!r}, this one {own!r}")
+        self.seed = int(values["seed"])
+        self._set_thresholds(int(values["accum_threshold"]), int(values["e_accum_threshold"]))
+        self.step_count = int(values["step_count"])
+        self._dropped.fill_(int(values["dropped_steps"]))
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's form, with the plain values of `hyperparameters` beside it."""
+        return {**super().state_dict(), "hyperparameters": self.hyperparameters()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+        state_dict = dict(state_dict)
+        self.load_hyperparameters(state_dict.pop("hyperparameters"))
+        super().load_state_dict(state_dict)
+
+    def state_bytes(self) -> int:
+        """Bytes of everything kept between steps: weights, exponents, tables, accumulators, momentum."""
+        weights = sum(p.nbytes for m in self._modules.values() for p in m.parameters(recurse=False))
+        return weights + sum(t.nbytes for t in self.named_state().values())
+
+
+def _stack(states: list[Any], key: str) -> Tensor:
+    return torch.stack([state[key] for state in states])
+
+
+def _copy_back(states: list[Any], key: str, stacked: Tensor) -> None:
+    torch._foreach_copy_([state[key] for state in states], list(stacked.unbind(0)))
+
+
+def _unpacked(module: TernaryScaleTensor) -> Tensor:
+    return trit_unpack(module.T_packed, module.in_features)
+
+
+def _relative_scale(exponent: Tensor, group: int, in_features: int) -> Tensor:
+    """2^(E - max E of the matrix) for every weight: int8 [..., O, G] -> fp32, broadcastable to [..., O, I]."""
+    relative = exponent.to(torch.int32) - exponent.amax(dim=(-2, -1), keepdim=True).to(torch.int32)
+    scale = exp2_int(relative)
+    if exponent.shape[-1] == 1:
+        return scale
+    return scale.repeat_interleave(group, dim=-1)[..., :in_features]

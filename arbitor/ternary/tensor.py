@@ -1,0 +1,201 @@
+"""TernaryScaleTensor: a weight matrix as packed trits and scale exponents."""
+
+import enum
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from arbitor.errors import UserError
+from arbitor.ops.state_update import MAX_SCALE_EXPONENT, MIN_SCALE_EXPONENT
+from arbitor.ops.trit_codec import (
+    legal_bytes,
+    packed_width,
+    ternary_decode,
+    trit_pack,
+    trit_unpack,
+)
+from arbitor.ternary.capture import GradientCapture
+
+INIT_CLAMP = 1.49  # trits; keeps round(u) in -1..1
+INIT_TRIT_STD = 0.786  # of round(u) for u ~ N(0, 1) clamped
+RESIDUAL_UNITS = 128  # units of `T_residual` in a trit
+
+
+class TScaleType(enum.Enum):
+    """How many neighbouring weights along `in` share one scale exponent; ROW is the whole row."""
+
+    T4 = 4
+    T6 = 6
+    T8 = 8
+    T16 = 16
+    T32 = 32
+    T64 = 64
+    T96 = 96
+    ROW = 0
+
+    @classmethod
+    def of(cls, value: "TScaleType | str") -> "TScaleType":
+        """Accept the member or its name."""
+        if isinstance(value, cls):
+            return value
+        try:
+            return cls[str(value)]
+        except KeyError:
+            raise UserError(
+                f"unknown scale type {value!r}; choose one of {', '.join(cls.__members__)}"
+            ) from None
+
+    def group(self, in_features: int) -> int:
+        """Elements that share an exponent in a row of `in_features`."""
+        return self.value or in_features
+
+
+class IntegerModule(nn.Module):
+    """A module whose weights are integer parameters and whose gradient an optimizer may capture."""
+
+    capture: GradientCapture | None = None
+
+    @property
+    def stored(self) -> nn.Parameter:
+        """The integer parameter that training changes; optimizer state is kept under it."""
+        raise NotImplementedError
+
+    def numel(self) -> int:
+        """Logical weights, padding not counted."""
+        raise NotImplementedError
+
+    def check(self, name: str = "") -> None:
+        """Raise UserError naming the tensor if a stored value is not legal."""
+        raise NotImplementedError
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        error_msgs: list[str] = args[-1]
+        try:
+            self.check(prefix.rstrip("."))
+        except UserError as error:
+            error_msgs.append(str(error))
+
+
+class TernaryScaleTensor(IntegerModule):
+    """Matrix W[out, in] = T[out, in] * 2^E[out, in // group], T in {-1, 0, +1} packed five to a byte.
+
+    Attributes:
+        T_packed: uint8 parameter [*leading, out, 32 * ceil(in / 160)].
+        E: int8 parameter [*leading, out, ceil(in / group)], legal -62...31.
+        T_residual: what rounding left over when the trits were drawn, int8 [*leading, out, in] in 1/128 trit, not
+            saved; an optimizer takes it as the start of its accumulators. None once taken or after loading.
+    """
+
+    T_packed: nn.Parameter
+    E: nn.Parameter
+    T_residual: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        tscale: TScaleType | str = TScaleType.ROW,
+        leading_shape: tuple[int, ...] = (),
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if in_features < 1 or out_features < 1:
+            raise UserError(f"a ternary matrix needs positive sizes, not {out_features} x {in_features}")
+        self.in_features = in_features
+        self.out_features = out_features
+        self.leading_shape = tuple(leading_shape)
+        self.tscale = TScaleType.of(tscale)
+        self.group = self.tscale.group(in_features)
+        rows = (*self.leading_shape, out_features)
+        packed = torch.empty((*rows, packed_width(in_features)), dtype=torch.uint8, device=device)
+        exponent = torch.empty((*rows, -(-in_features // self.group)), dtype=torch.int8, device=device)
+        self.T_packed = nn.Parameter(packed, requires_grad=False)
+        self.E = nn.Parameter(exponent, requires_grad=False)
+        self.register_buffer("T_residual", None, persistent=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw u ~ N(0, 1), T = round(u), and set E so that W has a standard deviation near in^-1/2."""
+        device = self.T_packed.device
+        if device.type == "meta":
+            return
+        u = torch.randn((*self.leading_shape, self.out_features, self.in_features), device=device)
+        u.clamp_(-INIT_CLAMP, INIT_CLAMP)
+        trits = u.round()
+        self.T_packed.copy_(trit_pack(trits.to(torch.int8)))
+        self.T_residual = u.sub_(trits).mul_(RESIDUAL_UNITS).round_().to(torch.int8)
+        self.E.fill_(round(math.log2(self.in_features**-0.5 / INIT_TRIT_STD)))
+
+    @property
+    def stored(self) -> nn.Parameter:
+        """T_packed."""
+        return self.T_packed
+
+    def numel(self) -> int:
+        """Logical weights, padding not counted."""
+        return math.prod(self.leading_shape) * self.out_features * self.in_features
+
+    def trits(self) -> Tensor:
+        """int8 [*leading, out, in], checked."""
+        self.check()
+        return trit_unpack(self.T_packed, self.in_features)
+
+    def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Weights as fp64, fp32 or bf16 (int8: the trits), [*leading, out, in], checked first.
+
+        Raises:
+            UserError: a byte or an exponent that is not legal.
+        """
+        self.check()
+        return ternary_decode(self.T_packed, self.E, self.in_features, self.group, dtype)
+
+    def set_trits(self, trits: Tensor, exponent: Tensor) -> None:
+        """Replace trits (int8 [*leading, out, in]) and exponents (int8, shape of E)."""
+        if trits.dtype != torch.int8 or not bool((trits.abs() <= 1).all()):
+            raise UserError("trits must be int8 with values -1, 0 and +1")
+        with torch.no_grad():
+            self.T_packed.copy_(trit_pack(trits))
+            self.E.copy_(exponent)
+        self.T_residual = None
+        self.check()
+
+    def check(self, name: str = "") -> None:
+        """Raise UserError, naming the tensor, for an illegal byte, a padding trit or an exponent out of range."""
+        if self.T_packed.device.type == "meta":
+            return
+        where = f"{name}." if name else ""
+        legal = legal_bytes(self.T_packed.device)[self.T_packed.to(torch.int32)]
+        if not bool(legal.all()):
+            bad = int(self.T_packed[~legal][0])
+            raise UserError(
+                f"{where}T_packed holds byte {bad}, which is no packed trits: the data is damaged"
+            )
+        padded = trit_unpack(self.T_packed, self.T_packed.shape[-1] * 5)[..., self.in_features :]
+        if bool(padded.any()):
+            raise UserError(f"{where}T_packed has trits in its padding: the data is damaged")
+        if bool(((self.E < MIN_SCALE_EXPONENT) | (self.E > MAX_SCALE_EXPONENT)).any()):
+            raise UserError(
+                f"{where}E holds an exponent outside {MIN_SCALE_EXPONENT}...{MAX_SCALE_EXPONENT}: "
+                "the data is damaged"
+            )
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if prefix + "T_packed" in state_dict:
+            self.T_residual = None
+
+    def extra_repr(self) -> str:
+        return f"in={self.in_features}, out={self.out_features}, tscale={self.tscale.name}"
+
+
+def named_ternary(model: nn.Module) -> Iterator[tuple[str, IntegerModule]]:
+    """Names and modules of everything in `model` whose weights are integers, in order of registration."""
+    for name, module in model.named_modules():
+        if isinstance(module, IntegerModule):
+            yield name, module

@@ -36,7 +36,7 @@ def did_you_mean(name: str, allowed: Collection[str]) -> str:
 
 
 def _settle_types(config: Any) -> None:
-    """Check every field against its annotation; integers become floats and lists tuples where those are due."""
+    """Check every field against its annotation; integers become floats, and lists tuples, where due."""
     for spec in dataclasses.fields(config):
         value = getattr(config, spec.name)
         settled = _settled(spec.name, spec.type, value)
@@ -339,7 +339,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     """The tables of a TOML file.
 
     Raises:
-        UserError: if the file is missing, unreadable, over 1 MiB or not TOML (with the line where it is known).
+        UserError: if the file is missing, unreadable, over 1 MiB or not TOML (naming the line if known).
     """
     import tomllib
 

@@ -7,6 +7,7 @@ their first 8 KiB, which is how git tells text from binary; `.gz` files are judg
 
 import glob
 import gzip
+import itertools
 import os
 import stat
 import zlib
@@ -93,7 +94,7 @@ def _expand(item: str, skipped: Skipped) -> Iterator[Source]:
                 yield source
         if not count:
             raise UserError(f"no text in what matches {item!r}" + _because(skipped, before))
-    elif path.is_dir():
+    elif os.path.isdir(path):  # `Path.is_dir` raises for names that are too long
         before = str(skipped)
         count = 0
         for source in _folder(path, skipped):
@@ -116,10 +117,8 @@ def _named_file(path: Path) -> Iterator[Source]:
         status = path.stat()
     except (OSError, ValueError) as error:
         if isinstance(error, FileNotFoundError):
-            siblings = os.listdir(path.parent) if path.parent.is_dir() else []
-            raise UserError(
-                f"no such file or folder: {str(path)!r}{did_you_mean(path.name, siblings)}"
-            ) from error
+            hint = did_you_mean(path.name, _names_in(path.parent))
+            raise UserError(f"no such file or folder: {str(path)!r}{hint}") from error
         raise UserError(f"cannot read {str(path)!r}: {reason(error)}") from error
     if not stat.S_ISREG(status.st_mode):
         raise UserError(
@@ -128,6 +127,15 @@ def _named_file(path: Path) -> Iterator[Source]:
     if not status.st_size:
         raise UserError(f"{str(path)!r} is empty; give a file with text")
     yield Source(path=path, size=status.st_size, mtime_ns=status.st_mtime_ns)
+
+
+def _names_in(folder: Path) -> list[str]:
+    """Some names in `folder`, none if it cannot be read; all of a large one would take long to compare."""
+    try:
+        with os.scandir(folder) as entries:
+            return [entry.name for entry in itertools.islice(entries, 1000)]
+    except OSError:
+        return []
 
 
 def _folder(folder: Path, skipped: Skipped) -> Iterator[Source]:

@@ -1,0 +1,117 @@
+"""Bits per byte of a model on data: what an ideal compressor driven by the model would need for a byte.
+
+The data is preceded by three PAD, so that its first three bytes are predicted as well, and cut into fixed
+windows of the context length that overlap by half. Every byte is predicted exactly once: all of the first
+window, then the part of each window that lies beyond the one before it. So most bytes have at least half a
+context before them, and the figure depends on nothing but model, data and context.
+
+Shape letters: B windows at a time, C ctx.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from arbitor.errors import UserError
+from arbitor.model.arb import ARBModel
+from arbitor.model.sequencer import WINDOW
+from arbitor.model.vocab import PAD
+
+MIN_CTX = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Outcome of `bits_per_byte`.
+
+    Attributes:
+        bits_per_byte: -sum of log2 of the probability of every byte, divided by their number.
+        num_bytes: bytes predicted.
+        windows: windows that it took.
+    """
+
+    bits_per_byte: float
+    num_bytes: int
+    windows: int
+
+
+def bits_per_byte(
+    model: ARBModel,
+    data: np.ndarray[Any, np.dtype[np.uint8]],
+    ctx: int,
+    *,
+    max_windows: int | None = None,
+    max_bytes: int | None = 1_000_000,
+    batch: int = 16,
+) -> Evaluation:
+    """Measures a model on data; changes nothing in the model, and no random number is drawn.
+
+    Args:
+        model: any ARBModel.
+        data: uint8 [num_bytes], an array or a memory map; only what is predicted is read.
+        ctx: length of a window, at least 8.
+        max_windows: use the first windows only; None is no limit.
+        max_bytes: use the first bytes only; None is no limit.
+        batch: windows at a time; has no influence on the result beyond the last bits of a float.
+
+    Raises:
+        UserError: no data, data of another type, or a number outside its range.
+    """
+    _check(data, ctx, max_windows, max_bytes, batch)
+    if max_bytes is not None:
+        data = data[:max_bytes]
+    stride = ctx // 2
+    length = WINDOW + len(data)
+    num_windows = 1 + max(0, math.ceil((length - ctx) / stride))
+    if max_windows is not None and max_windows < num_windows:
+        num_windows = max_windows
+        length = (num_windows - 1) * stride + ctx
+        data = data[: length - WINDOW]
+    window_nats: list[float] = []
+    for first in range(0, num_windows, batch):
+        starts = [k * stride for k in range(first, min(first + batch, num_windows))]
+        window_nats += _nats(model, np.stack([_window(data, start, ctx) for start in starts]), starts, length)
+    num_bytes = length - WINDOW
+    return Evaluation(math.fsum(window_nats) / math.log(2) / num_bytes, num_bytes, num_windows)
+
+
+def _window(data: np.ndarray[Any, np.dtype[np.uint8]], start: int, ctx: int) -> np.ndarray[Any, Any]:
+    """int64 [ctx]: part of the stream of three PAD and the data, filled up with PAD after its end."""
+    window = np.full(ctx, PAD, dtype=np.int64)
+    skipped = max(0, WINDOW - start)
+    piece = data[max(0, start - WINDOW) : start - WINDOW + ctx]
+    window[skipped : skipped + len(piece)] = piece
+    return window
+
+
+def _nats(model: ARBModel, windows_BC: np.ndarray[Any, Any], starts: list[int], length: int) -> list[float]:
+    """-log p, summed over the bytes of each window that no earlier window predicted."""
+    ctx = windows_BC.shape[1]
+    ids_BC = torch.from_numpy(windows_BC).to(model.device)
+    with torch.no_grad():
+        logits_BNS = model(ids_BC).logits[:, :-1]
+    nats_BN = F.cross_entropy(logits_BNS.transpose(1, 2), ids_BC[:, WINDOW:], reduction="none").cpu()
+    sums = []
+    for nats_N, start in zip(nats_BN, starts, strict=True):
+        # Row i predicts position start + 3 + i of the stream.
+        begin = 0 if start == 0 else ctx - ctx // 2 - WINDOW
+        end = min(ctx, length - start) - WINDOW
+        sums.append(float(nats_N[begin:end].double().sum()))
+    return sums
+
+
+def _check(data: Any, ctx: int, max_windows: int | None, max_bytes: int | None, batch: int) -> None:
+    if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 1:
+        given = f"{data.dtype} {data.shape}" if isinstance(data, np.ndarray) else type(data).__name__
+        raise UserError(f"data must be a uint8 array of one dimension, got {given}; np.frombuffer makes one")
+    if len(data) == 0:
+        raise UserError("the data holds no bytes; at least 1 is needed to measure bits per byte")
+    if ctx < MIN_CTX:
+        raise UserError(f"ctx is {ctx}; a window needs at least {MIN_CTX} bytes")
+    for name, value in (("max_windows", max_windows), ("max_bytes", max_bytes), ("batch", batch)):
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}; it must be at least 1")

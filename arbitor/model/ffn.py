@@ -1,0 +1,21 @@
+"""Feed-forward part of a block: squared ReLU (So et al. 2021, "Primer", section 3.1)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from arbitor.config import ModelConfig
+from arbitor.ternary import TernaryLinear
+
+
+class FeedForward(nn.Module):
+    """down(relu(up(h))^2); both linears RMS-normalise their own input."""
+
+    def __init__(self, config: ModelConfig, device: torch.device | None = None) -> None:
+        super().__init__()
+        self.up = TernaryLinear(config.dim, config.ffn_dim, tscale=config.tscale, device=device)
+        self.down = TernaryLinear(config.ffn_dim, config.dim, tscale=config.tscale, device=device)
+
+    def forward(self, h_BND: Tensor) -> Tensor:
+        """Residual stream [B, N, D] -> what is added to it, [B, N, D]."""
+        return self.down(F.relu(self.up(h_BND)).square())

@@ -1,0 +1,73 @@
+"""Small models, and a way to take all rounding out of one."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from arbitor.config import ModelConfig
+from arbitor.model import ARBModel
+from arbitor.ternary import Int8Embedding, TernaryLinear
+
+SMALL: dict[str, Any] = {
+    "dim": 40,
+    "num_prelude_layers": 2,
+    "num_coda_layers": 1,
+    "num_heads": 3,
+    "head_dim": 6,
+    "rope_dim": 4,
+    "value_dim": 10,
+    "kv_latent_dim": 24,
+    "ffn_dim": 56,
+    "ctx": 32,
+}
+
+
+class _InDouble(nn.Module):
+    """An embedding whose rows come out in fp64, so that everything after it is computed in fp64."""
+
+    def __init__(self, table: Int8Embedding) -> None:
+        super().__init__()
+        self.table = table
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.table(ids).double()
+
+
+@pytest.fixture
+def make_model() -> Callable[..., ARBModel]:
+    """make_model(seed=0, **fields of ModelConfig) -> a small model with three layers."""
+
+    def make(seed: int = 0, **overrides: Any) -> ARBModel:
+        torch.manual_seed(seed)
+        return ARBModel(config=ModelConfig(**{**SMALL, **overrides}))
+
+    return make
+
+
+@pytest.fixture
+def without_rounding() -> Callable[[ARBModel], ARBModel]:
+    """Makes a model compute in fp64 with float activations; its fp32 logits then hold one rounding each."""
+
+    def convert(model: ARBModel) -> ARBModel:
+        model.embed = _InDouble(model.embed)
+        model.head.logits = partial(model.head.logits, quantize=False)
+        for module in model.modules():
+            if isinstance(module, TernaryLinear):
+                module.forward = partial(module.forward, quantize=False)
+        return model
+
+    return convert
+
+
+@pytest.fixture
+def make_ids() -> Callable[..., Tensor]:
+    """make_ids(batch, length, seed=0) -> int64 ids of the whole vocabulary."""
+
+    def make(batch: int, length: int, seed: int = 0) -> Tensor:
+        return torch.randint(0, 288, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+    return make

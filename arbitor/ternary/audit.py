@@ -1,0 +1,350 @@
+"""Audit: every tensor that training keeps, its bytes, and whether a float is among them.
+
+Persistent is what a checkpoint holds: the model's parameters and saved buffers, and the optimizer's state.
+A live model is also searched for floats that are not saved but stand for a weight: tensors with as many
+elements as a weight matrix or table, held by a module or the optimizer under any name.
+"""
+
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from arbitor.errors import UserError
+from arbitor.ternary.tensor import named_ternary
+
+MAX_HEADER_BYTES = 16 << 20
+MODEL_FILE = "model.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+
+_BLOCK_TRITS, _BLOCK_BYTES = 160, 32
+_SAFETENSORS_INTEGERS = {
+    "BOOL": ("bool", 1),
+    "I8": ("int8", 1),
+    "U8": ("uint8", 1),
+    "I16": ("int16", 2),
+    "U16": ("uint16", 2),
+    "I32": ("int32", 4),
+    "U32": ("uint32", 4),
+    "I64": ("int64", 8),
+    "U64": ("uint64", 8),
+}
+_SAFETENSORS_FLOATS = {
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "F32": ("float32", 4),
+    "F64": ("float64", 8),
+    "C64": ("complex64", 8),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+}
+_MATRIX_ROLES = {
+    "T_packed": "trits",
+    "E": "scale exponents",
+    "T_accum": "accumulator",
+    "E_accum": "scale accumulator",
+    "M": "momentum",
+    "M_exp": "momentum exponents",
+}
+_TABLE_ROLES = {"q": "table", "E": "table exponents", "M": "momentum", "M_exp": "momentum exponents"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AuditRow:
+    """One tensor.
+
+    Attributes:
+        name: `<module>.<key>`.
+        dtype: as torch names it, without `torch.`.
+        shape: its dimensions.
+        bytes: what it takes.
+        role: trits, scale exponents, table, table exponents, accumulator, scale accumulator, momentum or
+            momentum exponents; anything else is `integer`, `float weight`, `float training state` or
+            `unsaved float`.
+        weights: logical weights that it stores, padding not counted; 0 for everything but weights.
+        trunk: whether it belongs to a ternary matrix.
+        persistent: whether it is saved.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+    role: str
+    weights: int = 0
+    trunk: bool = False
+    persistent: bool = True
+
+    @property
+    def is_float(self) -> bool:
+        """Whether it breaks the promise that weights and training state are integers."""
+        return self.role in ("float weight", "float training state", "unsaved float")
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.dtype} {list(self.shape)}, {self.bytes:,} bytes, {self.role}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AuditReport:
+    """What is kept.
+
+    Attributes:
+        rows: every persistent tensor, by name, and every unsaved float that stands for a weight.
+    """
+
+    rows: tuple[AuditRow, ...]
+
+    @property
+    def violations(self) -> tuple[AuditRow, ...]:
+        """The float tensors among the rows."""
+        return tuple(row for row in self.rows if row.is_float)
+
+    @property
+    def ok(self) -> bool:
+        """True if no weight and no training state is a float."""
+        return not self.violations
+
+    @property
+    def trit_weights(self) -> int:
+        """Logical weights in ternary matrices."""
+        return sum(row.weights for row in self.rows if row.trunk)
+
+    @property
+    def trained_weights(self) -> int:
+        """Logical weights of every kind: trits, tables, floats."""
+        return sum(row.weights for row in self.rows)
+
+    @property
+    def total_bytes(self) -> int:
+        """All persistent bytes."""
+        return sum(row.bytes for row in self.rows if row.persistent)
+
+    @property
+    def bytes_per_weight(self) -> float:
+        """All persistent bytes over all trained logical weights; 0 without weights."""
+        return self.total_bytes / max(1, self.trained_weights)
+
+    @property
+    def trunk_bytes_per_weight(self) -> float:
+        """The same over ternary matrices and their training state only; 0 without any."""
+        trunk = sum(row.bytes for row in self.rows if row.trunk and row.persistent)
+        return trunk / max(1, self.trit_weights)
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A persistent tensor before its role is known; `is_state` for the optimizer's."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+    is_float: bool
+    is_state: bool
+
+
+def audit(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> AuditReport:
+    """What `model` and `optimizer` keep between steps.
+
+    Args:
+        model: any module; layers that are not ternary count as what they are.
+        optimizer: its training state; any torch optimizer.
+
+    Returns:
+        The report; `report.ok` is False if a persistent tensor is a float.
+    """
+    entries = [_entry(name, tensor, False) for name, tensor in _saved_tensors(model)]
+    entries += [_entry(name, tensor, True) for name, tensor in _optimizer_tensors(model, optimizer)]
+    rows = _rows(entries, {name: module.numel() for name, module in named_ternary(model)})
+    sizes = {row.weights for row in rows if row.weights}
+    hidden = [
+        AuditRow(
+            name=name,
+            dtype=_dtype_name(tensor),
+            shape=tuple(tensor.shape),
+            bytes=tensor.nbytes,
+            role="unsaved float",
+            persistent=False,
+        )
+        for name, tensor in _unsaved_tensors(model, optimizer)
+        if _is_float(tensor) and tensor.numel() in sizes
+    ]
+    return AuditReport(rows=(*rows, *hidden))
+
+
+def audit_checkpoint(path: str | os.PathLike[str], model: nn.Module | None = None) -> AuditReport:
+    """What a checkpoint holds, from the headers of its safetensors files; no tensor is read.
+
+    A matrix's logical width comes from its accumulators; in a file without training state from `model`, or
+    else from its packed width, which is exact for multiples of 160.
+
+    Args:
+        path: a checkpoint folder, all of whose safetensors files count, or one such file.
+        model: the architecture, for logical widths; it may lie on the meta device.
+
+    Raises:
+        UserError: nothing is there, or a header is damaged or over 16 MiB.
+    """
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(path.glob("*.safetensors"))
+        if path / MODEL_FILE not in files:
+            raise UserError(f"{path} holds no {MODEL_FILE}; give a checkpoint folder or a .safetensors file")
+        entries = [entry for file in files for entry in _read_header(file, file.name != MODEL_FILE)]
+    else:
+        entries = _read_header(path, path.name == OPTIMIZER_FILE)
+    known = {} if model is None else {name: module.numel() for name, module in named_ternary(model)}
+    return AuditReport(rows=_rows(entries, known))
+
+
+def _rows(entries: Iterable[_Entry], known_weights: Mapping[str, int]) -> tuple[AuditRow, ...]:
+    """Rows with roles, sorted by name; `known_weights` are the logical weights of modules by name."""
+    entries = sorted(entries, key=lambda entry: entry.name)
+    shapes = {entry.name: entry.shape for entry in entries}
+    rows = []
+    for entry in entries:
+        module, _, key = entry.name.rpartition(".")
+        in_matrix = any(_join(module, k) in shapes for k in ("T_packed", "T_accum"))
+        roles = _MATRIX_ROLES if in_matrix else _TABLE_ROLES
+        role, weights = roles.get(key, "integer"), 0
+        if entry.is_float:
+            role = "float training state" if entry.is_state else "float weight"
+            weights = 0 if entry.is_state else math.prod(entry.shape)
+        elif role in ("trits", "table") and not entry.is_state:
+            accumulator = shapes.get(_join(module, "T_accum"))
+            weights = known_weights.get(module) or _weights_of(role, entry.shape, accumulator)
+        rows.append(
+            AuditRow(
+                name=entry.name,
+                dtype=entry.dtype,
+                shape=entry.shape,
+                bytes=entry.bytes,
+                role=role,
+                weights=weights,
+                trunk=in_matrix and (entry.is_state or not entry.is_float),
+            )
+        )
+    return tuple(rows)
+
+
+def _weights_of(role: str, shape: tuple[int, ...], accumulator: tuple[int, ...] | None) -> int:
+    if role == "table":
+        return math.prod(shape)
+    if accumulator is not None:
+        return math.prod(accumulator)
+    return math.prod(shape) * _BLOCK_TRITS // _BLOCK_BYTES
+
+
+def _join(module: str, key: str) -> str:
+    return f"{module}.{key}" if module else key
+
+
+def _is_float(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _entry(name: str, tensor: Tensor, is_state: bool) -> _Entry:
+    shape = tuple(tensor.shape)
+    return _Entry(name, _dtype_name(tensor), shape, tensor.nbytes, _is_float(tensor), is_state)
+
+
+def _saved_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What `state_dict()` holds, a tensor that two modules share counted once."""
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor) and id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield name, tensor
+
+
+def _optimizer_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None
+) -> Iterator[tuple[str, Tensor]]:
+    """State tensors, named after the ternary module that they belong to, else after their parameter."""
+    if optimizer is None:
+        return
+    owners = {id(m.stored): name for name, m in named_ternary(model)}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for number, (parameter, state) in enumerate(optimizer.state.items()):
+        owner = owners.get(id(parameter), names.get(id(parameter), f"optimizer.{number}"))
+        for key, tensor in _tensors_in(state):
+            yield _join(owner, key), tensor
+
+
+def _unsaved_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None
+) -> Iterator[tuple[str, Tensor]]:
+    for name, module in model.named_modules():
+        for key, tensor in module.named_buffers(recurse=False):
+            if key in module._non_persistent_buffers_set:
+                yield _join(name, key), tensor
+        for key, tensor in _tensors_in(vars(module), skip=("_parameters", "_buffers", "_modules")):
+            yield _join(name, key), tensor
+    if optimizer is not None:
+        for key, tensor in _tensors_in(vars(optimizer), skip=("state", "param_groups")):
+            yield f"optimizer.{key}", tensor
+
+
+def _tensors_in(container: Any, skip: tuple[str, ...] = (), depth: int = 4) -> Iterator[tuple[str, Tensor]]:
+    """Tensors in mappings, lists and tuples by dotted name, to a depth: containers may hold themselves."""
+    if isinstance(container, Mapping):
+        items: Iterable[tuple[Any, Any]] = container.items()
+    elif isinstance(container, (list, tuple)):
+        items = enumerate(container)
+    else:
+        return
+    for key, value in items:
+        if key in skip:
+            continue
+        if isinstance(value, Tensor):
+            yield str(key), value
+        elif depth > 1:
+            for rest, tensor in _tensors_in(value, depth=depth - 1):
+                yield f"{key}.{rest}", tensor
+
+
+def _read_header(path: Path, is_state: bool) -> list[_Entry]:
+    """The tensors that a safetensors file lists; those of a foreign file with its name."""
+    from safetensors import SafetensorError, safe_open
+
+    _check_header_size(path)
+    prefix = f"{path.name}:" if is_state and path.name != OPTIMIZER_FILE else ""
+    entries = []
+    try:
+        with safe_open(path, framework="numpy") as file:
+            for name in file.keys():  # noqa: SIM118, it is no mapping
+                part = file.get_slice(name)
+                code, shape = part.get_dtype(), tuple(part.get_shape())
+                if not name.isprintable():
+                    raise UserError(f"{path} is damaged: it names a tensor {name!r}")
+                dtype, size = (_SAFETENSORS_INTEGERS | _SAFETENSORS_FLOATS).get(code, (code.lower(), 0))
+                is_float = code not in _SAFETENSORS_INTEGERS
+                entries.append(
+                    _Entry(prefix + name, dtype, shape, math.prod(shape) * size, is_float, is_state)
+                )
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged or cut short: {' '.join(str(error).split())}") from error
+    return entries
+
+
+def _check_header_size(path: Path) -> None:
+    """Raise UserError unless the header fits into the file and into 16 MiB, ahead of any allocation."""
+    if not path.is_file():
+        raise UserError(f"there is no file {str(path)!r}; give a checkpoint folder or a .safetensors file")
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            size = os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise UserError(f"cannot read {str(path)!r}: {error.strerror}") from error
+    if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+        raise UserError(f"{path} is damaged or cut short: its header does not fit into its {size} bytes")

@@ -1,0 +1,361 @@
+import gc
+import json
+import struct
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from arbitor.config import preset
+from arbitor.errors import UserError
+from arbitor.model import ARBModel
+from arbitor.ternary import Int8Embedding, TernaryLinear, VoteOptimizer, named_ternary
+from arbitor.ternary.audit import AuditReport, audit, audit_checkpoint
+from arbitor.train.checkpoint import save_checkpoint
+
+# Widths of no other test, which pack with padding: a float of a weight's size is then this model's.
+ODD = {
+    "dim": 83,
+    "num_prelude_layers": 2,
+    "num_heads": 3,
+    "head_dim": 7,
+    "rope_dim": 6,
+    "value_dim": 11,
+    "kv_latent_dim": 29,
+    "ffn_dim": 193,
+    "ctx": 24,
+}
+
+
+class Small(nn.Module):
+    """One table and one matrix whose width packs with padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = Int8Embedding(288, 170)
+        self.mix = TernaryLinear(170, 40)
+        self.head = Int8Embedding(288, 40, kind="head")
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head.logits(self.mix(self.embed(ids)))
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        ids = torch.randint(0, 256, (2, 24), generator=generator)
+        out = model(ids, ids) if isinstance(model, ARBModel) else model(ids)
+        loss = out.loss if isinstance(model, ARBModel) else out.square().mean()
+        loss.backward()
+        optimizer.step()
+
+
+def sizes_of_weights(model: nn.Module) -> set[int]:
+    """Elements of every matrix and table, of its rows' padding included and not."""
+    sizes = set()
+    for _, module in named_ternary(model):
+        sizes |= {module.numel(), module.stored.numel(), module.stored.numel() * 5}
+    return sizes
+
+
+def live_floats(sizes: set[int]) -> list[str]:
+    gc.collect()
+    found = []
+    for candidate in gc.get_objects():
+        is_float = issubclass(type(candidate), torch.Tensor) and candidate.is_floating_point()
+        if is_float and candidate.numel() in sizes:
+            found.append(f"{candidate.dtype} {tuple(candidate.shape)}")
+    return found
+
+
+@pytest.mark.parametrize("state", ["lean", "compact", "full"])
+def test_no_float_of_a_weights_shape_is_alive_after_training(tmp_path, state):
+    torch.manual_seed(0)
+    model = ARBModel("tiny", **ODD)
+    optimizer = VoteOptimizer(model, state=state)
+    sizes = sizes_of_weights(model)
+    before = [tensor.clone() for tensor in model.state_dict().values()]
+    train(model, optimizer, 20)
+    assert any(not torch.equal(a, b) for a, b in zip(before, model.state_dict().values(), strict=True))
+    assert live_floats(sizes) == []
+
+    saved = [*model.state_dict().values(), *optimizer.named_state().values()]
+    saved += [t for s in optimizer.state_dict()["state"].values() for t in s.values()]
+    assert not [tensor.dtype for tensor in saved if tensor.is_floating_point() or tensor.is_complex()]
+
+    folder = tmp_path / "latest"
+    save_checkpoint(folder, model, optimizer, preset("tiny", **ODD), {"step": 20})
+    for file in folder.glob("*.safetensors"):
+        assert not [name for name, tensor in load_file(file).items() if tensor.is_floating_point()]
+    assert live_floats(sizes) == []
+    assert audit(model, optimizer).ok
+    assert audit_checkpoint(folder).ok
+
+
+def test_the_scan_for_live_floats_finds_one():
+    model = Small()
+    sizes = sizes_of_weights(model)
+    kept = {"somewhere": [torch.zeros(40, 170)]}
+    assert live_floats(sizes) == ["torch.float32 (40, 170)"]
+    del kept
+
+
+@pytest.mark.parametrize(("state", "limit"), [("lean", 1.30), ("compact", 1.85), ("full", 2.35)])
+def test_bytes_are_those_of_the_live_tensors(state, limit):
+    model = ARBModel("tiny")
+    optimizer = VoteOptimizer(model, state=state)
+    report = audit(model, optimizer)
+    assert report.total_bytes == optimizer.state_bytes()
+    assert report.trit_weights == 721_920
+    assert report.trained_weights == 721_920 + 2 * 288 * 160
+    assert report.bytes_per_weight == report.total_bytes / report.trained_weights
+    tables = sum(
+        t.nbytes
+        for name, t in {**model.state_dict(), **optimizer.named_state()}.items()
+        if name.startswith(("embed.", "head."))
+    )
+    assert report.trunk_bytes_per_weight == (report.total_bytes - tables) / 721_920
+    assert report.trunk_bytes_per_weight <= limit
+
+
+def test_weights_are_counted_without_padding():
+    report = audit(Small())
+    # 170 trits take two blocks of 32 bytes a row; one exponent a row.
+    assert report.trit_weights == 40 * 170
+    assert report.trunk_bytes_per_weight == 40 * (64 + 1) / (40 * 170)
+    assert report.trained_weights == 40 * 170 + 288 * 170 + 288 * 40
+
+
+def test_rows_name_role_shape_and_bytes():
+    model = Small()
+    report = audit(model, VoteOptimizer(model))
+    rows = {row.name: (row.role, row.dtype, row.shape, row.bytes) for row in report.rows}
+    assert rows["mix.T_packed"] == ("trits", "uint8", (40, 64), 2560)
+    assert rows["mix.E"] == ("scale exponents", "int8", (40, 1), 40)
+    assert rows["mix.T_accum"] == ("accumulator", "int8", (40, 170), 6800)
+    assert rows["mix.E_accum"] == ("scale accumulator", "int8", (40, 1), 40)
+    assert rows["mix.M"] == ("momentum", "int8", (40, 170), 6800)
+    assert rows["mix.M_exp"] == ("momentum exponents", "int16", (40, 6), 480)
+    assert rows["embed.q"] == ("table", "int8", (288, 170), 48960)
+    assert rows["embed.E"] == ("table exponents", "int8", (288,), 288)
+    assert rows["embed.M"][0] == "momentum"
+    assert len(rows) == len(report.rows) == 14
+    assert str(report.rows[0]) == "embed.E: int8 [288], 288 bytes, table exponents"
+
+
+def save(folder, model, optimizer=None, **extra: dict) -> None:
+    """Files named as a checkpoint's, with the tensors alone."""
+    folder.mkdir()
+    save_file(dict(model.state_dict()), folder / "model.safetensors")
+    if optimizer is not None:
+        save_file(optimizer.named_state(), folder / "optimizer.safetensors")
+    for name, tensors in extra.items():
+        save_file(tensors, folder / f"{name}.safetensors")
+
+
+@pytest.mark.parametrize("state", ["lean", "compact", "full"])
+@pytest.mark.parametrize("tscale", ["ROW", "T32", "T6"])
+def test_a_checkpoint_is_audited_like_the_live_tensors(tmp_path, state, tscale):
+    model = ARBModel("tiny", **ODD, tscale=tscale)
+    optimizer = VoteOptimizer(model, state=state)
+    save_checkpoint(tmp_path / "latest", model, optimizer, preset("tiny", **ODD), {"step": 0})
+    assert audit_checkpoint(tmp_path / "latest") == audit(model, optimizer)
+
+
+def test_an_inference_file_is_counted_with_the_models_widths_or_packed_ones(tmp_path):
+    model = Small()
+    save(tmp_path / "c", model)
+    for path in (tmp_path / "c", tmp_path / "c" / "model.safetensors"):
+        with torch.device("meta"):
+            architecture = Small()
+        assert audit_checkpoint(path, architecture) == audit(model)
+        assert audit_checkpoint(path).trit_weights == 40 * 320
+
+
+def test_the_training_state_alone_is_audited(tmp_path):
+    model = Small()
+    save(tmp_path / "c", model, VoteOptimizer(model))
+    report = audit_checkpoint(tmp_path / "c" / "optimizer.safetensors")
+    assert {row.role for row in report.rows} == {
+        "accumulator",
+        "scale accumulator",
+        "momentum",
+        "momentum exponents",
+    }
+    assert report.trained_weights == 0
+    assert report.bytes_per_weight == report.total_bytes
+
+
+def plant_parameter(model, optimizer):
+    model.mix.shadow = nn.Parameter(torch.zeros(40, 170))
+    return "mix.shadow", "float weight"
+
+
+def plant_small_parameter(model, optimizer):
+    model.mix.gain = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+    return "mix.gain", "float weight"
+
+
+def plant_buffer(model, optimizer):
+    model.register_buffer("master", torch.zeros(3, dtype=torch.float16))
+    return "master", "float weight"
+
+
+def plant_complex(model, optimizer):
+    model.register_buffer("master", torch.zeros(3, dtype=torch.complex64))
+    return "master", "float weight"
+
+
+def plant_unsaved_buffer(model, optimizer):
+    model.mix.register_buffer("cache", torch.zeros(170, 40), persistent=False)
+    return "mix.cache", "unsaved float"
+
+
+def plant_attribute(model, optimizer):
+    model.mix.__dict__["hidden"] = {"deep": [(torch.zeros(40 * 170, dtype=torch.bfloat16),)]}
+    return "mix.hidden.deep.0.0", "unsaved float"
+
+
+def plant_state(model, optimizer):
+    optimizer.state[model.mix.T_packed]["exp_avg"] = torch.zeros(40, 170)
+    return "mix.exp_avg", "float training state"
+
+
+def plant_foreign_state(model, optimizer):
+    optimizer.state[nn.Parameter(torch.zeros(2))]["step"] = torch.tensor(0.0)
+    return "optimizer.3.step", "float training state"
+
+
+def plant_optimizer_attribute(model, optimizer):
+    optimizer.masters = [torch.zeros(288, 170)]
+    return "optimizer.masters.0", "unsaved float"
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [
+        plant_parameter,
+        plant_small_parameter,
+        plant_buffer,
+        plant_complex,
+        plant_unsaved_buffer,
+        plant_attribute,
+        plant_state,
+        plant_foreign_state,
+        plant_optimizer_attribute,
+    ],
+)
+def test_a_planted_float_is_found(plant):
+    model = Small()
+    optimizer = VoteOptimizer(model)
+    assert audit(model, optimizer).ok
+    name, role = plant(model, optimizer)
+    report = audit(model, optimizer)
+    assert not report.ok
+    assert [(row.name, row.role) for row in report.violations] == [(name, role)]
+    assert name in str(report.violations[0])
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn]
+)
+@pytest.mark.parametrize("where", ["model", "optimizer", "ema"])
+def test_a_planted_float_is_found_in_every_file_of_a_checkpoint(tmp_path, dtype, where):
+    model = Small()
+    optimizer = VoteOptimizer(model)
+    folder = tmp_path / "c"
+    save(folder, model, optimizer)
+    path = folder / f"{where}.safetensors"
+    tensors = load_file(path) if path.exists() else {}
+    save_file(tensors | {"mix.float": torch.zeros(40, 170).to(dtype)}, path)
+    (row,) = audit_checkpoint(folder).violations
+    assert row.name.endswith("mix.float")
+    assert row.dtype == str(dtype).removeprefix("torch.")
+    assert row.bytes == 40 * 170 * dtype.itemsize
+    assert row.role == ("float weight" if where == "model" else "float training state")
+
+
+def test_float_networks_are_counted_and_refused():
+    model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.zeros(1, 8)).sum().backward()
+    optimizer.step()
+    report = audit(model, optimizer)
+    assert not report.ok
+    weights = 8 * 4 + 4 + 4 * 2 + 2
+    assert report.trained_weights == weights
+    # Weight and two moments in fp32, and a float32 step count for each of the four parameters.
+    assert report.total_bytes == 3 * 4 * weights + 4 * 4
+    assert report.trit_weights == 0
+    assert report.trunk_bytes_per_weight == 0
+
+
+def test_shared_tensors_count_once():
+    model = Small()
+    model.again = model.mix
+    assert audit(model).total_bytes == audit(Small()).total_bytes
+
+
+def test_containers_that_hold_themselves_do_not_hang_the_audit():
+    model = Small()
+    loop: list = []
+    loop.append(loop)
+    model.__dict__["loop"] = loop
+    assert audit(model).ok
+
+
+def header(tensors: dict, size: int | None = None, data: bytes = b"") -> bytes:
+    raw = json.dumps(tensors).encode()
+    return struct.pack("<Q", len(raw) if size is None else size) + raw + data
+
+
+I8 = {"dtype": "I8", "shape": [2], "data_offsets": [0, 2]}
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"\0\0\0",
+        header({}, size=1 << 62),
+        header({}, size=3),
+        b"\xff" * 64,
+        struct.pack("<Q", 9) + b"not json!",
+        header({"a": I8}),
+        header({"a": I8}, data=b"xyz"),
+        header({"a": I8 | {"shape": [1 << 62, 4]}}, data=b"xy"),
+        header({"a": I8 | {"data_offsets": [0, 1 << 60]}}, data=b"xy"),
+        header({"a": I8 | {"dtype": "Q9"}}, data=b"xy"),
+        header({"a\x1b[2J": I8}, data=b"xy"),
+    ],
+)
+def test_a_damaged_header_is_one_line(tmp_path, raw):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(raw)
+    for given in (path, tmp_path):
+        with pytest.raises(UserError) as caught:
+            audit_checkpoint(given)
+        assert str(path) in str(caught.value)
+        assert str(caught.value).isprintable()
+
+
+def test_a_huge_header_is_refused_before_it_is_read(tmp_path):
+    path = tmp_path / "model.safetensors"
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", 1 << 40))
+        file.truncate((1 << 40) + 8)  # sparse
+    with pytest.raises(UserError, match="does not fit"):
+        audit_checkpoint(path)
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"holds no model\.safetensors"):
+        audit_checkpoint(tmp_path)
+    with pytest.raises(UserError, match="no file"):
+        audit_checkpoint(tmp_path / "missing")
+
+
+def test_an_empty_report_has_no_bytes():
+    report = AuditReport(rows=())
+    assert (report.ok, report.total_bytes, report.bytes_per_weight) == (True, 0, 0)

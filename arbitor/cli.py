@@ -1,0 +1,289 @@
+"""The command `arbitor`: one function a verb; what a verb needs is imported inside it, torch above all."""
+
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+from cyclopts import App, CycloptsError, Group, Parameter, UnusedCliTokensError
+
+from arbitor import __version__
+from arbitor.errors import UserError
+
+USER_ERROR = 2
+BUG = 1
+
+app = App(
+    name="arbitor",
+    help="Train models whose every weight is a trit times a power of two, in integer state throughout.",
+    help_epilogue="`arbitor VERB --help` lists the flags of a verb; with --debug, an error shows its traceback.",
+    version=f"arbitor {__version__}",
+    help_format="plaintext",
+    default_parameter=Parameter(negative=()),
+)
+
+RUN = Group("Run", sort_key=0)
+DATA = Group("Data", sort_key=1)
+TRAINING = Group("Model and training", sort_key=2)
+LOGGING = Group("Evaluation, saving, logging", sort_key=3)
+
+Device = Annotated[Literal["auto", "cpu", "cuda"], Parameter(help="Where to compute.")]
+Checkpoint = Annotated[
+    str | None,
+    Parameter(
+        help="Name of a run (its best checkpoint is taken), or a checkpoint's path; default the newest run."
+    ),
+]
+
+
+@app.command(sort_key=0)
+def train(
+    *,
+    run: Annotated[str | None, Parameter(group=RUN)] = None,
+    resume: Annotated[bool, Parameter(group=RUN, show_default=False)] = False,
+    reset: Annotated[bool, Parameter(group=RUN, show_default=False)] = False,
+    preset: Annotated[str | None, Parameter(group=RUN)] = None,
+    config: Annotated[str | None, Parameter(group=RUN)] = None,
+    data: Annotated[list[str] | None, Parameter(group=DATA)] = None,
+    held_out: Annotated[str | None, Parameter(group=DATA)] = None,
+    field: Annotated[str | None, Parameter(group=DATA)] = None,
+    steps: Annotated[int | None, Parameter(group=TRAINING)] = None,
+    batch: Annotated[int | None, Parameter(group=TRAINING)] = None,
+    accum: Annotated[int | None, Parameter(group=TRAINING)] = None,
+    ctx: Annotated[int | None, Parameter(group=TRAINING)] = None,
+    state: Annotated[Literal["full", "compact", "lean"] | None, Parameter(group=TRAINING)] = None,
+    rule: Annotated[Literal["spectral", "sinkhorn", "row", "sign"] | None, Parameter(group=TRAINING)] = None,
+    lr: Annotated[float | None, Parameter(group=TRAINING)] = None,
+    accum_threshold: Annotated[int | None, Parameter(group=TRAINING)] = None,
+    e_accum_threshold: Annotated[int | None, Parameter(group=TRAINING)] = None,
+    scale_lr: Annotated[float | None, Parameter(group=TRAINING)] = None,
+    seed: Annotated[int | None, Parameter(group=TRAINING)] = None,
+    device: Annotated[Literal["auto", "cpu", "cuda"] | None, Parameter(group=TRAINING)] = None,
+    eval_steps: Annotated[int | None, Parameter(group=LOGGING)] = None,
+    eval_interval: Annotated[int | None, Parameter(group=LOGGING)] = None,
+    save_interval: Annotated[int | None, Parameter(group=LOGGING)] = None,
+    no_save: Annotated[bool, Parameter(group=LOGGING, show_default=False)] = False,
+    log_interval: Annotated[int | None, Parameter(group=LOGGING)] = None,
+) -> int:
+    """Train a model; without flags a tiny one on the Python standard library's sources.
+
+    Parameters
+    ----------
+    run
+        Name of the run, a folder under ./runs; default <preset>-1, -2, ... (with --resume: the newest).
+    resume
+        Go on with the run from its latest checkpoint, with its own settings.
+    reset
+        Delete the run of that name and start it anew.
+    preset
+        Settings to start from: tiny (default), small or base.
+    config
+        TOML file laid over the preset; flags override it.
+    data
+        File, folder or glob to train on, repeatable; default the standard library's sources.
+    held_out
+        Path, or share of the data, to measure on.
+    field
+        Field that holds the text in .jsonl files.
+    steps
+        Optimizer steps.
+    batch
+        Windows per micro-batch.
+    accum
+        Micro-batches per step.
+    ctx
+        Context length in bytes.
+    state
+        What training keeps: full 2.3, compact 1.8 or lean 1.2 bytes a weight.
+    rule
+        Direction of the votes.
+    lr
+        Peak learning rate in trits per step; default by state.
+    accum_threshold
+        Accumulator value at which a trit flips; default by state.
+    e_accum_threshold
+        Accumulator value at which a scale exponent moves.
+    scale_lr
+        Strength of the votes on scale exponents; 0 freezes them.
+    seed
+        Seed of weights, data order and rounding.
+    device
+        Where to compute; default auto.
+    eval_steps
+        Held-out windows per evaluation during training.
+    eval_interval
+        Steps between evaluations; 0 is at the end only.
+    save_interval
+        Steps between checkpoints; 0 is at the end only.
+    no_save
+        Write no checkpoints at all.
+    log_interval
+        Steps between readings of the loss from the device; every step gets its line in metrics.jsonl.
+    """
+    given = {
+        "data": data,
+        "held_out": held_out,
+        "field": field,
+        "steps": steps,
+        "batch": batch,
+        "accum": accum,
+        "ctx": ctx,
+        "state": state,
+        "rule": rule,
+        "lr": lr,
+        "accum_threshold": accum_threshold,
+        "e_accum_threshold": e_accum_threshold,
+        "scale_lr": scale_lr,
+        "seed": seed,
+        "device": device,
+        "eval_steps": eval_steps,
+        "eval_interval": eval_interval,
+        "save_interval": save_interval,
+        "save": False if no_save else None,
+        "log_interval": log_interval,
+    }
+    from arbitor.train.session import start_training
+
+    return start_training(
+        {name: value for name, value in given.items() if value is not None},
+        preset=preset,
+        config_file=config,
+        run=run,
+        resume=resume,
+        reset=reset,
+    )
+
+
+@app.command(sort_key=1)
+def generate(
+    checkpoint: Checkpoint = None,
+    /,
+    *,
+    prompt: Annotated[str, Parameter(allow_leading_hyphen=True)] = "",
+    max_bytes: Annotated[int, Parameter(name="--bytes")] = 400,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    device: Device = "auto",
+) -> int:
+    """Continue a text with a trained model, byte by byte.
+
+    Parameters
+    ----------
+    prompt
+        Text to go on from.
+    max_bytes
+        Bytes to generate at most.
+    temperature
+        Below 1 safer, above 1 wilder; 0 takes the likeliest byte always.
+    top_k
+        Draw among the k likeliest bytes only; 0 is off.
+    top_p
+        Draw among the likeliest bytes that together have this probability; 1 is off.
+    seed
+        Equal seeds give equal text; default a fresh one.
+    """
+    from arbitor.verbs import generate_text
+
+    return generate_text(
+        checkpoint,
+        prompt.encode("utf-8", "surrogateescape"),
+        max_bytes,
+        device=device,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+    )
+
+
+@app.command(name="eval", sort_key=2)
+def evaluate(
+    checkpoint: Checkpoint = None,
+    /,
+    *,
+    data: list[str],
+    field: str = "text",
+    device: Device = "auto",
+) -> int:
+    """Measure a trained model on a text: bits per byte, over up to 1 MB of it.
+
+    Parameters
+    ----------
+    data
+        File, folder or glob to measure on, repeatable.
+    field
+        Field that holds the text in .jsonl files.
+    """
+    from arbitor.verbs import evaluate_data
+
+    return evaluate_data(checkpoint, data, field, device)
+
+
+@app.command(sort_key=3)
+def audit(checkpoint: Checkpoint = None, /) -> int:
+    """List every tensor that is kept, and fail if one is a float weight or float training state."""
+    from arbitor.verbs import audit_tensors
+
+    return audit_tensors(checkpoint)
+
+
+@app.command(sort_key=4)
+def doctor() -> int:
+    """Check this machine: device, versions, memory, disk, and a self-test."""
+    from arbitor.doctor import examine
+
+    return examine()
+
+
+def main(tokens: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code.
+
+    Args:
+        tokens: arguments; None takes the process's own.
+    """
+    arguments = list(sys.argv[1:] if tokens is None else tokens)
+    debug = "--debug" in arguments
+    arguments = [token for token in arguments if token != "--debug"]
+    try:
+        code = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of a pipe had enough
+        _leave_stdout_alone()
+        return 0
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        message, code = _explain(error)
+        print(f"arbitor: error: {message}", file=sys.stderr)
+    return code if isinstance(code, int) else 0
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    """One line for an error, and the exit code that belongs to it."""
+    if isinstance(error, UnusedCliTokensError) and error.unused_tokens:
+        return f"unexpected argument {error.unused_tokens[0]!r}; see --help", USER_ERROR
+    if isinstance(error, CycloptsError):
+        return _one_line(error), USER_ERROR
+    if isinstance(error, UserError):
+        return _one_line(error), USER_ERROR
+    if isinstance(error, OSError):
+        name = f"{error.filename}: " if error.filename else ""
+        return f"{name}{error.strerror or error}", USER_ERROR
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return "out of memory; a smaller --batch with a larger --accum needs less", USER_ERROR
+    kind = type(error).__name__
+    return f"unexpected {kind}: {_one_line(error)} (--debug shows the traceback; please report it)", BUG
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _leave_stdout_alone() -> None:
+    """Keep the interpreter from complaining at exit that it cannot flush stdout."""
+    import os
+
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

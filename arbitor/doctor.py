@@ -1,0 +1,139 @@
+"""`arbitor doctor`: what this machine has, and whether training works on it."""
+
+import os
+import platform
+import shutil
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.text import Text
+
+from arbitor import __version__
+from arbitor.config import ModelConfig
+from arbitor.model import ARBModel
+from arbitor.ops.trit_codec import trit_pack, trit_unpack
+from arbitor.ternary import TernaryLinear, VoteOptimizer
+from arbitor.train.device import Device, backend, deterministic, resolve_device
+from arbitor.train.display import format_bytes
+from arbitor.train.report import print_rows
+
+PACKAGES = ("torch", "numpy", "safetensors", "rich", "cyclopts", "pillow")
+SELF_TEST_MODEL = ModelConfig(
+    dim=32,
+    num_prelude_layers=1,
+    num_heads=2,
+    head_dim=8,
+    rope_dim=8,
+    value_dim=16,
+    kv_latent_dim=32,
+    ffn_dim=64,
+    ctx=16,
+)
+
+
+def examine(console: Console | None = None) -> int:
+    """Print what is there and test it.
+
+    Args:
+        console: where to; None is stdout.
+
+    Returns:
+        Exit code: 0 if the self-test passes, else 1.
+    """
+    console = console or Console(highlight=False)
+    device = resolve_device("auto")
+    print_rows(console, describe(device))
+    passed = True
+    for name, check in (("pack and decode", check_codec), ("training step", check_training_step)):
+        started = time.perf_counter()
+        try:
+            check(device)
+            outcome = Text("ok", style="green")
+        except Exception as error:  # whatever fails here is the answer that was asked for
+            passed = False
+            outcome = Text(
+                f"FAILED: {type(error).__name__}: {' '.join(str(error).split())}", style="bold red"
+            )
+        took = f" ({time.perf_counter() - started:.2f} s)"
+        console.print(Text(f"self-test: {name}: ").append(outcome).append(took), soft_wrap=True)
+    return 0 if passed else 1
+
+
+def describe(device: Device) -> dict[str, str]:
+    """Rows of label and text about this machine."""
+    rows = {
+        "arbitor": __version__,
+        "python": f"{platform.python_version()} at {sys.executable}, {platform.platform()}",
+        "packages": ", ".join(f"{name} {_version(name)}" for name in PACKAGES),
+        "device": f"{device.name}: {device.reason}",
+        "back end": backend(device.device),
+    }
+    if device.is_cuda:
+        properties = torch.cuda.get_device_properties(device.device)
+        free, total = torch.cuda.mem_get_info(device.device)
+        rows["gpu"] = (
+            f"{torch.cuda.device_count()} in all; compute capability {properties.major}.{properties.minor}, "
+            f"{format_bytes(free)} of {format_bytes(total)} memory free, CUDA {torch.version.cuda}"
+        )
+    rows["threads"] = f"{torch.get_num_threads()} of {os.cpu_count()} logical cores"
+    rows["memory"] = _memory()
+    rows["disk"] = _disk(Path.cwd())
+    return rows
+
+
+def check_codec(device: Device) -> None:
+    """Every pattern of five trits survives packing, and a layer decodes to trits times a power of two."""
+    digits = torch.arange(3**5)[:, None] // 3 ** torch.arange(4, -1, -1) % 3
+    trits = (digits - 1).to(torch.int8).to(device.device)
+    if not torch.equal(trit_unpack(trit_pack(trits), 5), trits):
+        raise RuntimeError("trits do not survive packing")
+    layer = TernaryLinear(170, 7, device=device.device)
+    expected = layer.trits().float() * torch.exp2(layer.E.float())
+    if not torch.equal(layer.decode(), expected):
+        raise RuntimeError("a matrix does not decode to its trits and exponents")
+
+
+def check_training_step(device: Device) -> None:
+    """Some steps on one repeated batch change trits and lower the loss."""
+    with deterministic(0, device.device):
+        model = ARBModel(config=SELF_TEST_MODEL, device=device.device)
+        optimizer = VoteOptimizer(model)
+        ids_BL = (torch.arange(64) * 7 % 32 + 64).view(4, 16)
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        losses = []
+        for _ in range(8):
+            loss = model(ids_BL, targets=ids_BL).loss
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+    changed = sum(not torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    if optimizer.dropped_steps or not changed:
+        raise RuntimeError("a training step changed nothing")
+    if not losses[-1] < losses[0]:
+        raise RuntimeError(f"the loss went from {losses[0]:.3f} to {losses[-1]:.3f}")
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "missing"
+
+
+def _memory() -> str:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
+        return f"{format_bytes(sizes['MemAvailable'])} of {format_bytes(sizes['MemTotal'])} available"
+    except (OSError, KeyError, ValueError, IndexError):
+        return "unknown on this system"
+
+
+def _disk(folder: Path) -> str:
+    usage = shutil.disk_usage(folder)
+    writable = "" if os.access(folder, os.W_OK) else ", which cannot be written to"
+    return f"{format_bytes(usage.free)} of {format_bytes(usage.total)} free at {folder}{writable}"

@@ -1,0 +1,121 @@
+"""Where a run computes, and the settings under which it computes the same each time."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.utils import deterministic as torch_deterministic
+
+from arbitor.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A device and why it was chosen.
+
+    Attributes:
+        device: for torch.
+        name: the GPU's name, or `cpu`.
+        reason: one line for people.
+    """
+
+    device: torch.device
+    name: str
+    reason: str
+
+    @property
+    def is_cuda(self) -> bool:
+        """Whether it is a CUDA GPU."""
+        return self.device.type == "cuda"
+
+    def memory(self) -> int:
+        """Bytes: on a GPU the peak that torch allocated, on the CPU what the process holds now."""
+        return torch.cuda.max_memory_allocated(self.device) if self.is_cuda else process_memory()
+
+    def synchronize(self) -> None:
+        """Wait for what was queued."""
+        if self.is_cuda:
+            torch.cuda.synchronize(self.device)
+
+
+def resolve_device(name: str) -> Device:
+    """The device that `auto`, `cpu` or `cuda` means on this machine.
+
+    Raises:
+        UserError: `cuda` without a usable GPU, or an unknown name.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise UserError(f"unknown device {name!r}; choose auto, cpu or cuda")
+    if name == "cpu":
+        return Device(torch.device("cpu"), "cpu", "asked for")
+    why_not = _why_no_cuda()
+    if why_not is None:
+        gpu = torch.device("cuda", torch.cuda.current_device())
+        return Device(
+            gpu, torch.cuda.get_device_name(gpu), "asked for" if name == "cuda" else "a GPU is present"
+        )
+    if name == "cuda":
+        raise UserError(f"--device cuda: {why_not}; use --device cpu, or install a torch build for your GPU")
+    return Device(torch.device("cpu"), "cpu", why_not)
+
+
+def backend(device: torch.device) -> str:
+    """The implementation of the ternary operations that runs on `device`, and why."""
+    return f"torch: the reference operations, since this version has no kernels of its own for {device.type}"
+
+
+def _why_no_cuda() -> str | None:
+    """None if a CUDA GPU can be used, else the reason."""
+    if torch.version.cuda is None:
+        return f"this torch ({torch.__version__}) was built without CUDA"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA GPU"
+    return None
+
+
+def process_memory() -> int:
+    """Resident bytes of this process (where the system does not tell the present value, the peak)."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        import resource
+        import sys
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+@contextlib.contextmanager
+def deterministic(seed: int, device: torch.device) -> Iterator[None]:
+    """Deterministic algorithms and a seeded global generator inside; the former settings afterwards.
+
+    Whole runs are then equal bit for bit on one device type, version and thread count.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS makes its first handle
+    were_on = torch.are_deterministic_algorithms_enabled()
+    only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch_deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True)
+    # Nothing here reads memory that it did not write, and filling each new tensor costs a pass over it.
+    torch_deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        torch.use_deterministic_algorithms(were_on, warn_only=only_warned)
+        torch_deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def thread_count(count: int) -> Iterator[None]:
+    """Compute on `count` CPU threads inside; sums depend on it in their last bits."""
+    former = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(former)

@@ -1,0 +1,363 @@
+"""The training loop.
+
+Everything that a step depends on is in `Trainer` and goes into a checkpoint, so a resumed run is equal to an
+uninterrupted one bit for bit (same device type, versions and thread count).
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from arbitor.config import RunConfig
+from arbitor.data import ByteCorpus, Sampler
+from arbitor.errors import UserError
+from arbitor.evaluate import Evaluation, bits_per_byte
+from arbitor.model import ARBModel
+from arbitor.ternary import VoteOptimizer
+from arbitor.train.checkpoint import Checkpoint, save_checkpoint
+from arbitor.train.device import Device
+from arbitor.train.display import Display, Reading
+from arbitor.train.metrics import EVALUATION_KEYS, STEP_KEYS, MetricsLog, seconds_so_far
+from arbitor.train.schedule import learning_rate
+from arbitor.train.signals import Interrupted, SignalGuard
+
+LN2 = math.log(2.0)
+HELD_OUT_BYTES = 1_000_000  # what the evaluation at the end reads at most
+MAX_DROPPED_IN_A_ROW = 20
+
+
+class Trainer:
+    """Model, optimizer, data position and counters of a run.
+
+    Args:
+        config: settings of the run.
+        corpus: its data.
+        device: where to compute.
+        checkpoint: state to go on from; None begins with fresh weights from torch's global generator.
+
+    Attributes:
+        step: optimizer steps taken, dropped ones included.
+        best: step and held-out bits per byte of the best evaluation so far, or None.
+        evaluated_step: step of the last evaluation.
+        dropped_in_a_row: steps dropped since the last one that counted.
+
+    Raises:
+        UserError: the checkpoint is of another model, other settings or other data.
+    """
+
+    def __init__(
+        self, config: RunConfig, corpus: ByteCorpus, device: Device, checkpoint: Checkpoint | None = None
+    ) -> None:
+        self.config = config
+        self.corpus = corpus
+        self.device = device
+        train = config.train
+        if checkpoint is None:
+            self.model = ARBModel(config=config.model, device=device.device)
+        else:
+            _refuse_other_model(checkpoint, config)
+            self.model = checkpoint.build_model(device.device)
+        self.optimizer = VoteOptimizer(
+            self.model,
+            train.lr,
+            train.rule,
+            train.state,
+            train.seed,
+            accum_threshold=train.accum_threshold,
+            e_accum_threshold=train.e_accum_threshold,
+            scale_lr=train.scale_lr,
+        )
+        self.peak_lr = float(self.optimizer.param_groups[0]["lr"])
+        self.sampler = Sampler(corpus.train, train.batch, config.model.ctx, train.seed)
+        self.step = 0
+        self.best: dict[str, Any] | None = None
+        self.evaluated_step = 0
+        self.dropped_in_a_row = 0
+        if checkpoint is not None:
+            checkpoint.restore_optimizer(self.optimizer)
+            self._restore(checkpoint.state)
+
+    @property
+    def bytes_per_step(self) -> int:
+        """Training data that one optimizer step reads."""
+        return self.config.train.batch * self.config.train.accum * self.config.model.ctx
+
+    @property
+    def done(self) -> bool:
+        """Whether the last step was taken."""
+        return self.step >= self.config.train.steps
+
+    def take_step(self) -> Tensor:
+        """One optimizer step over `accum` micro-batches.
+
+        Returns:
+            The loss, nats per byte, fp32 scalar on the device.
+        """
+        train = self.config.train
+        lr = self.next_lr()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+            group["scale_lr"] = train.scale_lr * lr / self.peak_lr
+        total = torch.zeros((), device=self.device.device)
+        for _ in range(train.accum):
+            ids_BL = torch.from_numpy(self.sampler.next())
+            loss = self.model(ids_BL, targets=ids_BL).loss
+            self.optimizer.note_loss(loss)
+            (loss / train.accum).backward()
+            total += loss.detach() / train.accum
+        self.optimizer.step()
+        self.step += 1
+        return total
+
+    def next_lr(self) -> float:
+        """Learning rate of the coming step, trits."""
+        return learning_rate(self.step, self.config.train.steps, self.peak_lr, self.config.train.warmup)
+
+    def evaluate(self, *, max_windows: int | None = None) -> Evaluation:
+        """Bits per byte of the held-out data, up to 1 MB of it."""
+        data = self.corpus.held_out.as_array(HELD_OUT_BYTES)
+        self.model.eval()
+        try:
+            return bits_per_byte(self.model, data, self.config.model.ctx, max_windows=max_windows)
+        finally:
+            self.model.train()
+
+    def save(self, folder: Path, *, keep_previous: bool = False) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            UserError: the disk did not take it; what was there before is still there.
+        """
+        state = {
+            "step": self.step,
+            "bytes_seen": self.step * self.bytes_per_step,
+            "seed": self.config.train.seed,
+            "sampler": self.sampler.state(),
+            "best": self.best,
+            "evaluated_step": self.evaluated_step,
+            "dropped_in_a_row": self.dropped_in_a_row,
+            "device": self.device.device.type,
+            "threads": torch.get_num_threads(),
+            "torch": str(torch.__version__),
+        }
+        try:
+            save_checkpoint(
+                folder, self.model, self.optimizer, self.config, state, keep_previous=keep_previous
+            )
+        except OSError as error:
+            raise UserError(
+                f"cannot save {folder}: {error.strerror or error}; the checkpoint before it stays as it was"
+            ) from error
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.step = int(state["step"])
+        self.best = state["best"]
+        self.evaluated_step = int(state["evaluated_step"])
+        self.dropped_in_a_row = int(state["dropped_in_a_row"])
+        self.sampler.restore(state["sampler"])
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How `run_steps` ended.
+
+    Attributes:
+        finished: the last step was taken and evaluated.
+        diverged: too many steps in a row were dropped.
+    """
+
+    finished: bool = False
+    diverged: bool = False
+
+
+@dataclass(slots=True)
+class _Unread:
+    """A step whose loss is still on the device only."""
+
+    step: int
+    lr: float
+    loss: Tensor
+
+
+class Run:
+    """Takes a trainer through its steps and keeps the run's folder.
+
+    Args:
+        trainer: what to train.
+        folder: of the run; it exists.
+        log: of the run.
+        display: where progress is shown.
+        guard: open signal guard.
+
+    Attributes:
+        seconds: what the steps and evaluations took, those before a resume included.
+    """
+
+    def __init__(
+        self, trainer: Trainer, folder: Path, log: MetricsLog, display: Display, guard: SignalGuard
+    ) -> None:
+        self.trainer = trainer
+        self.folder = folder
+        self.log = log
+        self.display = display
+        self.guard = guard
+        self.seconds = seconds_so_far(log.path)
+        self._saved_step = trainer.step or None
+        self._unread: list[_Unread] = []
+        self._unread_seconds = 0.0
+        self._dropped = trainer.optimizer.dropped_steps
+        self._first_step = trainer.step
+        self._step_seconds = 0.0
+
+    def run_steps(self) -> Outcome:
+        """Train until the last step, a signal, or too many dropped steps; `latest` is saved in each case."""
+        trainer, train = self.trainer, self.trainer.config.train
+        while True:
+            if self._is_due(train.eval_interval) and trainer.evaluated_step != trainer.step:
+                try:
+                    self._evaluate()
+                except Interrupted:
+                    break
+            if self._is_due(train.save_interval):
+                self._save_latest()
+            if trainer.done or self._diverged or self.guard.received is not None:
+                break
+            self._take_step()
+        self._read_steps()
+        diverged = self._diverged
+        if diverged:
+            trainer.dropped_in_a_row = 0  # whoever resumes gets as many tries again
+        self._save_latest()
+        finished = trainer.done and self.guard.received is None and not diverged
+        return Outcome(finished=finished, diverged=diverged)
+
+    def undisturbed(self, work: Callable[[], Any]) -> Any:
+        """Result of `work`, which changes nothing; a signal ends it at once by raising Interrupted."""
+        with self.guard.leaving_at_any_point():
+            return work()
+
+    def save(self, name: str, *, keep_previous: bool = False) -> None:
+        """Write the checkpoint `name`, unless the run keeps none."""
+        if self.trainer.config.train.save:
+            self.trainer.save(self.folder / name, keep_previous=keep_previous)
+
+    @property
+    def _diverged(self) -> bool:
+        return self.trainer.dropped_in_a_row >= MAX_DROPPED_IN_A_ROW
+
+    def _is_due(self, interval: int) -> bool:
+        step = self.trainer.step
+        return step > 0 and (self.trainer.done or (interval > 0 and step % interval == 0))
+
+    def _take_step(self) -> None:
+        started = time.perf_counter()
+        lr = self.trainer.next_lr()
+        loss = self.trainer.take_step()
+        self._unread.append(_Unread(self.trainer.step, lr, loss))
+        self._unread_seconds += time.perf_counter() - started
+        if self.trainer.step % self.trainer.config.train.log_interval == 0 or self.trainer.done:
+            self._read_steps()
+
+    def _read_steps(self) -> None:
+        """Bring the losses of the unread steps from the device, log and show them."""
+        if not self._unread:
+            return
+        trainer, unread = self.trainer, self._unread
+        started = time.perf_counter()
+        losses = torch.stack([step.loss for step in unread]).tolist()
+        flip_rate = trainer.optimizer.flip_rate()
+        self._unread_seconds += time.perf_counter() - started
+        self._count_dropped(len(unread))
+        rate = len(unread) * trainer.bytes_per_step / self._unread_seconds
+        memory = trainer.device.memory()
+        self.seconds += self._unread_seconds
+        self._step_seconds += self._unread_seconds
+        self._unread, self._unread_seconds = [], 0.0
+        lines = []
+        for step, loss in zip(unread, losses, strict=True):
+            # Only the last step's flips can still be asked for.
+            flips = flip_rate if step is unread[-1] else None
+            values = (
+                step.step,
+                step.step * trainer.bytes_per_step,
+                loss,
+                loss / LN2,
+                step.lr,
+                rate,
+                memory,
+                flips,
+            )
+            lines.append(dict(zip(STEP_KEYS, values, strict=True)))
+        self.log.write(*lines)
+        steps_taken = trainer.step - self._first_step
+        self.display.update(
+            Reading(
+                step=trainer.step,
+                loss=losses[-1],
+                bits_per_byte=losses[-1] / LN2,
+                bytes_per_second=rate,
+                memory=memory,
+                flip_rate=flip_rate,
+                seconds_left=self._step_seconds / steps_taken * (trainer.config.train.steps - trainer.step),
+            )
+        )
+
+    def _count_dropped(self, num_steps: int) -> None:
+        """Keep `dropped_in_a_row`; if the last of several steps was dropped, all drops count as last."""
+        trainer = self.trainer
+        total = trainer.optimizer.dropped_steps
+        newly = total - self._dropped
+        self._dropped = total
+        if newly == 0 or trainer.optimizer.last_step_applied:
+            trainer.dropped_in_a_row = 0
+        else:
+            before = trainer.dropped_in_a_row if newly == num_steps else 0
+            trainer.dropped_in_a_row = before + newly
+        if newly:
+            what = "dropped" if num_steps == 1 else f"{newly} of {num_steps} steps dropped"
+            self.display.note(
+                f"step {trainer.step}: {what}, a loss or gradient was not finite ({total} so far)"
+            )
+
+    def _evaluate(self) -> None:
+        """Held-out bits per byte of the first windows; the lowest so far becomes `best`."""
+        trainer = self.trainer
+        self._read_steps()
+        started = time.perf_counter()
+        result = self.undisturbed(lambda: trainer.evaluate(max_windows=trainer.config.train.eval_steps))
+        seconds = time.perf_counter() - started
+        self.seconds += seconds
+        values = (trainer.step, result.bits_per_byte, result.num_bytes, seconds)
+        self.log.write(dict(zip(EVALUATION_KEYS, values, strict=True)))
+        trainer.evaluated_step = trainer.step
+        best = trainer.best is None or result.bits_per_byte < trainer.best["bits_per_byte"]
+        if best:
+            trainer.best = {"step": trainer.step, "bits_per_byte": result.bits_per_byte}
+            self.save("best")
+        mark = ", the best so far" if best else ""
+        windows = f"first {result.windows} windows"
+        self.display.note(
+            f"step {trainer.step}: held out {result.bits_per_byte:.4f} bits per byte ({windows}){mark}"
+        )
+
+    def _save_latest(self) -> None:
+        self._read_steps()
+        if self._saved_step != self.trainer.step:
+            self.save("latest", keep_previous=True)
+            self._saved_step = self.trainer.step
+
+
+def _refuse_other_model(checkpoint: Checkpoint, config: RunConfig) -> None:
+    for name in checkpoint.model_config.__slots__:
+        theirs, ours = getattr(checkpoint.model_config, name), getattr(config.model, name)
+        if theirs != ours:
+            raise UserError(
+                f"{checkpoint.folder} is a checkpoint of another model: "
+                f"{name} is {theirs} there, {ours} in this run"
+            )

@@ -1,0 +1,147 @@
+"""What a run tells at its start and at its end."""
+
+import shlex
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.text import Text
+
+from arbitor import __version__
+from arbitor.config import RunConfig
+from arbitor.ternary import Int8Embedding, TernaryScaleTensor, named_ternary
+from arbitor.ternary.audit import audit
+from arbitor.train.device import backend
+from arbitor.train.display import format_bytes, format_seconds, printable
+from arbitor.train.loop import HELD_OUT_BYTES, Trainer
+from arbitor.train.runs import existing_run
+
+EMBEDDED_PROMPT = b"def "
+PROMPT_BYTES = 32
+SAMPLE_BYTES = 400
+
+
+def show_start(console: Console, trainer: Trainer, run: Path) -> None:
+    """Print what is about to be trained, on what, and what it keeps."""
+    config, device = trainer.config, trainer.device
+    train, ctx = config.train, config.model.ctx
+    trunk = sum(m.numel() for _, m in named_ternary(trainer.model) if isinstance(m, TernaryScaleTensor))
+    tables = sum(m.numel() for _, m in named_ternary(trainer.model) if isinstance(m, Int8Embedding))
+    report = audit(trainer.model, trainer.optimizer)
+    micro_batches = f"{train.batch} x {ctx} bytes" + (f" x {train.accum}" if train.accum > 1 else "")
+    total = train.steps * trainer.bytes_per_step
+    threads = "" if device.is_cuda else f", {torch.get_num_threads()} threads"
+    rows = {
+        "run": f"{run}  (arbitor {__version__}, torch {torch.__version__})",
+        "device": f"{device.name}{threads}: {device.reason}",
+        "back end": backend(device.device),
+        "model": f"{config.preset}: {trunk:,} ternary weights, {tables:,} int8 table weights, "
+        f"context {ctx} bytes",
+        "state": f"{train.state}: {report.bytes_per_weight:.2f} bytes a weight, "
+        f"{format_bytes(trainer.optimizer.state_bytes())} in all; rule {train.rule}, lr {trainer.peak_lr:g}",
+        "memory": f"state + about {format_bytes(captured_bytes(trainer))} of captured gradients at batch "
+        f"{micro_batches}, and activations",
+        "data": trainer.corpus.description,
+        "training": f"{train.steps:,} steps of {micro_batches}: {format_bytes(total)}",
+    }
+    print_rows(console, rows)
+    if trainer.step:
+        console.print(Text(f"going on after step {trainer.step} of {train.steps}"))
+    console.print()
+
+
+def captured_bytes(trainer: Trainer) -> int:
+    """Estimate of what backward leaves for the optimizer: of each gradient the smaller of its two forms."""
+    train = trainer.config.train
+    tokens = train.batch * trainer.config.model.ctx * train.accum
+    size = 2 if trainer.device.is_cuda else 4  # bf16 under autocast, fp32 on the CPU
+    total = 0
+    for _, module in named_ternary(trainer.model):
+        if isinstance(module, TernaryScaleTensor):
+            pairs = tokens * (module.in_features + size * module.out_features)
+            total += min(pairs, size * module.numel())
+        else:
+            total += size * sum(p.numel() for p in module.parameters() if p.dim() == 2)
+    return total
+
+
+def sample_prompt(trainer: Trainer) -> bytes:
+    """What the sample goes on from: code for the embedded corpus, else the beginning of the held-out data."""
+    if not trainer.config.data.data:
+        return EMBEDDED_PROMPT
+    return trainer.corpus.held_out.as_array(PROMPT_BYTES).tobytes()
+
+
+def summarise(trainer: Trainer, bits_per_byte: float, held_out_bytes: int, seconds: float) -> dict[str, Any]:
+    """Content of `summary.json`."""
+    report = audit(trainer.model, trainer.optimizer)
+    return {
+        "held_out_bits_per_byte": bits_per_byte,
+        "held_out_bytes": held_out_bytes,
+        "best_bits_per_byte": None if trainer.best is None else trainer.best["bits_per_byte"],
+        "best_step": None if trainer.best is None else trainer.best["step"],
+        "bytes_per_weight": report.bytes_per_weight,
+        "trunk_bytes_per_weight": report.trunk_bytes_per_weight,
+        "trit_weights": report.trit_weights,
+        "state_bytes": trainer.optimizer.state_bytes(),
+        "dropped_steps": trainer.optimizer.dropped_steps,
+        "seconds": round(seconds, 3),
+        "steps": trainer.step,
+        "bytes_seen": trainer.step * trainer.bytes_per_step,
+        "device": trainer.device.name,
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+        "version": __version__,
+    }
+
+
+def show_end(
+    console: Console, config: RunConfig, run: Path, summary: Mapping[str, Any], prompt: bytes, sample: bytes
+) -> None:
+    """Print the result, the sample and what to do with it."""
+    whole = "" if summary["held_out_bytes"] < HELD_OUT_BYTES else "first "
+    rows = {
+        "held out": f"{summary['held_out_bits_per_byte']:.4f} bits per byte "
+        f"(on the {whole}{format_bytes(summary['held_out_bytes'])} held out)",
+        "state": f"{summary['bytes_per_weight']:.2f} bytes a weight, {format_bytes(summary['state_bytes'])}; "
+        "no float weight, no float training state",
+        "time": f"{format_seconds(summary['seconds'])}, {format_bytes(summary['bytes_seen'])} seen",
+        "run": f"{run}: metrics.jsonl, loss.png, sample.txt, summary.json"
+        + (", latest/ best/ final/" if config.train.save else " (no checkpoints: --no-save)"),
+    }
+    console.print()
+    print_rows(console, rows)
+    console.print(Text(f"\nsample after {_as_text(prompt)!r}:", style="bold"))
+    text = Text(_as_text(prompt), style="bold").append(_as_text(sample), style="not bold")
+    console.print(text, soft_wrap=True)
+    if config.train.save:
+        console.print(Text(f"\nnext: {_next_command(run, prompt)}"), soft_wrap=True)
+
+
+def resume_command(run: Path) -> str:
+    """A command line that goes on with the run."""
+    is_newest = existing_run(None) == run
+    return "arbitor train --resume" + ("" if is_newest else f" --run {shlex.quote(run.name)}")
+
+
+def _next_command(run: Path, prompt: bytes) -> str:
+    """A command line that samples from the run just made."""
+    text = _as_text(prompt).splitlines()[0] if prompt.strip() else ""
+    return f"arbitor generate {shlex.quote(run.name)} --prompt {shlex.quote(text)}"
+
+
+def _as_text(data: bytes) -> str:
+    return printable(data.decode("utf-8", errors="replace"))
+
+
+def print_rows(console: Console, rows: Mapping[str, str]) -> None:
+    """Print labels and texts in two columns, wrapped to a terminal's width, in whole lines elsewhere."""
+    indent = max(map(len, rows)) + 2
+    width = max(console.width, indent + 20) if console.is_terminal else 10_000
+    for label, text in rows.items():
+        lines = textwrap.wrap(text, width - indent, break_on_hyphens=False) or [""]
+        body = ("\n" + " " * indent).join(lines)
+        console.print(Text(label.ljust(indent), style="bold").append(body, style="not bold"), soft_wrap=True)

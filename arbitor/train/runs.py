@@ -1,0 +1,173 @@
+"""Folders of runs: `./runs/<preset>-1`, `-2`, ...; how they are named, found, made and emptied."""
+
+import contextlib
+import difflib
+import json
+import os
+import shutil
+from pathlib import Path
+
+from arbitor.errors import UserError
+from arbitor.train import swap
+
+RUNS = Path("runs")
+CONFIG_FILE = "config.toml"
+SUMMARY_FILE = "summary.json"
+METRICS_FILE = "metrics.jsonl"
+CHECKPOINTS = ("best", "latest", "final")  # in the order in which a model is looked for
+
+
+def run_path(name: str) -> Path:
+    """Where the run `name` lies.
+
+    Raises:
+        UserError: the name is not one plain component of a path.
+    """
+    if not name or name.startswith(".") or name != os.path.basename(name) or "\\" in name or "\0" in name:
+        raise UserError(f"--run {name!r} is no name of a run: use letters, digits, '-', '_' and '.', no '/'")
+    return RUNS / name
+
+
+def list_runs() -> list[Path]:
+    """All runs, newest first."""
+    if not RUNS.is_dir():
+        return []
+    found = [path for path in RUNS.iterdir() if (path / CONFIG_FILE).is_file()]
+    return sorted(found, key=_age, reverse=True)
+
+
+def existing_run(name: str | None) -> Path:
+    """The run of that name; without a name the newest.
+
+    Raises:
+        UserError: there is none.
+    """
+    if name is None:
+        runs = list_runs()
+        if not runs:
+            raise UserError(f"there is no run under ./{RUNS}; `arbitor train` makes one")
+        return runs[0]
+    path = run_path(name)
+    if not (path / CONFIG_FILE).is_file():
+        raise UserError(f"there is no run {name!r} under ./{RUNS}{_suggestion(name)}")
+    return path
+
+
+def refuse_existing(name: str) -> None:
+    """Raise UserError if something of that name exists."""
+    if run_path(name).exists():
+        raise UserError(
+            f"the run {name!r} exists: continue it with --resume, start it anew with --reset, "
+            "or choose another --run"
+        )
+
+
+def make_run(preset: str, name: str | None = None) -> Path:
+    """Make the folder of a new run, named `<preset>-<number>` unless a name is given.
+
+    Raises:
+        UserError: the name is taken, or the folder cannot be made.
+    """
+    try:
+        RUNS.mkdir(exist_ok=True)
+        if name is not None:
+            refuse_existing(name)
+            path = run_path(name)
+            path.mkdir()
+            return path
+        number = 1
+        while True:
+            path = RUNS / f"{preset}-{number}"
+            with contextlib.suppress(FileExistsError):
+                path.mkdir()
+                return path
+            number += 1
+    except OSError as error:
+        raise UserError(f"cannot make a run under {RUNS.resolve()}: {error.strerror}") from error
+
+
+def remove_run(path: Path) -> None:
+    """Delete a run; anything that is not one is refused.
+
+    Raises:
+        UserError: the folder holds something else, or cannot be removed.
+    """
+    if path.is_symlink() or not path.is_dir() or (any(path.iterdir()) and not (path / CONFIG_FILE).is_file()):
+        raise UserError(f"{path} is not a run (it has no {CONFIG_FILE}); it stays as it is")
+    try:
+        shutil.rmtree(path)
+    except OSError as error:
+        raise UserError(f"cannot remove {path}: {error.strerror}") from error
+
+
+def is_finished(path: Path) -> bool:
+    """Whether the run in `path` reached its last step."""
+    return (path / SUMMARY_FILE).is_file()
+
+
+def read_summary(path: Path) -> dict[str, object]:
+    """`summary.json` of a finished run; empty if it cannot be read."""
+    try:
+        summary = json.loads((path / SUMMARY_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return summary if isinstance(summary, dict) else {}
+
+
+def find_checkpoint(given: str | Path | None = None) -> Path:
+    """The checkpoint folder that a command means.
+
+    Args:
+        given: name of a run, folder of a run, checkpoint folder, or its `model.safetensors`; None is the
+            newest run that has a checkpoint. Of a run, `best` is taken, else `latest`, else `final`.
+
+    Raises:
+        UserError: there is none.
+    """
+    if given is None:
+        runs = list_runs()
+        for run in runs:
+            if found := _checkpoint_of(run):
+                return found
+        problem = f"no run under ./{RUNS} has a checkpoint" if runs else f"there is no run under ./{RUNS}"
+        raise UserError(f"{problem}; `arbitor train` makes one")
+    name, path = str(given), Path(given)
+    is_name = bool(name) and not name.startswith(".") and name == os.path.basename(name)
+    if is_name and (RUNS / name / CONFIG_FILE).is_file():
+        path = RUNS / name
+    if path.is_file():
+        path = path.parent
+    if (path / "model.safetensors").exists():
+        return path
+    if found := _checkpoint_of(path):
+        return found
+    if swap.locate(path) != path:
+        return swap.locate(path)
+    if (path / CONFIG_FILE).is_file():
+        raise UserError(
+            f"the run {path} has no checkpoint (trained with --no-save, or stopped before its first)"
+        )
+    if path.exists():
+        raise UserError(f"{path} is neither a run nor a checkpoint: it holds no model.safetensors")
+    raise UserError(f"there is no run or checkpoint {name!r}{_suggestion(name)}")
+
+
+def _checkpoint_of(run: Path) -> Path | None:
+    for name in CHECKPOINTS:
+        folder = swap.locate(run / name)
+        if folder.is_dir():
+            return folder
+    return None
+
+
+def _age(run: Path) -> tuple[int, int, str]:
+    digits = run.name.rpartition("-")[2]
+    return (run / CONFIG_FILE).stat().st_mtime_ns, int(digits) if digits.isdecimal() else 0, run.name
+
+
+def _suggestion(name: str) -> str:
+    names = [run.name for run in list_runs()]
+    close = difflib.get_close_matches(name, names, n=1)
+    if close:
+        return f" (did you mean {close[0]!r}?)"
+    return f"; runs: {', '.join(names[:5])}" if names else "; `arbitor train` makes one"

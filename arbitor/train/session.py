@@ -1,0 +1,255 @@
+"""`arbitor train` from its settings to its exit code: find or make the run, train it, tell how it ended."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from arbitor.config import RunConfig, dump_toml, load_config, override
+from arbitor.config import preset as preset_config
+from arbitor.data import ByteCorpus, open_corpus
+from arbitor.errors import UserError
+from arbitor.train import report, runs, swap
+from arbitor.train.checkpoint import Checkpoint, load_checkpoint
+from arbitor.train.device import Device, deterministic, resolve_device, thread_count
+from arbitor.train.display import Display
+from arbitor.train.loop import MAX_DROPPED_IN_A_ROW, Run, Trainer
+from arbitor.train.metrics import MetricsLog, refuse_busy
+from arbitor.train.plot import plot_loss
+from arbitor.train.signals import Interrupted, SignalGuard
+from arbitor.train.tensorfile import DamagedError
+
+FAILED = 1
+
+
+def start_training(
+    settings: Mapping[str, Any],
+    *,
+    preset: str | None = None,
+    config_file: str | None = None,
+    run: str | None = None,
+    resume: bool = False,
+    reset: bool = False,
+    console: Console | None = None,
+) -> int:
+    """Train a run, new or resumed, to its end or to a signal.
+
+    Args:
+        settings: fields of `ModelConfig`, `TrainConfig` and `DataConfig` that were given by name.
+        preset: where a new run's settings start from; None is the config file's, else `tiny`.
+        config_file: TOML laid over the preset and under `settings`.
+        run: name of the run; None makes the next `<preset>-<number>`, or resumes the newest.
+        resume: go on with an existing run and its own settings.
+        reset: delete the run of that name first.
+        console: where progress goes; None is stdout.
+
+    Returns:
+        Exit code: 0 finished, 1 too many steps dropped in a row, 130 or 143 after SIGINT or SIGTERM.
+
+    Raises:
+        UserError: anything given that cannot be used; nothing was changed then.
+    """
+    console = console or Console(highlight=False)
+    if resume and reset:
+        raise UserError("--resume goes on with a run and --reset deletes it: give one of them")
+    if resume:
+        folder = runs.existing_run(run)
+        config = load_config(folder / runs.CONFIG_FILE)
+        device = resolve_device(settings.get("device") or config.train.device)
+        _refuse_contradiction(folder, config, device, settings, preset, config_file)
+        if runs.is_finished(folder):
+            console.print(_finished_line(folder), markup=False, soft_wrap=True)
+            return 0
+        return _resume(folder, config, _open(config), device, console)
+    if reset and run is None:
+        raise UserError("--reset deletes a run and starts it anew: name it with --run")
+    config = _new_config(settings, preset, config_file)
+    if run is not None and not reset:
+        runs.refuse_existing(run)
+    device = resolve_device(config.train.device)
+    corpus = _open(config)
+    if run is not None and reset and runs.run_path(run).exists():
+        refuse_busy(runs.run_path(run))
+        runs.remove_run(runs.run_path(run))
+    folder = runs.make_run(config.preset, run)
+    with contextlib.closing(MetricsLog(folder)) as log:
+        swap.write_file(folder / runs.CONFIG_FILE, dump_toml(config))
+        return _train(folder, config, corpus, device, log, None, console)
+
+
+def _resume(folder: Path, config: RunConfig, corpus: ByteCorpus, device: Device, console: Console) -> int:
+    with contextlib.closing(MetricsLog(folder)) as log:
+        for name in runs.CHECKPOINTS:
+            swap.recover(folder / name, keep_previous=name == "latest")
+        checkpoint = _newest_checkpoint(folder, console)
+        log.cut_after(int(checkpoint.state["step"]))
+        threads = int(checkpoint.state["threads"])
+        for line in _differences(checkpoint, device, threads):
+            console.print(line, markup=False, soft_wrap=True)
+        with thread_count(threads):
+            return _train(folder, config, corpus, device, log, checkpoint, console)
+
+
+def _new_config(settings: Mapping[str, Any], preset: str | None, config_file: str | None) -> RunConfig:
+    base = None if preset is None else preset_config(preset)
+    if config_file is not None:
+        base = load_config(config_file, base)
+    return override(base or preset_config("tiny"), **settings)
+
+
+def _open(config: RunConfig) -> ByteCorpus:
+    data = config.data
+    return open_corpus(data.data, data.held_out, data.field, min_bytes=config.model.ctx)
+
+
+def _refuse_contradiction(
+    folder: Path,
+    config: RunConfig,
+    device: Device,
+    settings: Mapping[str, Any],
+    preset: str | None,
+    config_file: str | None,
+) -> None:
+    """Raise UserError if something given differs from what the run was made with."""
+    where = f"{folder / runs.CONFIG_FILE}; leave it out to resume, or start a new run"
+    if preset is not None and preset != config.preset:
+        raise UserError(f"--preset {preset} contradicts the run's preset {config.preset!r} in {where}")
+    if config_file is not None and load_config(config_file, config) != config:
+        raise UserError(f"--config {config_file} contradicts the run's settings in {where}")
+    for name, value in settings.items():
+        given = override(config, **{name: value})
+        if given == config:
+            continue
+        if name == "device" and resolve_device(config.train.device).device == device.device:
+            continue
+        own = next(getattr(s, name) for s in (config.model, config.train, config.data) if hasattr(s, name))
+        flag = "--no-save" if name == "save" else f"--{name.replace('_', '-')} {_shown(value)}"
+        raise UserError(f"{flag} contradicts the run's {name} = {_shown(own)} in {where}")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return " ".join(map(str, value)) or "(the embedded corpus)"
+    return "(unset)" if value is None else str(value)
+
+
+def _newest_checkpoint(folder: Path, console: Console) -> Checkpoint:
+    """The state to resume from: `latest`, else, if that is damaged, the one before it or `best`."""
+    latest = folder / "latest"
+    previous = swap.previous_of(latest)
+    problems = []
+    found = []
+    for path in (latest, previous, folder / "best"):
+        if not path.is_dir():
+            continue
+        try:
+            found.append(load_checkpoint(path))
+        except DamagedError as error:
+            problems.append(str(error))
+            continue
+        if path == latest:
+            break
+    if not found:
+        reason = problems[0] if problems else f"{folder} holds no checkpoint"
+        raise UserError(f"cannot resume: {reason}; start the run anew with --run {folder.name} --reset")
+    checkpoint = max(found, key=lambda c: int(c.state["step"]))
+    for problem in problems:
+        console.print(f"warning: {problem}", markup=False, soft_wrap=True)
+    if problems:
+        step = checkpoint.state["step"]
+        console.print(
+            f"resuming from the checkpoint of step {step} in {checkpoint.folder}",
+            markup=False,
+            soft_wrap=True,
+        )
+    if checkpoint.folder == previous and latest.is_dir():
+        swap.restore_previous(latest)
+    return checkpoint
+
+
+def _differences(checkpoint: Checkpoint, device: Device, threads: int) -> list[str]:
+    """Lines about what may make the resumed losses differ in their last bits, or had to be changed."""
+    state = checkpoint.state
+    lines = []
+    if threads != torch.get_num_threads() and not device.is_cuda:
+        lines.append(f"using {threads} threads, as before, so that sums come out the same")
+    now = {"torch": str(torch.__version__), "device": device.device.type}
+    for name, value in now.items():
+        if state[name] != value:
+            lines.append(
+                f"warning: the run had {name} {state[name]}, now {value}: "
+                "losses may differ in their last bits from an uninterrupted run"
+            )
+    return lines
+
+
+def _train(
+    folder: Path,
+    config: RunConfig,
+    corpus: ByteCorpus,
+    device: Device,
+    log: MetricsLog,
+    checkpoint: Checkpoint | None,
+    console: Console,
+) -> int:
+    with deterministic(config.train.seed, device.device), SignalGuard() as guard:
+        trainer = Trainer(config, corpus, device, checkpoint)
+        report.show_start(console, trainer, folder)
+        with Display(console, config.train.steps) as display:
+            run = Run(trainer, folder, log, display, guard)
+            outcome = run.run_steps()
+            finished = None
+            if outcome.finished:
+                with contextlib.suppress(Interrupted):
+                    finished = _finish(run)
+        plot_loss(
+            log.path, folder / "loss.png", f"{folder.name}: {config.preset}, state {config.train.state}"
+        )
+        if finished is not None:
+            summary, prompt, sample = finished
+            text = (prompt + sample).decode("utf-8", errors="replace")
+            swap.write_file(folder / "sample.txt", text)
+            # Last of all: a run with a summary counts as finished.
+            swap.write_file(folder / runs.SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
+            report.show_end(console, config, folder, summary, prompt, sample)
+            return 0
+        saved = f"saved {folder / 'latest'}" if config.train.save else "nothing was saved (--no-save)"
+        where = f"step {trainer.step} of {config.train.steps}"
+        if outcome.diverged:
+            advice = "start a new run with a lower --lr or other data"
+            _complain(
+                f"stopped at {where}: the loss or a gradient was not finite in {MAX_DROPPED_IN_A_ROW} "
+                f"steps in a row; {saved}, {advice}"
+            )
+            return FAILED
+        go_on = f"; go on with: {report.resume_command(folder)}" if config.train.save else ""
+        console.print(f"stopped at {where}; {saved}{go_on}", markup=False, soft_wrap=True)
+        return guard.exit_code
+
+
+def _finish(run: Run) -> tuple[dict[str, Any], bytes, bytes]:
+    """Evaluate and sample the final weights, save `final`; summary, prompt and sample."""
+    trainer = run.trainer
+    result = run.undisturbed(trainer.evaluate)
+    prompt = report.sample_prompt(trainer)
+    seed = trainer.config.train.seed
+    sample = run.undisturbed(lambda: trainer.model.generate(prompt, report.SAMPLE_BYTES, seed=seed))
+    run.save("final")
+    summary = report.summarise(trainer, result.bits_per_byte, result.num_bytes, run.seconds)
+    return summary, prompt, sample
+
+
+def _finished_line(folder: Path) -> str:
+    summary = runs.read_summary(folder)
+    figure = summary.get("held_out_bits_per_byte")
+    result = f" with {figure:.4f} held-out bits per byte" if isinstance(figure, float) else ""
+    return f"the run {folder.name!r} is finished{result} ({summary.get('steps')} steps); nothing to do"
+
+
+def _complain(message: str) -> None:
+    print(f"arbitor: error: {message}", file=sys.stderr)

@@ -1,0 +1,105 @@
+"""The verbs of the command line that use a trained model: generate, eval, audit."""
+
+import codecs
+import sys
+from collections.abc import Callable, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from arbitor.data.contents import open_contents
+from arbitor.data.sources import Skipped, find_sources
+from arbitor.data.store import Store
+from arbitor.data.stream import ByteStream
+from arbitor.evaluate import bits_per_byte
+from arbitor.ternary.audit import audit_checkpoint
+from arbitor.train.checkpoint import load
+from arbitor.train.device import deterministic
+from arbitor.train.display import printable
+from arbitor.train.runs import find_checkpoint
+
+
+def generate_text(
+    checkpoint: str | None,
+    prompt: bytes,
+    max_bytes: int,
+    *,
+    device: str,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: int | None,
+) -> int:
+    """Write the prompt and what the model makes of it to stdout, each byte as it is drawn."""
+    folder = find_checkpoint(checkpoint)
+    model = load(folder, device)
+    print(f"{folder} on {model.device}", file=sys.stderr)
+    write = _terminal_writer() if sys.stdout.isatty() else _write_raw
+    write(prompt)
+    with deterministic(0, model.device):
+        model.generate(
+            prompt,
+            max_bytes,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            stream=write,
+        )
+    write(b"\n")
+    return 0
+
+
+def evaluate_data(checkpoint: str | None, data: Sequence[str], field: str, device: str) -> int:
+    """Print the bits per byte of a checkpoint on up to 1 MB of `data`."""
+    skipped = Skipped()
+    stream = ByteStream(open_contents(find_sources(data, skipped), field, Store()))
+    folder = find_checkpoint(checkpoint)
+    model = load(folder, device)
+    with deterministic(0, model.device):
+        result = bits_per_byte(model, stream.as_array(1_000_000), model.config.ctx)
+    whole = len(stream)
+    part = "all" if result.num_bytes == whole else f"the first {result.num_bytes:,}"
+    print(f"{result.bits_per_byte:.4f} bits per byte")
+    print(f"{folder}: {part} of {whole:,} bytes of {' '.join(data)}, context {model.config.ctx} bytes")
+    return 0
+
+
+def audit_tensors(checkpoint: str | None) -> int:
+    """Print every tensor of a checkpoint; 1 if a float weight or float training state is among them."""
+    folder = find_checkpoint(checkpoint)
+    report = audit_checkpoint(folder)
+    console = Console(highlight=False)
+    table = Table(title=str(folder), title_justify="left")
+    for name in ("tensor", "role", "dtype", "shape"):
+        table.add_column(name, overflow="fold")
+    table.add_column("bytes", justify="right", no_wrap=True)
+    for row in report.rows:
+        shape = " x ".join(map(str, row.shape))
+        table.add_row(row.name, row.role, row.dtype, shape, f"{row.bytes:,}")
+    console.print(table)
+    console.print(
+        f"{report.trit_weights:,} ternary weights; {report.bytes_per_weight:.3f} bytes a weight kept in all, "
+        f"{report.trunk_bytes_per_weight:.3f} a ternary weight"
+    )
+    for violation in report.violations:
+        console.print(f"float: {violation}", style="bold red", markup=False)
+    if report.ok:
+        console.print("no float weight, no float training state")
+    return 0 if report.ok else 1
+
+
+def _write_raw(data: bytes) -> None:
+    sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()
+
+
+def _terminal_writer() -> Callable[[bytes], None]:
+    """Writes bytes as text; a character is shown when its last byte has come."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def write(data: bytes) -> None:
+        sys.stdout.write(printable(decoder.decode(data)))
+        sys.stdout.flush()
+
+    return write

@@ -28,6 +28,15 @@ ODD = {
 }
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads gain nothing on tensors of this size, and wait long for each other on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class Small(nn.Module):
     """One table and one matrix whose width packs with padding."""
 

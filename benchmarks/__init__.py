@@ -1,0 +1,1 @@
+"""Comparisons that back the project's claims; run from a checkout, results under `benchmarks/results/`."""

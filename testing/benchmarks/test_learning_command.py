@@ -1,0 +1,132 @@
+"""The command end to end with a micro size: rows, resuming, replacing, plan, plot, scale votes."""
+
+import dataclasses
+
+import pytest
+
+from arbitor.config import ModelConfig
+from benchmarks.learning import __main__ as command
+from benchmarks.learning import sizes, summary
+from benchmarks.learning.sweep import plan
+from benchmarks.learning.table import Table
+
+MICRO = dataclasses.replace(
+    sizes.SIZES["cpu"],
+    model=ModelConfig(
+        dim=32, num_heads=2, head_dim=8, rope_dim=4, value_dim=16, kv_latent_dim=16, ffn_dim=32, ctx=16
+    ),
+    steps=2,
+    batch=2,
+    corpus="given",
+    held_out_bytes=64,
+)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Calls the command on a small text; returns exit code, output and the table."""
+    text = tmp_path / "text.txt"
+    text.write_text("what is said once need not be said again. " * 50)
+    monkeypatch.setitem(sizes.SIZES, "cpu", MICRO)
+
+    def call(*arguments, csv="learning-cpu.csv"):
+        code = command.main(
+            [*arguments, "--data", str(text), "--results", str(tmp_path), "--jobs", "1", "--device", "cpu"]
+        )
+        return code, capsys.readouterr(), Table(tmp_path / csv)
+
+    return call
+
+
+def fake_runner(figures):
+    """Stands in for the worker processes: the figure of a run is a function of the run."""
+
+    def run_all(planner, record, size, texts, **options):
+        while ready := planner(set()):
+            record(
+                ready[0],
+                {
+                    "contestant": ready[0].contestant,
+                    "lr": format(ready[0].lr, "g"),
+                    "seed": str(ready[0].seed),
+                    "trunk_weights": "1000",
+                    "bytes_seen": str(size.bytes_seen),
+                    "bytes_per_weight": "2.3",
+                    "held_out_bits_per_byte": str(figures(ready[0])),
+                    "seconds": "1.0",
+                    "device": "cpu",
+                    "torch": "2",
+                    "date": "2026-01-01",
+                },
+            )
+        return True
+
+    return run_all
+
+
+def test_one_contestant_in_a_worker_process(run):
+    code, _, table = run("--contestant", "trits-sign")
+    assert code == 0
+    assert [(r["contestant"], r["seed"]) for r in table.rows()] == [("trits-sign", s) for s in "012"]
+    before = table.path.read_text()
+    code, captured, _ = run("--contestant", "trits-sign")
+    assert code == 0
+    assert table.path.read_text() == before
+    assert "trits-sign" in captured.out
+
+
+def test_a_full_sweep_is_resumed_and_forced(run, monkeypatch):
+    monkeypatch.setattr(command, "run_all", fake_runner(lambda run: 2 + abs(run.lr - 0.05)))
+    code, _, table = run("--contestant", "trits-full", "dense-muon")
+    assert code == 0
+    assert len(table.rows()) == 2 * 5
+    assert [s.values for s in summary.standings(table.rows())] == [(2.0, 2.0, 2.0)] * 2
+    monkeypatch.setattr(command, "run_all", fake_runner(lambda run: 1.0 + abs(run.lr - 0.05)))
+    run("--contestant", "trits-full", "dense-muon")
+    assert min(float(r["held_out_bits_per_byte"]) for r in table.rows()) == 2.0
+    run("--contestant", "trits-full", "--force")
+    assert len(table.rows()) == 2 * 5
+    assert [s.mean for s in summary.standings(table.rows())] == [1.0, 2.0]
+
+
+def test_time_that_runs_out_leaves_what_is_finished(run):
+    code, _, table = run("--contestant", "trits-lean", "--minutes", "0")
+    assert code == 75
+    assert table.rows() == []
+
+
+def test_plan_runs_nothing(run):
+    code, captured, table = run("--plan")
+    assert code == 0
+    assert not table.path.exists()
+    assert "38 runs are left" in captured.out
+    assert "trits-compact lr 0.07 seed 0" in captured.out
+
+
+def test_unknown_contestant_is_one_line(run):
+    code, captured, _ = run("--contestant", "trits-fat")
+    assert code == 2
+    assert captured.err.count("\n") == 1
+    assert "trits-full" in captured.err
+
+
+def test_scale_votes_are_paired(run, monkeypatch):
+    cost = {0.0: 0.0, 0.001: 0.25}
+    monkeypatch.setattr(command, "run_all", fake_runner(lambda run: 2 + run.seed / 8 + cost[run.scale_lr]))
+    code, captured, _ = run("--scale-votes", "--scale-lr", "0.001")
+    assert code == 0
+    assert captured.out.count("scale_lr 0.001: +0.2500 +- 0.0000 over 3 seeds") == 2
+
+
+def test_plot_is_a_png(run, monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'arbitor[bench]'")
+    monkeypatch.setattr(command, "run_all", fake_runner(lambda run: 2 + abs(run.lr - 0.05)))
+    run("--contestant", "trits-full")
+    assert (tmp_path / "learning-cpu.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_whole_sweep_of_all_contestants_ends(run, monkeypatch):
+    monkeypatch.setattr(command, "run_all", fake_runner(lambda run: 2 - run.lr if run.lr < 1 else 3))
+    code, _, table = run()
+    assert code == 0
+    assert plan(list(command.CONTESTANTS.values()), table.rows()) == []

@@ -59,6 +59,11 @@ def norm_backward(dxn: Tensor, x: Tensor, rstd: Tensor) -> Tensor:
     return dxn.mul_(rstd).addcmul_(x, coefficient, value=-1)
 
 
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """Autocast would reach into an op and round an exact product; the caller has chosen the dtypes."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 def exact_matmul(codes: Tensor, weight: Tensor, quantized: bool) -> Tensor:
     """codes @ weight^T; exact where both hold integers times powers of two.
 
@@ -99,7 +104,8 @@ def linear(
         y [N, O]; codes [N, I], int8 when `quantize`; scale [N, 1]; rstd [N, 1].
     """
     codes, scale, rstd = normalize_and_quantize(x, input_norm, quantize)
-    y = exact_matmul(codes, weight, quantize).mul_(scale).to(out_dtype)
+    with _no_autocast(x):
+        y = exact_matmul(codes, weight, quantize).mul_(scale).to(out_dtype)
     return y, codes.to(torch.int8) if quantize else codes, scale, rstd
 
 
@@ -116,5 +122,6 @@ def linear_backward(dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, input_n
     Returns:
         [N, I] in the dtype of x.
     """
-    dxn = (dy.to(weight.dtype) @ weight).to(compute_dtype(x))
+    with _no_autocast(x):
+        dxn = (dy.to(weight.dtype) @ weight).to(compute_dtype(x))
     return (norm_backward(dxn, x, rstd) if input_norm else dxn).to(x.dtype)

@@ -7,7 +7,7 @@ logarithm), so that every device finds the same one. Codes are rounded stochasti
 Shape letters: O out, I in, C code bytes a row (I, or ceil(I/2) for 4 bits), H groups of 32 a row.
 """
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ def code_max(bits: int) -> int:
     return (1 << (bits - 1)) - 1
 
 
-@lru_cache(maxsize=None)
+@cache
 def _fractions(device: torch.device, factor: float, sign: int) -> Tensor:
     """fp32 [8]: factor * 2^(sign * j / 8)."""
     values = [factor * 2.0 ** (sign * j / OCTAVE) for j in range(OCTAVE)]
@@ -88,8 +88,10 @@ def encode(values: Tensor, random_bits: Tensor, bits: int) -> tuple[Tensor, Tens
         codes int8 [..., I] or uint8 [..., ceil(I/2)], and exponent int16 [..., H].
     """
     exponent = group_exponent(values)
-    scale = _spread(_scale(exponent, code_max(bits) * 65536.0, -1), values.shape[-1])
-    fixed = (values * scale).round_().to(torch.int32)
+    largest = code_max(bits) * 65536.0
+    scale = _spread(_scale(exponent, largest, -1), values.shape[-1])
+    # Beyond 2^100 the exponent no longer covers the values, and int32 would not hold them.
+    fixed = (values * scale).clamp_(-largest, largest).round_().to(torch.int32)
     codes = (fixed + ((random_bits >> 16) & 0xFFFF)) >> 16
     codes = codes.clamp_(-code_max(bits), code_max(bits)).to(torch.int8)
     return (pack_nibbles(codes) if bits == 4 else codes), exponent

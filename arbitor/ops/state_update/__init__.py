@@ -78,6 +78,8 @@ def scale_update(
 ) -> None:
     """Collect votes on scale exponents and apply whole steps; the rest stays in the accumulator.
 
+    A group with no vote keeps exponent and accumulator.
+
     Args:
         exponent: int8 [..., O, G]; changed, held to [-62, 31].
         accumulator: int8 [..., O, G]; changed.

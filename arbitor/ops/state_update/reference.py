@@ -72,6 +72,6 @@ def scale_update(
     """Votes on scale exponents in place; see `arbitor.ops.state_update.scale_update`."""
     votes = stochastic_floor(direction, -step, bits).clamp_(-16384, 16384).masked_fill_(~active, 0)
     total = accumulator.to(torch.int32) + votes
-    whole = torch.div(total, threshold, rounding_mode="trunc")
+    whole = torch.div(total, threshold, rounding_mode="trunc").masked_fill_(votes == 0, 0)
     accumulator.copy_((total - whole * threshold).clamp_(-127, 127))
     exponent.copy_((exponent + whole).clamp_(MIN_SCALE_EXPONENT, MAX_SCALE_EXPONENT))

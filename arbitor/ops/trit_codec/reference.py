@@ -9,7 +9,7 @@ Shape letters: O out, I in, B blocks of 160 trits, P = 32*B packed bytes a row, 
 dimensions (experts).
 """
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ def packed_width(in_features: int) -> int:
     return PLANE * -(-in_features // BLOCK)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _trit_table(device: torch.device) -> Tensor:
     """int8 [256, 5]: the trits of every byte value; ILLEGAL where packing never produces the value."""
     table = torch.full((256, TRITS_PER_BYTE), ILLEGAL, dtype=torch.int8)
@@ -38,7 +38,7 @@ def _trit_table(device: torch.device) -> Tensor:
     return table.to(device)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _float_table(device: torch.device, dtype: torch.dtype) -> Tensor:
     """[256, 5] in a float dtype; NaN for illegal bytes, so that one can never pass for a weight."""
     table = _trit_table(torch.device("cpu")).to(torch.float32)

@@ -1,0 +1,201 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from arbitor.ops.ternary_linear import ternary_linear, ternary_linear_backward
+from arbitor.ops.trit_codec import ternary_decode, trit_pack
+
+EPS32 = torch.finfo(torch.float32).eps
+SHAPES = [(1, 1, 1), (5, 3, 7), (4, 33, 160), (9, 65, 161), (3, 17, 643), (2, 8, 1280)]  # N, O, I
+
+
+def matrix(rows, columns, group=None, spread=3, seed=0):
+    """T int8 [O, I], packed, E int8 [O, G] around -3, group."""
+    generator = torch.Generator().manual_seed(seed)
+    group = group or columns
+    trits = torch.randint(-1, 2, (rows, columns), generator=generator, dtype=torch.int8)
+    exponent = torch.randint(-spread - 3, -2, (rows, -(-columns // group)), generator=generator).to(
+        torch.int8
+    )
+    return trits, trit_pack(trits), exponent, group
+
+
+def tokens(number, columns, seed=1, dtype=torch.float32):
+    return torch.randn(number, columns, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def expected_codes(x):
+    """Absmax codes by numpy's fp32 arithmetic, one rounding an operation, ties to even."""
+    x = x.to(torch.float32).numpy()
+    absmax = np.maximum(np.abs(x).max(axis=-1, keepdims=True), np.finfo(np.float32).tiny * np.float32(127))
+    return np.rint(x * (np.float32(127) / absmax)).astype(np.int64), absmax
+
+
+def expected_output(x, trits, exponent, group, rstd):
+    """int64 sums of codes times trits at the smallest exponent, then one rounding for the token's scale."""
+    codes, absmax = expected_codes(x)
+    e = exponent.to(torch.int64).numpy().repeat(group, axis=-1)[:, : trits.shape[1]]
+    lowest = int(e.min())
+    sums = codes @ (trits.to(torch.int64).numpy() << (e - lowest)).T
+    assert np.abs(sums).max() < 1 << 24, "the test's sums must be exact in fp32"
+    exact = np.ldexp(sums.astype(np.float32), lowest)
+    scale = absmax * rstd.numpy() / np.float32(127)
+    return torch.from_numpy(exact * scale)
+
+
+@pytest.mark.parametrize("group", [None, 4, 6, 32, 96], ids=lambda g: f"group{g or 'ROW'}")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("input_norm", [True, False], ids=["norm", "no-norm"])
+def test_forward_equals_integer_arithmetic_bit_for_bit(shape, group, input_norm):
+    number, rows, columns = shape
+    trits, packed, exponent, group = matrix(rows, columns, group)
+    x = tokens(number, columns)
+    y, codes, scale, rstd = ternary_linear(x, packed, exponent, group, input_norm, True, torch.float32)
+    assert codes.dtype == torch.int8
+    assert codes.tolist() == expected_codes(x)[0].tolist()
+    assert torch.equal(y, expected_output(x, trits, exponent, group, rstd))
+    rms = x.to(torch.float64).square().mean(-1, keepdim=True).add(1e-6).sqrt()
+    if input_norm:
+        assert ((rstd * rms - 1).abs() < EPS32 * (4 + columns**0.5)).all()
+    else:
+        assert rstd.eq(1).all()
+    assert torch.equal(scale, torch.from_numpy(expected_codes(x)[1]) * rstd / 127)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_input_and_output_dtypes(dtype, out_dtype):
+    trits, packed, exponent, group = matrix(12, 70)
+    x = tokens(4, 70, dtype=dtype)
+    y, _, _, rstd = ternary_linear(x, packed, exponent, group, True, True, out_dtype)
+    assert y.dtype == out_dtype
+    assert torch.equal(y, expected_output(x, trits, exponent, group, rstd).to(out_dtype))
+
+
+@settings(deadline=None, derandomize=True, max_examples=40)
+@given(
+    number=st.integers(2, 9),
+    rows=st.integers(1, 40),
+    columns=st.integers(1, 400),
+    cut=st.integers(1, 8),
+    seed=st.integers(0, 1000),
+)
+def test_a_token_does_not_depend_on_its_batch(number, rows, columns, cut, seed):
+    _, packed, exponent, group = matrix(rows, columns, 32, seed=seed)
+    x = tokens(number, columns, seed)
+    together = ternary_linear(x, packed, exponent, group, True, True, torch.float32)
+    for part in (x.split(min(cut, number)), x.split(1)):
+        apart = [ternary_linear(p, packed, exponent, group, True, True, torch.float32) for p in part]
+        for whole, pieces in zip(together, zip(*apart, strict=True), strict=True):
+            assert torch.equal(whole, torch.cat(pieces))
+
+
+@pytest.mark.parametrize("power", [-60, -20, 20, 60])
+def test_codes_do_not_depend_on_a_tokens_magnitude(power):
+    _, packed, exponent, group = matrix(12, 70)
+    x = tokens(4, 70)
+    codes = ternary_linear(x, packed, exponent, group, False, True, torch.float32)[1]
+    scaled = ternary_linear(x * 2.0**power, packed, exponent, group, False, True, torch.float32)[1]
+    assert torch.equal(codes, scaled)
+
+
+def test_a_token_of_zeros_gives_zeros():
+    _, packed, exponent, group = matrix(12, 70)
+    x = torch.zeros(3, 70)
+    y, codes, scale, rstd = ternary_linear(x, packed, exponent, group, True, True, torch.float32)
+    assert y.eq(0).all()
+    assert codes.eq(0).all()
+    assert scale.isfinite().all()
+    dx = ternary_linear_backward(torch.ones(3, 12), x, rstd, packed, exponent, group, True)
+    assert dx.isfinite().all()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("input_norm", [True, False], ids=["norm", "no-norm"])
+def test_a_value_that_is_not_finite_shows_in_its_token_alone(bad, input_norm):
+    _, packed, exponent, group = matrix(12, 70)
+    x = tokens(3, 70)
+    x[1, 5] = bad
+    y, _, scale, _ = ternary_linear(x, packed, exponent, group, input_norm, True, torch.float32)
+    assert not scale[1].isfinite().any()
+    assert not y[1].isfinite().all()
+    assert y[0].isfinite().all()
+    assert y[2].isfinite().all()
+
+
+def test_an_illegal_byte_shows_as_nan():
+    _, packed, exponent, group = matrix(12, 70)
+    packed[3, 7] = 1
+    y = ternary_linear(tokens(2, 70), packed, exponent, group, True, True, torch.float32)[0]
+    assert y[:, 3].isnan().all()
+    assert y[:, [r for r in range(12) if r != 3]].isfinite().all()
+
+
+@pytest.mark.parametrize("group", [None, 32], ids=["ROW", "T32"])
+@pytest.mark.parametrize("input_norm", [True, False], ids=["norm", "no-norm"])
+def test_float_activations_match_a_dense_linear(group, input_norm):
+    _, packed, exponent, group = matrix(40, 161, group)
+    x = tokens(6, 161, dtype=torch.float64)
+    y, codes, scale, rstd = ternary_linear(x, packed, exponent, group, input_norm, False, torch.float64)
+    xn = x / x.square().mean(-1, keepdim=True).add(1e-6).sqrt() if input_norm else x
+    weight = ternary_decode(packed, exponent, 161, group, torch.float64)
+    torch.testing.assert_close(y, xn @ weight.T, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(codes, xn, rtol=1e-14, atol=1e-14)
+    assert scale.eq(1).all()
+    assert rstd.shape == (6, 1)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("input_norm", [True, False], ids=["norm", "no-norm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_backward_matches_autograd_of_a_dense_linear(shape, input_norm, dtype):
+    number, rows, columns = shape
+    _, packed, exponent, group = matrix(rows, columns, 32)
+    x = tokens(number, columns, dtype=dtype)
+    dy = tokens(number, rows, seed=2, dtype=dtype)
+    rstd = ternary_linear(x, packed, exponent, group, input_norm, True, dtype)[3]
+    dx = ternary_linear_backward(dy, x, rstd, packed, exponent, group, input_norm)
+    assert dx.dtype == dtype
+
+    x64 = x.to(torch.float64).requires_grad_()
+    xn = x64 / x64.square().mean(-1, keepdim=True).add(1e-6).sqrt() if input_norm else x64
+    weight = ternary_decode(packed, exponent, columns, group, torch.float64)
+    (expected,) = torch.autograd.grad(xn @ weight.T, x64, dy.to(torch.float64))
+    # Rounding grows with the square root of the terms in a sum: O for dy W, I for the norm's inner product.
+    bound = torch.finfo(dtype).eps * (4 + rows**0.5 + columns**0.5)
+    magnitude = (dy.abs().to(torch.float64) @ weight.abs()).amax() * rstd.amax()
+    assert (dx - expected).abs().max() <= bound * magnitude
+
+
+def test_backward_leaves_its_arguments_alone():
+    _, packed, exponent, group = matrix(12, 70)
+    x, dy = tokens(4, 70), tokens(4, 12)
+    rstd = ternary_linear(x, packed, exponent, group, True, True, torch.float32)[3]
+    arguments = (dy, x, rstd, packed, exponent)
+    before = [t.clone() for t in arguments]
+    ternary_linear_backward(*arguments, group, True)
+    assert all(torch.equal(a, b) for a, b in zip(arguments, before, strict=True))
+
+
+def test_bf16_autocast_changes_no_arithmetic_inside():
+    _, packed, exponent, group = matrix(40, 161)
+    x, dy = tokens(6, 161), tokens(6, 40)
+    y, _, _, rstd = ternary_linear(x, packed, exponent, group, True, True, torch.float32)
+    dx = ternary_linear_backward(dy, x, rstd, packed, exponent, group, True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ternary_linear(x, packed, exponent, group, True, True, torch.float32)[0], y)
+        assert torch.equal(ternary_linear_backward(dy, x, rstd, packed, exponent, group, True), dx)
+
+
+@pytest.mark.parametrize("quantize", [True, False], ids=["int8", "float"])
+@pytest.mark.parametrize("input_norm", [True, False], ids=["norm", "no-norm"])
+def test_opcheck(quantize, input_norm):
+    _, packed, exponent, group = matrix(7, 33, 32)
+    x, dy = tokens(4, 33), tokens(4, 7)
+    arguments = (x, packed, exponent, group, input_norm, quantize, torch.bfloat16)
+    torch.library.opcheck(torch.ops.arbitor.ternary_linear, arguments)
+    rstd = ternary_linear(*arguments)[3]
+    backward = (dy, x, rstd, packed, exponent, group, input_norm)
+    torch.library.opcheck(torch.ops.arbitor.ternary_linear_backward, backward)

@@ -114,7 +114,7 @@ class ARBModel(nn.Module):
             targets_BL = self._checked(targets, "targets")
             if targets_BL.shape != ids_BL.shape:
                 raise UserError(
-                    f"targets have shape {tuple(targets_BL.shape)}; make it that of ids, {tuple(ids_BL.shape)}"
+                    f"targets are {tuple(targets_BL.shape)}, ids {tuple(ids_BL.shape)}; both must agree"
                 )
             if targets_BL.shape[1] <= WINDOW:
                 raise UserError(

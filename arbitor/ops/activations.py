@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 RMS_EPS = 1e-6
-INT8_MAX = 127
+# Codes of the largest element of a token. Not 127: activations are small integers times one scale, so half
+# the largest would land on 63.5, where the last bit of an earlier rounding would choose the code.
+CODE_SCALE = 126.99
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -30,31 +32,31 @@ def normalize_and_quantize(x: Tensor, input_norm: bool, quantize: bool) -> tuple
         scale: [N, 1] compute dtype, what one code unit is worth.
         rstd: [N, 1] compute dtype, 1 / rms(x), or ones.
     """
-    x = x.to(compute_dtype(x))
+    dtype = compute_dtype(x)
     if input_norm:
-        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-        rstd = mean_square.add_(RMS_EPS).rsqrt_()
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
+        rstd = norm.square_().div_(x.shape[-1]).add_(RMS_EPS).rsqrt_()
     else:
-        rstd = x.new_ones((x.shape[0], 1))
+        rstd = x.new_ones((x.shape[0], 1), dtype=dtype)
     if not quantize:
         return x * rstd, torch.ones_like(rstd), rstd
-    absmax = x.abs().amax(dim=-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny * INT8_MAX)
-    codes = (x * (INT8_MAX / absmax)).round_()
-    return codes, absmax * rstd / INT8_MAX, rstd
+    smallest = torch.finfo(torch.float32).tiny * CODE_SCALE
+    absmax = x.abs().amax(dim=-1, keepdim=True).to(dtype).clamp_min_(smallest)
+    codes = (x * (CODE_SCALE / absmax)).round_()
+    return codes, absmax * rstd / CODE_SCALE, rstd
 
 
 def norm_backward(dxn: Tensor, x: Tensor, rstd: Tensor) -> Tensor:
     """Gradient of x through xn = x * rstd(x), the RMS norm without gain.
 
     Args:
-        dxn: [N, I], gradient of xn, overwritten.
+        dxn: [N, I] compute dtype, gradient of xn, overwritten.
         x: [N, I], the norm's input.
         rstd: [N, 1].
 
     Returns:
         [N, I] in the dtype of dxn: rstd * (dxn - xn * mean(dxn * xn)).
     """
-    x = x.to(dxn.dtype)
     coefficient = (dxn * x).sum(dim=-1, keepdim=True).mul_(rstd.pow(3) / x.shape[-1])
     return dxn.mul_(rstd).addcmul_(x, coefficient, value=-1)
 
@@ -72,8 +74,8 @@ def exact_matmul(codes: Tensor, weight: Tensor, quantized: bool) -> Tensor:
     number of tokens. On CUDA the operands are bf16, which holds both exactly.
 
     Args:
-        codes: [N, I] compute dtype.
-        weight: [O, I], bf16 on CUDA when `quantized`, else the compute dtype.
+        codes: [N, I], on CUDA int8 when `quantized`, else the compute dtype.
+        weight: [O, I], on CUDA bf16 when `quantized`, else the compute dtype.
         quantized: codes are integers.
 
     Returns:
@@ -104,9 +106,12 @@ def linear(
         y [N, O]; codes [N, I], int8 when `quantize`; scale [N, 1]; rstd [N, 1].
     """
     codes, scale, rstd = normalize_and_quantize(x, input_norm, quantize)
+    saved = codes.to(torch.int8) if quantize else codes
     with _no_autocast(x):
-        y = exact_matmul(codes, weight, quantize).mul_(scale).to(out_dtype)
-    return y, codes.to(torch.int8) if quantize else codes, scale, rstd
+        y = exact_matmul(saved if codes.is_cuda else codes, weight, quantize)
+    if y.dtype == out_dtype:
+        return y.mul_(scale), saved, scale, rstd
+    return torch.mul(y, scale, out=y.new_empty(y.shape, dtype=out_dtype)), saved, scale, rstd
 
 
 def linear_backward(dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, input_norm: bool) -> Tensor:

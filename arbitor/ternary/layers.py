@@ -45,7 +45,7 @@ def _output_dtype(x: Tensor) -> torch.dtype:
 
 
 def _capture_linear(capture: GradientCapture, codes: Tensor, scale: Tensor, dy: Tensor) -> None:
-    capture.add_linear(codes, (dy * scale).to(dy.dtype))
+    capture.add_linear(codes, torch.mul(dy, scale, out=torch.empty_like(dy)))
 
 
 class _TernaryMatmul(torch.autograd.Function):

@@ -19,7 +19,7 @@ BETAS = (0.9, 0.95)
 WEIGHT_DECAY = 0.1
 CLIP_NORM = 1.0
 # Under Muon the two tables are trained by AdamW with this share of Muon's rate, so that one sweep moves both.
-TABLE_LR_SHARE = 0.08
+TABLE_LR_SHARE = 0.16
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,14 @@
 
 import hashlib
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from arbitor.data import open_corpus
+from arbitor.data.corpus import embedded_sources
 from arbitor.errors import UserError
 from benchmarks.learning.sizes import Size
 
@@ -32,39 +33,41 @@ def load_texts(size: Size, data: Sequence[str] = (), held_out: str | None = None
     Raises:
         UserError: no data where the size needs some, or data that cannot be used.
     """
-    if data or size.corpus == "library":
+    if data:
         corpus = open_corpus(data, held_out, "text", min_bytes=size.model.ctx)
         return Texts(corpus.train.as_array(), corpus.held_out.as_array(), corpus.description)
     if size.corpus == "given":
         raise UserError(f"--size {size.name} needs --data PATH, the text to train on")
-    paths = sysconfig.get_paths()
-    return python_sources([Path(paths[name]) for name in ("stdlib", "platstdlib", "purelib", "platlib")])
+    library = Path(sysconfig.get_path("stdlib"))
+    if size.corpus == "library":
+        return distinct_sources((library, source.path) for source in embedded_sources(library))
+    folders = [library, *(Path(sysconfig.get_path(name)) for name in ("platstdlib", "purelib", "platlib"))]
+    return distinct_sources((folder, path) for folder in folders for path in folder.rglob("*.py"))
 
 
-def python_sources(folders: Sequence[Path], max_bytes: int = MAX_BYTES) -> Texts:
-    """Python sources under `folders`, each distinct content once, in an order that hashes decide.
+def distinct_sources(files: Iterable[tuple[Path, Path]], max_bytes: int = MAX_BYTES) -> Texts:
+    """Python sources, each distinct content once, in an order that hashes decide.
 
-    The order of files is that of a hash of their path within the folder, and which ones are held out depends
-    on a hash of their content, so one set of installed packages always gives the same texts, and two copies
-    of a file never stand on both sides.
+    The order of files is that of a hash of their path within their folder, and which ones are held out
+    depends on a hash of their content. So one set of files always gives the same texts, any stretch of a text
+    is a fair mixture, and two copies of a file never stand on both sides.
 
     Args:
-        folders: searched in any depth; one inside another does no harm.
+        files: pairs of a folder and a file in it; of a file that comes several times the first counts.
         max_bytes: where to stop.
     """
-    files: dict[Path, bytes] = {}
-    for name, path in _sources(folders):
-        files.setdefault(path.resolve(), _digest(name.encode()))
+    order: dict[Path, bytes] = {}
+    for folder, path in files:
+        order.setdefault(path, _digest(str(path)[len(str(folder)) :].encode("utf-8", "surrogateescape")))
     parts: dict[bool, list[bytes]] = {False: [], True: []}
     seen: set[bytes] = set()
     total = 0
-    for path in sorted(files, key=lambda path: (files[path], str(path))):
-        try:
-            content = path.read_bytes()
-        except OSError:
+    for path in sorted(order, key=lambda path: (order[path], str(path))):
+        if not path.is_file() or not 0 < path.stat().st_size <= MAX_FILE_BYTES:
             continue
+        content = path.read_bytes()
         digest = _digest(content)
-        if not content or len(content) > MAX_FILE_BYTES or digest in seen:
+        if digest in seen:
             continue
         seen.add(digest)
         total += len(content)
@@ -76,18 +79,10 @@ def python_sources(folders: Sequence[Path], max_bytes: int = MAX_BYTES) -> Texts
         raise UserError("found no Python sources to train on; give your own text with --data")
     fingerprint = _digest(train.tobytes()).hex()[:12]
     description = (
-        f"{len(seen):,} Python sources of the standard library and installed packages:"
-        f" {len(train) / 1e6:.1f} MB to train on, {len(held_out) / 1e6:.1f} MB held out"
-        f" (fingerprint {fingerprint})"
+        f"{len(seen):,} distinct Python sources of this machine: {len(train) / 1e6:.2f} MB to train on,"
+        f" {len(held_out) / 1e6:.2f} MB held out (fingerprint {fingerprint})"
     )
     return Texts(train, held_out, description)
-
-
-def _sources(folders: Sequence[Path]) -> Iterator[tuple[str, Path]]:
-    for folder in folders:
-        for path in folder.rglob("*.py"):
-            if path.is_file():
-                yield path.relative_to(folder).as_posix(), path
 
 
 def _digest(content: bytes) -> bytes:

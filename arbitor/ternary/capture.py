@@ -9,8 +9,8 @@ from torch import Tensor
 class GradientCapture:
     """Sum of a weight's gradient over all its uses since the last step.
 
-    A use arrives as the pair (activations A [N, I], output gradients B [N, O]), dW = B^T A. The pairs are kept as
-    they are while they take fewer bytes than dW; from then on only dW is kept, in the dtype of B.
+    A use arrives as the pair (activations A [N, I], output gradients B [N, O]), dW = B^T A. The pairs are kept
+    as they are while they take fewer bytes than dW; from then on only dW is kept, in the dtype of B.
     """
 
     def __init__(self, rows: int, columns: int) -> None:
@@ -20,8 +20,7 @@ class GradientCapture:
         self._dense: Tensor | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        """A copied model has no optimizer, so its layers capture nothing."""
-        return None
+        """None: a copied model has no optimizer, so its layers capture nothing."""
 
     def add_linear(self, activations: Tensor, output_gradient: Tensor) -> None:
         """Add one use of a linear.
@@ -63,13 +62,22 @@ class GradientCapture:
         return total
 
     def magnitudes(self) -> list[Tensor]:
-        """Tensors whose values are all finite exactly when the gradient was computed from finite numbers."""
-        return [self._dense] if self._dense is not None else [b for _, b in self._pairs]
+        """Tensors that show whether the gradient is finite: where they are, it is.
+
+        For pairs it is the bound max |A| * sum |B| over the tokens, so that a product that overflows shows
+        before it is formed.
+        """
+        bounds = [_largest(a) * torch.linalg.vector_norm(b, 1, dim=0) for a, b in self._pairs]
+        return bounds if self._dense is None else [self._dense, *bounds]
 
     def clear(self) -> None:
         """Forget everything."""
         self._pairs = []
         self._dense = None
+
+
+def _largest(activations: Tensor) -> Tensor | int:
+    return 127 if activations.dtype == torch.int8 else activations.abs().amax()
 
 
 def _outer(activations: Tensor, output_gradient: Tensor) -> Tensor:

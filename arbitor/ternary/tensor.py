@@ -86,8 +86,8 @@ class TernaryScaleTensor(IntegerModule):
     Attributes:
         T_packed: uint8 parameter [*leading, out, 32 * ceil(in / 160)].
         E: int8 parameter [*leading, out, ceil(in / group)], legal -62...31.
-        T_residual: what rounding left over when the trits were drawn, int8 [*leading, out, in] in 1/128 trit, not
-            saved; an optimizer takes it as the start of its accumulators. None once taken or after loading.
+        T_residual: what rounding left over when the trits were drawn, int8 [*leading, out, in] in 1/128 trit,
+            not saved; an optimizer takes it as the start of its accumulators. None once taken or after loading.
     """
 
     T_packed: nn.Parameter
@@ -157,7 +157,7 @@ class TernaryScaleTensor(IntegerModule):
 
     def set_trits(self, trits: Tensor, exponent: Tensor) -> None:
         """Replace trits (int8 [*leading, out, in]) and exponents (int8, shape of E)."""
-        if trits.dtype != torch.int8 or not bool((trits.abs() <= 1).all()):
+        if trits.dtype != torch.int8 or not bool(((trits >= -1) & (trits <= 1)).all()):
             raise UserError("trits must be int8 with values -1, 0 and +1")
         with torch.no_grad():
             self.T_packed.copy_(trit_pack(trits))
@@ -166,7 +166,7 @@ class TernaryScaleTensor(IntegerModule):
         self.check()
 
     def check(self, name: str = "") -> None:
-        """Raise UserError, naming the tensor, for an illegal byte, a padding trit or an exponent out of range."""
+        """Raise UserError, naming the tensor, for an illegal byte, padding trit or exponent."""
         if self.T_packed.device.type == "meta":
             return
         where = f"{name}." if name else ""
@@ -191,6 +191,7 @@ class TernaryScaleTensor(IntegerModule):
             self.T_residual = None
 
     def extra_repr(self) -> str:
+        """Sizes and scale type."""
         return f"in={self.in_features}, out={self.out_features}, tscale={self.tscale.name}"
 
 

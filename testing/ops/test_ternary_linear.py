@@ -4,6 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from arbitor.ops.activations import CODE_SCALE
 from arbitor.ops.ternary_linear import ternary_linear, ternary_linear_backward
 from arbitor.ops.trit_codec import ternary_decode, trit_pack
 
@@ -29,8 +30,8 @@ def tokens(number, columns, seed=1, dtype=torch.float32):
 def expected_codes(x):
     """Absmax codes by numpy's fp32 arithmetic, one rounding an operation, ties to even."""
     x = x.to(torch.float32).numpy()
-    absmax = np.maximum(np.abs(x).max(axis=-1, keepdims=True), np.finfo(np.float32).tiny * np.float32(127))
-    return np.rint(x * (np.float32(127) / absmax)).astype(np.int64), absmax
+    absmax = np.abs(x).max(axis=-1, keepdims=True)
+    return np.rint(x * (np.float32(CODE_SCALE) / absmax)).astype(np.int64), absmax
 
 
 def expected_output(x, trits, exponent, group, rstd):
@@ -41,7 +42,7 @@ def expected_output(x, trits, exponent, group, rstd):
     sums = codes @ (trits.to(torch.int64).numpy() << (e - lowest)).T
     assert np.abs(sums).max() < 1 << 24, "the test's sums must be exact in fp32"
     exact = np.ldexp(sums.astype(np.float32), lowest)
-    scale = absmax * rstd.numpy() / np.float32(127)
+    scale = absmax * rstd.numpy() / np.float32(CODE_SCALE)
     return torch.from_numpy(exact * scale)
 
 
@@ -61,7 +62,7 @@ def test_forward_equals_integer_arithmetic_bit_for_bit(shape, group, input_norm)
         assert ((rstd * rms - 1).abs() < EPS32 * (4 + columns**0.5)).all()
     else:
         assert rstd.eq(1).all()
-    assert torch.equal(scale, torch.from_numpy(expected_codes(x)[1]) * rstd / 127)
+    assert torch.equal(scale, torch.from_numpy(expected_codes(x)[1]) * rstd / CODE_SCALE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -99,6 +100,16 @@ def test_codes_do_not_depend_on_a_tokens_magnitude(power):
     codes = ternary_linear(x, packed, exponent, group, False, True, torch.float32)[1]
     scaled = ternary_linear(x * 2.0**power, packed, exponent, group, False, True, torch.float32)[1]
     assert torch.equal(codes, scaled)
+
+
+def test_the_largest_element_is_127_and_its_half_is_no_tie():
+    # Activations are often small integers times one scale. Half the largest must not sit between two codes,
+    # where the last bit of an earlier rounding would choose one.
+    _, packed, exponent, group = matrix(12, 4)
+    for half in (0.5, 0.5 + 2.0**-20, 0.5 - 2.0**-20):
+        x = torch.tensor([[1.0, -1.0, half, -half]]) * 0.37
+        codes = ternary_linear(x, packed, exponent, group, True, True, torch.float32)[1]
+        assert codes.tolist() == [[127, -127, 63, -63]]
 
 
 def test_a_token_of_zeros_gives_zeros():

@@ -16,7 +16,7 @@ BUG = 1
 app = App(
     name="arbitor",
     help="Train models whose every weight is a trit times a power of two, in integer state throughout.",
-    help_epilogue="`arbitor VERB --help` lists the flags of a verb; with --debug, an error shows its traceback.",
+    help_epilogue="`arbitor VERB --help` lists the flags of a verb; --debug shows the traceback of an error.",
     version=f"arbitor {__version__}",
     help_format="plaintext",
     default_parameter=Parameter(negative=()),

@@ -12,6 +12,7 @@ from arbitor.data.sources import Skipped, find_sources
 from arbitor.data.store import Store
 from arbitor.data.stream import ByteStream
 from arbitor.evaluate import bits_per_byte
+from arbitor.generate import generate_stream
 from arbitor.ternary.audit import audit_checkpoint
 from arbitor.train.checkpoint import load
 from arbitor.train.device import deterministic
@@ -33,19 +34,15 @@ def generate_text(
     """Write the prompt and what the model makes of it to stdout, each byte as it is drawn."""
     folder = find_checkpoint(checkpoint)
     model = load(folder, device)
+    drawn = generate_stream(
+        model, prompt, max_bytes, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+    )
     print(f"{folder} on {model.device}", file=sys.stderr)
     write = _terminal_writer() if sys.stdout.isatty() else _write_raw
     write(prompt)
     with deterministic(0, model.device):
-        model.generate(
-            prompt,
-            max_bytes,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            stream=write,
-        )
+        for byte in drawn:
+            write(byte)
     write(b"\n")
     return 0
 

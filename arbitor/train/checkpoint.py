@@ -210,7 +210,9 @@ def build_model(
     try:
         model.load_state_dict({name: tensor.to(device) for name, tensor in weights.items()}, assign=True)
     except RuntimeError as error:
-        raise DamagedError(f"{path}: {' '.join(str(error).split())}") from error
+        _, *faults = str(error).splitlines()  # the first line says only that there are some
+        more = f" (and {len(faults) - 1} more faults)" if len(faults) > 1 else ""
+        raise DamagedError(f"{path}: {faults[0].strip()}{more}") from error
     return model
 
 

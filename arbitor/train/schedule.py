@@ -17,6 +17,6 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float = 0.05) -> f
     """
     warmup_steps = round(warmup * steps)
     if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
+        return peak * ((step + 1) / warmup_steps)
     progress = min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps))
     return peak * 0.5 * (1.0 + math.cos(math.pi * progress))

@@ -19,7 +19,7 @@ except ImportError:  # Windows has no flock; two processes that save to one fold
 
 def previous_of(folder: Path) -> Path:
     """Where the folder that `folder` replaced is kept."""
-    return folder.with_name(f".{folder.name}.previous")
+    return folder.parent / f".{folder.name}.previous"
 
 
 def sync(path: Path) -> None:

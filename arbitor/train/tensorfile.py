@@ -181,7 +181,8 @@ def _checked_document(path: Path, kind: str, metadata: Mapping[str, str] | None)
         )
     document = parse_document(path, metadata["arbitor"])
     if document.get("kind") != kind or not isinstance(document.get("tensors"), dict):
-        raise UserError(f"{path} is a {document.get('kind')} file where a {kind} file is needed")
+        kind_found = document.get("kind")
+        raise UserError(f"{path} is of the kind {kind_found!r}; a file of the kind {kind!r} is needed")
     return document
 
 

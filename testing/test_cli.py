@@ -1,0 +1,334 @@
+"""The command line: verbs, help, and every kind of bad input as one line and exit code 2."""
+
+import json
+import shutil
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import arbitor
+from arbitor.cli import main
+
+TOML = """
+[model]
+dim = 32
+num_prelude_layers = 1
+num_heads = 2
+head_dim = 8
+rope_dim = 8
+value_dim = 16
+kv_latent_dim = 32
+ffn_dim = 64
+ctx = 16
+[train]
+steps = 3
+batch = 4
+eval_steps = 4
+device = "cpu"
+"""
+TRAIN = ["train", "--data", "data.txt", "--config", "small.toml"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A folder with a data file, a config file and a finished run `done`."""
+    folder = tmp_path_factory.mktemp("trained")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("arbitor.train.report.SAMPLE_BYTES", 12)
+        lines = [f"line {i}: the value of f({i}) is {i * i % 97}\n" for i in range(100)]
+        Path("data.txt").write_text("".join(lines))
+        Path("small.toml").write_text(TOML)
+        assert main([*TRAIN, "--run", "done"]) == 0
+    torch.set_num_threads(threads)
+    return folder
+
+
+@pytest.fixture
+def workplace(trained, tmp_path, monkeypatch) -> Path:
+    """A copy of `trained` as the current folder."""
+    shutil.copytree(trained, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr("arbitor.train.report.SAMPLE_BYTES", 12)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield tmp_path / "here"
+    torch.set_num_threads(threads)
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    """Everything under `folder`, with the content of its files."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+    }
+
+
+@pytest.fixture
+def refused(workplace, capsys):
+    """refused(arguments, words): exit code 2, one line with these words, nothing on disk changed."""
+
+    def check(arguments: list[str], *words: str) -> None:
+        before = tree(workplace)
+        capsys.readouterr()
+        assert main(arguments) == 2
+        captured = capsys.readouterr()
+        assert captured.err.startswith("arbitor: error: ")
+        assert captured.err.count("\n") == 1, captured.err
+        assert captured.err.endswith("\n")
+        for word in words:
+            assert word in captured.err
+        assert captured.out == ""
+        assert tree(workplace) == before
+
+    return check
+
+
+# -- what is refused ----------------------------------------------------------------------------------------
+
+
+def test_bad_data(refused, workplace):
+    (workplace / "empty.txt").touch()
+    (workplace / "short.txt").write_text("short")
+    (workplace / "folder").mkdir()
+    (workplace / "folder" / "binary").write_bytes(bytes(100))
+    small = ["--config", "small.toml"]
+    refused(["train", "--data", "nowhere.txt", *small], "nowhere.txt")
+    refused(["train", "--data", "empty.txt", *small], "empty.txt")
+    refused(["train", "--data", "short.txt", *small], "short.txt", "context")
+    refused(["train", "--data", "folder", *small], "folder")
+    refused(["train", "--data", "*.nothing", *small], "*.nothing")
+    refused(["train", "--data", "data.txt", "--held-out", "2", *small], "--held-out")
+    refused(["eval", "--data", "nowhere.txt"], "nowhere.txt")
+    refused(["eval", "--data", "empty.txt"], "empty.txt")
+
+
+def test_bad_settings(refused, workplace):
+    refused(["train", "--preset", "tinny"], "tinny", "did you mean 'tiny'?")
+    refused([*TRAIN, "--steps", "0"], "steps")
+    refused([*TRAIN, "--batch", "-1"], "batch")
+    refused([*TRAIN, "--lr", "nan"], "lr")
+    refused([*TRAIN, "--ctx", "4"], "ctx")
+    refused([*TRAIN, "--accum-threshold", "500"], "accum_threshold")
+    (workplace / "typo.toml").write_text("[train]\nstpes = 3\n")
+    refused(["train", "--config", "typo.toml"], "typo.toml", "stpes", "did you mean 'steps'?")
+    (workplace / "type.toml").write_text("[train]\nsteps = 'many'\n")
+    refused(["train", "--config", "type.toml"], "type.toml", "steps", "integer")
+    (workplace / "broken.toml").write_text("[train\n")
+    refused(["train", "--config", "broken.toml"], "broken.toml")
+    refused(["train", "--config", "nowhere.toml"], "nowhere.toml")
+    refused(["train", "--config", "small.toml", "--preset", "enormous"], "enormous")
+
+
+def test_bad_command_lines(refused):
+    refused(["trian"], "trian", 'Did you mean "train"?')
+    refused(["train", "--setps", "3"], "--setps", "Did you mean --steps?")
+    refused(["train", "--steps", "three"], "--steps", "three")
+    refused(["train", "--steps"], "--steps")
+    refused(["train", "--steps", "3", "--steps", "4"], "--steps")
+    refused(["train", "tiny"], "unexpected argument 'tiny'")
+    refused(["train", "--state", "ful"], "--state", 'Did you mean "full"?')
+    refused(["train", "--resume=3"], "--resume")
+    refused(["--bogus"], "--bogus")
+    refused(["eval"], "--data")
+
+
+def test_bad_names_of_runs(refused):
+    refused([*TRAIN, "--run", "done"], "'done' exists", "--resume", "--reset")
+    refused([*TRAIN, "--run", "../elsewhere"], "'../elsewhere'")
+    refused([*TRAIN, "--reset"], "--reset", "--run")
+    refused([*TRAIN, "--run", "done", "--reset", "--resume"], "--resume", "--reset")
+    refused(["train", "--resume", "--run", "don"], "did you mean 'done'?")
+    refused(["train", "--resume", "--lr", "0.5"], "--lr 0.5 contradicts")
+    refused(["generate", "don"], "did you mean 'done'?")
+    refused(["eval", "nowhere", "--data", "data.txt"], "nowhere")
+    refused(["audit", "nowhere"], "nowhere")
+
+
+def test_a_reset_with_bad_data_deletes_nothing(refused):
+    refused(["train", "--run", "done", "--reset", "--data", "nowhere.txt"], "nowhere.txt")
+
+
+def test_bad_checkpoints(refused, workplace):
+    model = workplace / "runs" / "done" / "best" / "model.safetensors"
+    data = model.read_bytes()
+    verbs = [["generate", "done"], ["eval", "done", "--data", "data.txt"]]
+    for damaged, word in (
+        (data[:-7], "model.safetensors is damaged or cut short"),
+        (data[:20], "model.safetensors is damaged or cut short"),
+        (b"", "model.safetensors is damaged or cut short"),
+        (data + b"\0", "model.safetensors is damaged or cut short"),
+        (data[:-1] + bytes([data[-1] ^ 1]), "model.safetensors is damaged: the checksum of tensor"),
+        (struct.pack("<Q", 1 << 62) + data[8:], "model.safetensors is damaged or cut short"),
+    ):
+        model.write_bytes(damaged)
+        for verb in verbs:
+            refused(verb, word)
+    save_file({"weight": torch.zeros(2, 2)}, model)
+    for verb in verbs:
+        refused(verb, "was not written by arbitor")
+
+
+def test_resuming_from_a_truncated_checkpoint_or_another_models(refused, workplace, monkeypatch, capsys):
+    (workplace / "runs" / "done" / "summary.json").unlink()
+    for name in ("best", ".latest.previous"):
+        shutil.rmtree(workplace / "runs" / "done" / name, ignore_errors=True)
+    latest = workplace / "runs" / "done" / "latest"
+    model = latest / "model.safetensors"
+    data = model.read_bytes()
+    model.write_bytes(data[: len(data) // 2])
+    refused(["train", "--resume"], "cannot resume", "model.safetensors is damaged or cut short")
+    model.write_bytes(data)
+    (workplace / "wide.toml").write_text(TOML.replace("ffn_dim = 64", "ffn_dim = 96"))
+    assert main(["train", "--data", "data.txt", "--config", "wide.toml", "--run", "wide"]) == 0
+    shutil.rmtree(latest)
+    shutil.copytree(workplace / "runs" / "wide" / "latest", latest)
+    refused(["train", "--resume", "--run", "done"], "of another model: ffn_dim is 96 there, 64 in this run")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_a_gpu_that_is_not_there(refused):
+    refused([*TRAIN, "--device", "cuda"], "--device cuda", "use --device cpu")
+    refused(["generate", "--device", "cuda"], "--device cuda")
+    refused(["eval", "--data", "data.txt", "--device", "cuda"], "--device cuda")
+
+
+def test_bad_sampling_settings(refused):
+    refused(["generate", "done", "--temperature", "-1"], "temperature")
+    refused(["generate", "done", "--top-p", "2"], "top_p")
+    refused(["generate", "done", "--bytes", "-1"], "bytes")
+
+
+def test_no_run_at_all(workplace, refused):
+    shutil.rmtree(workplace / "runs")
+    for verb in (["generate"], ["eval", "--data", "data.txt"], ["audit"], ["train", "--resume"]):
+        refused(verb, "there is no run under ./runs", "`arbitor train` makes one")
+
+
+def test_the_traceback_is_for_those_who_ask(workplace, capsys):
+    assert main(["train", "--data", "nowhere.txt", "--debug"]) == 2
+    captured = capsys.readouterr().err
+    assert captured.startswith("Traceback (most recent call last)")
+    assert captured.splitlines()[-1].startswith("arbitor: error: ")
+
+
+def test_a_bug_is_told_as_one(workplace, capsys, monkeypatch):
+    monkeypatch.setattr("arbitor.train.session.open_corpus", lambda *_, **__: 1 / 0)
+    assert main(TRAIN) == 1
+    captured = capsys.readouterr().err
+    assert captured.startswith("arbitor: error: unexpected ZeroDivisionError")
+    assert captured.count("\n") == 1
+
+
+# -- what works ---------------------------------------------------------------------------------------------
+
+
+def test_flags_override_the_file_which_overrides_the_preset(workplace):
+    assert main([*TRAIN, "--steps", "2", "--seed", "5", "--run", "mine", "--no-save"]) == 0
+    from arbitor.config import load_config, preset
+
+    config = load_config(workplace / "runs" / "mine" / "config.toml")
+    assert (config.train.steps, config.train.seed, config.train.save) == (2, 5, False)
+    assert config.train.batch == 4
+    assert config.train.rule == preset("tiny").train.rule
+    assert config.data.data == ("data.txt",)
+
+
+def test_runs_are_numbered_and_reset(workplace, capsys):
+    for number in (1, 2):
+        assert main(TRAIN) == 0
+        assert (workplace / "runs" / f"tiny-{number}" / "summary.json").exists()
+    (workplace / "runs" / "tiny-1" / "note").touch()
+    assert main([*TRAIN, "--run", "tiny-1", "--reset", "--steps", "2"]) == 0
+    assert not (workplace / "runs" / "tiny-1" / "note").exists()
+    assert json.loads((workplace / "runs" / "tiny-1" / "summary.json").read_text())["steps"] == 2
+    assert main([*TRAIN, "--run", "fresh", "--reset"]) == 0
+
+
+def test_generate_writes_prompt_and_bytes(workplace, capfdbinary):
+    arguments = ["generate", "done", "--prompt", "line", "--bytes", "9", "--seed", "3"]
+    outputs = []
+    for checkpoint in ("done", "runs/done/final", "runs/done/final/model.safetensors"):
+        arguments[1] = checkpoint
+        assert main(arguments) == 0
+        outputs.append(capfdbinary.readouterr())
+    assert outputs[0].out.startswith(b"line")
+    assert 4 < len(outputs[0].out) <= 4 + 9 + 1
+    assert outputs[1].out == outputs[2].out
+    assert b"runs/done/best on cpu" in outputs[0].err
+    prompt = ["generate", "done", "--prompt", "-x", "--bytes", "0"]
+    assert main(prompt) == 0
+    assert capfdbinary.readouterr().out == b"-x\n"
+
+
+def test_generate_and_eval_change_nothing(workplace, capfdbinary):
+    before = tree(workplace)
+    assert main(["generate", "--bytes", "3"]) == 0
+    assert main(["eval", "--data", "data.txt"]) == 0
+    assert main(["audit"]) == 0
+    assert tree(workplace) == before
+
+
+def test_eval_gives_the_figure_of_the_summary(workplace, capsys):
+    summary = json.loads((workplace / "runs" / "done" / "summary.json").read_text())
+    data = Path("data.txt").read_bytes()
+    Path("held-out.txt").write_bytes(data[len(data) - summary["held_out_bytes"] :])
+    assert main(["eval", "runs/done/final", "--data", "held-out.txt"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[0] == f"{summary['held_out_bits_per_byte']:.4f} bits per byte"
+    assert f"all of {summary['held_out_bytes']:,} bytes of held-out.txt" in printed
+
+
+def test_audit_lists_the_tensors_and_fails_on_a_float(workplace, capsys):
+    assert main(["audit", "done"]) == 0
+    printed = capsys.readouterr().out
+    for word in ("head.q", "T_accum", "int8", "bytes a weight", "no float weight"):
+        assert word in printed
+    save_file({"layer.weight": torch.zeros(4, 4)}, workplace / "runs" / "done" / "best" / "model.safetensors")
+    assert main(["audit", "done"]) == 1
+    assert "layer.weight" in capsys.readouterr().out
+
+
+def test_version_and_help(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"arbitor {arbitor.__version__}\n"
+    assert main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    for verb in ("train", "generate", "eval", "audit", "doctor", "--debug"):
+        assert verb in printed
+    assert main(["train", "--help"]) == 0
+    printed = capsys.readouterr().out
+    flags = (
+        "preset data held-out field steps batch accum ctx state rule lr seed device config run resume reset",
+        "eval-steps eval-interval save-interval no-save log-interval",
+        "accum-threshold e-accum-threshold scale-lr",
+    )
+    for flag in " ".join(flags).split():
+        assert f"--{flag} " in printed
+
+
+def test_help_is_quick_and_loads_no_torch(repository):
+    code = "import sys; from arbitor.cli import main; main(['--help']); assert 'torch' not in sys.modules"
+    times = []
+    for _ in range(3):
+        started = time.process_time(), time.perf_counter()
+        subprocess.run([sys.executable, "-c", code], cwd=repository, check=True, capture_output=True)
+        times.append(time.perf_counter() - started[1])
+    assert min(times) <= 0.6  # 0.25 s on two idle cores; a loaded machine takes longer
+
+
+@pytest.mark.parametrize("module", ["arbitor", "arbitor.train"])
+def test_modules_are_the_same_command(module, repository, tmp_path):
+    verb = ["train"] if module == "arbitor" else []
+    command = [sys.executable, "-m", module, *verb, "--steps", "many"]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == 'arbitor: error: Invalid value for --steps: unable to convert "many" into int.\n'

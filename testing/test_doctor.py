@@ -1,0 +1,55 @@
+"""The doctor describes the machine and tests that training works."""
+
+import io
+
+import pytest
+import torch
+from rich.console import Console
+
+from arbitor import doctor
+
+
+@pytest.fixture
+def console():
+    return Console(file=io.StringIO(), highlight=False)
+
+
+def test_it_describes_the_machine_and_passes(console):
+    assert doctor.examine(console) == 0
+    printed = console.file.getvalue()
+    for words in (
+        "arbitor ",
+        "python ",
+        f"torch {torch.__version__}",
+        "cyclopts ",
+        "device ",
+        "back end ",
+        "threads ",
+        "memory ",
+        "disk ",
+        "self-test: pack and decode: ok",
+        "self-test: training step: ok",
+    ):
+        assert words in printed
+
+
+@pytest.mark.parametrize("check", ["check_codec", "check_training_step"])
+def test_a_failing_self_test_is_exit_code_1(console, monkeypatch, check):
+    def broken(device):
+        raise RuntimeError("no such\nthing")
+
+    monkeypatch.setattr(doctor, check, broken)
+    assert doctor.examine(console) == 1
+    assert "FAILED: RuntimeError: no such thing" in console.file.getvalue()
+
+
+def test_the_self_test_notices_training_that_does_nothing(monkeypatch):
+    monkeypatch.setattr("arbitor.ternary.VoteOptimizer.step", lambda self: None)
+    with pytest.raises(RuntimeError, match="changed nothing"):
+        doctor.check_training_step(doctor.resolve_device("cpu"))
+
+
+def test_the_self_test_notices_a_codec_that_is_wrong(monkeypatch):
+    monkeypatch.setattr(doctor, "trit_pack", lambda trits, pack=doctor.trit_pack: pack(-trits))
+    with pytest.raises(RuntimeError, match="do not survive packing"):
+        doctor.check_codec(doctor.resolve_device("cpu"))

@@ -1,0 +1,234 @@
+"""A resumed run equals an uninterrupted one: losses, flips, evaluations, and its checkpoints to the byte."""
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from arbitor.errors import UserError
+from arbitor.train.loop import Trainer
+from arbitor.train.metrics import EVALUATION_KEYS, STEP_KEYS, MetricsLog
+from arbitor.train.session import start_training
+
+RUNS = Path("runs")
+VARYING = {"bytes_per_second", "memory", "seconds"}
+FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "config.toml")
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL."""
+
+
+def lines_of(run: str) -> list[dict]:
+    return [json.loads(line) for line in (RUNS / run / "metrics.jsonl").read_text().splitlines()]
+
+
+def figures_of(run: str) -> list[dict]:
+    """What must not depend on interruptions."""
+    return [{key: value for key, value in line.items() if key not in VARYING} for line in lines_of(run)]
+
+
+def assert_equal_runs(one: str, two: str) -> None:
+    assert figures_of(one) == figures_of(two)
+    for checkpoint in ("latest", "best", "final"):
+        for name in FILES:
+            ours, theirs = (RUNS / run / checkpoint / name for run in (one, two))
+            assert ours.read_bytes() == theirs.read_bytes(), f"{checkpoint}/{name}"
+    assert (RUNS / one / "sample.txt").read_bytes() == (RUNS / two / "sample.txt").read_bytes()
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """interrupt(method, step, how): `how()` runs after `method` of a trainer that has taken `step` steps."""
+
+    def arrange(method, step, how):
+        original = getattr(Trainer, method)
+
+        def wrapped(self, *args, **kwargs):
+            result = original(self, *args, **kwargs)
+            if self.step == step:
+                monkeypatch.setattr(Trainer, method, original)
+                how()
+            return result
+
+        monkeypatch.setattr(Trainer, method, wrapped)
+
+    return arrange
+
+
+def kill():
+    raise Killed
+
+
+@pytest.fixture
+def whole_run(workplace, settings):
+    assert start_training(settings, run="whole") == 0
+    return "whole"
+
+
+@pytest.mark.parametrize("state", ["full", "compact", "lean"])
+def test_interrupted_at_three_steps(workplace, settings, interrupt, state):
+    settings |= {"state": state, "accum": 2}
+    assert start_training(settings, run="whole") == 0
+    interrupt("take_step", 3, lambda: signal.raise_signal(signal.SIGINT))
+    assert start_training(settings, run="cut") == 130
+    for step in (4, 9):
+        interrupt("take_step", step, lambda: signal.raise_signal(signal.SIGTERM))
+        assert start_training({}, run="cut", resume=True) == 143
+        state_file = json.loads((RUNS / "cut" / "latest" / "state.json").read_text())
+        assert state_file["step"] == step
+        assert not (RUNS / "cut" / "final").exists()
+    assert start_training({}, resume=True, run="cut") == 0
+    assert_equal_runs("cut", "whole")
+    assert [line["step"] for line in lines_of("cut") if "loss" in line] == list(range(1, 13))
+
+
+@pytest.mark.parametrize(("method", "step"), [("evaluate", 4), ("evaluate", 12), ("take_step", 12)])
+def test_interrupted_in_an_evaluation_or_after_the_last_step(whole_run, settings, interrupt, method, step):
+    interrupt(method, step, lambda: signal.raise_signal(signal.SIGINT))
+    assert start_training(settings, run="cut") == 130
+    assert not (RUNS / "cut" / "final").exists()
+    assert start_training({}, run="cut", resume=True) == 0
+    assert_equal_runs("cut", whole_run)
+
+
+@pytest.mark.parametrize("step", [5, 6, 11])
+def test_killed_between_saves(whole_run, settings, interrupt, step):
+    interrupt("take_step", step, kill)
+    with pytest.raises(Killed):
+        start_training(settings, run="cut")
+    metrics = RUNS / "cut" / "metrics.jsonl"
+    metrics.write_bytes(metrics.read_bytes() + b'{"step": 99, "lo')  # what a torn write leaves
+    assert start_training({}, run="cut", resume=True) == 0
+    assert_equal_runs("cut", whole_run)
+
+
+def test_killed_at_the_end(whole_run, settings, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("arbitor.train.session.plot_loss", lambda *_: kill())
+        with pytest.raises(Killed):
+            start_training(settings, run="cut")
+    assert not (RUNS / "cut" / "summary.json").exists()
+    assert start_training({}, run="cut", resume=True) == 0
+    assert_equal_runs("cut", whole_run)
+
+
+def test_a_damaged_latest_falls_back_to_the_one_before_and_says_so(whole_run, settings, interrupt, capsys):
+    interrupt("take_step", 10, lambda: signal.raise_signal(signal.SIGINT))
+    assert start_training(settings, run="cut") == 130
+    damaged = RUNS / "cut" / "latest" / "model.safetensors"
+    data = bytearray(damaged.read_bytes())
+    data[-9] ^= 4
+    damaged.write_bytes(data)
+    capsys.readouterr()
+    assert start_training({}, run="cut", resume=True) == 0
+    printed = capsys.readouterr().out
+    assert "warning: runs/cut/latest/model.safetensors is damaged: the checksum of tensor" in printed
+    assert "resuming from the checkpoint of step 8 in runs/cut/.latest.previous" in printed
+    assert_equal_runs("cut", whole_run)
+
+
+def test_without_any_latest_best_serves(whole_run, settings, interrupt, capsys):
+    interrupt("take_step", 10, lambda: signal.raise_signal(signal.SIGINT))
+    start_training(settings, run="cut")
+    for name in ("latest", ".latest.previous"):
+        (RUNS / "cut" / name / "state.json").unlink()
+    assert start_training({}, run="cut", resume=True) == 0
+    assert_equal_runs("cut", whole_run)
+
+
+def test_nothing_whole_left_is_one_clear_error(workplace, settings, interrupt):
+    interrupt("take_step", 2, lambda: signal.raise_signal(signal.SIGINT))
+    start_training(settings, run="cut")
+    (RUNS / "cut" / "latest" / "model.safetensors").write_bytes(b"short")
+    with pytest.raises(
+        UserError, match=r"^cannot resume: .*model\.safetensors is damaged.* --run cut --reset$"
+    ):
+        start_training({}, run="cut", resume=True)
+    shutil.rmtree(RUNS / "cut" / "latest")
+    with pytest.raises(UserError, match="cannot resume: runs/cut holds no checkpoint"):
+        start_training({}, run="cut", resume=True)
+
+
+def test_a_checkpoint_of_another_run_is_refused(workplace, settings, interrupt):
+    for name, changes in (("one", {}), ("two", {"ffn_dim": 96})):
+        interrupt("take_step", 2, lambda: signal.raise_signal(signal.SIGINT))
+        start_training({**settings, **changes}, run=name)
+    shutil.rmtree(RUNS / "one" / "latest")
+    shutil.copytree(RUNS / "two" / "latest", RUNS / "one" / "latest")
+    with pytest.raises(UserError, match="checkpoint of another model: ffn_dim is 96 there, 64 in this run"):
+        start_training({}, run="one", resume=True)
+
+
+def test_resume_takes_the_newest_run_and_a_finished_one_says_so(workplace, settings, interrupt, capsys):
+    assert start_training(settings, run="older") == 0
+    interrupt("take_step", 2, lambda: signal.raise_signal(signal.SIGINT))
+    assert start_training(settings) == 130
+    assert "go on with: arbitor train --resume\n" in capsys.readouterr().out
+    assert start_training({}, resume=True) == 0
+    assert (RUNS / "tiny-1" / "summary.json").exists()
+    capsys.readouterr()
+    before = {path: path.stat().st_mtime_ns for path in RUNS.rglob("*")}
+    assert start_training({}, resume=True) == 0
+    assert "the run 'tiny-1' is finished with" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in RUNS.rglob("*")} == before
+
+
+def test_resume_refuses_what_contradicts_the_run(workplace, settings, interrupt):
+    interrupt("take_step", 2, lambda: signal.raise_signal(signal.SIGINT))
+    start_training(settings, run="cut")
+    (workplace / "other.toml").write_text("[train]\nseed = 7\n")
+    contradictions = [
+        ({"settings": {"lr": 0.5}}, r"--lr 0\.5 contradicts the run's lr = \(unset\)"),
+        ({"settings": {"steps": 13}}, "--steps 13 contradicts the run's steps = 12"),
+        ({"settings": {"ctx": 32}}, "--ctx 32 contradicts"),
+        ({"settings": {"data": ["else.txt"]}}, r"--data else\.txt contradicts the run's data = data\.txt"),
+        ({"settings": {"save": False}}, "--no-save contradicts"),
+        ({"settings": {}, "preset": "small"}, "--preset small contradicts"),
+        ({"settings": {}, "config_file": "other.toml"}, r"--config other\.toml contradicts"),
+    ]
+    for arguments, message in contradictions:
+        with pytest.raises(UserError, match=message):
+            start_training(**arguments, run="cut", resume=True)
+    agreeing = {"steps": 12, "data": ["data.txt"], "device": "cpu"}
+    assert start_training(agreeing, preset="tiny", run="cut", resume=True) == 0
+
+
+def test_the_thread_count_of_the_run_is_used(workplace, settings, interrupt, capsys):
+    interrupt("take_step", 2, lambda: signal.raise_signal(signal.SIGINT))
+    start_training(settings, run="cut")
+    torch.set_num_threads(2)
+    assert start_training({}, run="cut", resume=True) == 0
+    assert "using 1 threads, as before" in capsys.readouterr().out
+    assert torch.get_num_threads() == 2
+    assert json.loads((RUNS / "cut" / "summary.json").read_text())["threads"] == 1
+
+
+def test_a_run_in_use_is_left_alone(whole_run, settings):
+    log = MetricsLog(RUNS / whole_run)
+    (RUNS / whole_run / "summary.json").unlink()
+    for arguments in ({"resume": True}, {"reset": True}):
+        with pytest.raises(UserError, match="'whole' is being trained by another process"):
+            start_training({} if "resume" in arguments else settings, run=whole_run, **arguments)
+    log.close()
+    assert start_training({}, run=whole_run, resume=True) == 0
+
+
+@pytest.mark.parametrize("log_interval", [5, 100])
+def test_reading_losses_rarely_changes_none_of_them(whole_run, settings, log_interval):
+    assert start_training({**settings, "log_interval": log_interval}, run="rare") == 0
+    steps, rare = ([line for line in figures_of(run) if "loss" in line] for run in (whole_run, "rare"))
+    assert [{**line, "flip_rate": None} for line in steps] == [{**line, "flip_rate": None} for line in rare]
+    assert [line for line in figures_of("rare") if "loss" not in line] == [
+        line for line in figures_of(whole_run) if "loss" not in line
+    ]
+
+
+def test_metrics_have_exactly_the_named_keys(whole_run):
+    lines = lines_of(whole_run)
+    for line in lines:
+        assert tuple(line) == (STEP_KEYS if "loss" in line else EVALUATION_KEYS)
+    assert [line["step"] for line in lines if "loss" not in line] == [4, 8, 12]

@@ -1,0 +1,106 @@
+"""Names of runs, and finding checkpoints."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from arbitor.errors import UserError
+from arbitor.train import runs
+from arbitor.train.runs import find_checkpoint
+
+
+@pytest.fixture(autouse=True)
+def _workplace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def make(name: str, *checkpoints: str, age: int = 0) -> Path:
+    """A run that was made `age` seconds ago."""
+    path = Path("runs") / name
+    path.mkdir(parents=True)
+    (path / "config.toml").write_text("")
+    written = (path / "config.toml").stat().st_mtime_ns - age * 10**9
+    os.utime(path / "config.toml", ns=(written, written))
+    for checkpoint in checkpoints:
+        (path / checkpoint).mkdir()
+        (path / checkpoint / "model.safetensors").touch()
+    return path
+
+
+def test_names_count_up_and_fill_no_gap_twice():
+    assert [runs.make_run("tiny").name for _ in range(3)] == ["tiny-1", "tiny-2", "tiny-3"]
+    assert runs.make_run("small").name == "small-1"
+    assert runs.make_run("tiny", "mine") == Path("runs/mine")
+    with pytest.raises(UserError, match="the run 'mine' exists: continue it with --resume"):
+        runs.make_run("tiny", "mine")
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "/abs", ".hidden", "a\\b", "nul\0"])
+def test_names_cannot_leave_the_folder(name):
+    with pytest.raises(UserError, match="is no name of a run"):
+        runs.run_path(name)
+
+
+def test_only_runs_are_removed():
+    for name in ("mine", "else"):
+        make(name)
+    (Path("runs") / "else" / "config.toml").rename(Path("runs") / "else" / "precious.txt")
+    runs.remove_run(Path("runs/mine"))
+    assert not Path("runs/mine").exists()
+    with pytest.raises(UserError, match="is not a run"):
+        runs.remove_run(Path("runs/else"))
+    Path("runs/link").symlink_to("else")
+    with pytest.raises(UserError, match="is not a run"):
+        runs.remove_run(Path("runs/link"))
+    assert Path("runs/else/precious.txt").exists()
+
+
+def test_the_newest_run_is_found_by_when_it_was_made():
+    with pytest.raises(UserError, match=r"there is no run under \./runs; `arbitor train` makes one"):
+        runs.existing_run(None)
+    make("old", age=9)
+    make("tiny-10", age=3)
+    make("tiny-9", age=5)
+    assert [path.name for path in runs.list_runs()] == ["tiny-10", "tiny-9", "old"]
+    assert runs.existing_run(None).name == "tiny-10"
+    assert runs.existing_run("old").name == "old"
+    with pytest.raises(UserError, match=r"no run 'tiny-11' under \./runs \(did you mean 'tiny-10'\?\)"):
+        runs.existing_run("tiny-11")
+
+
+def test_what_a_command_means_by_a_checkpoint():
+    make("older", "best", "latest", "final", age=5)
+    make("stopped", "latest", age=3)
+    make("empty")
+    cases = {
+        None: "runs/stopped/latest",
+        "older": "runs/older/best",
+        "runs/older": "runs/older/best",
+        "runs/older/final": "runs/older/final",
+        "runs/older/final/model.safetensors": "runs/older/final",
+        "stopped": "runs/stopped/latest",
+        str(Path("runs/older/latest").resolve()): str(Path("runs/older/latest").resolve()),
+    }
+    for given, expected in cases.items():
+        assert find_checkpoint(given) == Path(expected)
+    Path("runs/older/best").rename("runs/older/.best.previous")  # killed between the two renames
+    assert find_checkpoint("older") == Path("runs/older/.best.previous")
+    assert find_checkpoint("runs/older/best") == Path("runs/older/.best.previous")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("nowhere", "there is no run or checkpoint 'nowhere'"),
+        ("oldest", r"\(did you mean 'older'\?\)"),
+        ("empty", "has no checkpoint"),
+        (".", "is neither a run nor a checkpoint"),
+        ("", "is neither a run nor a checkpoint"),
+    ],
+)
+def test_what_is_no_checkpoint_is_named(given, message):
+    make("older", "best")
+    make("empty")
+    with pytest.raises(UserError, match=message):
+        find_checkpoint(given)

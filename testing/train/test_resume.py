@@ -232,3 +232,17 @@ def test_metrics_have_exactly_the_named_keys(whole_run):
     for line in lines:
         assert tuple(line) == (STEP_KEYS if "loss" in line else EVALUATION_KEYS)
     assert [line["step"] for line in lines if "loss" not in line] == [4, 8, 12]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("state", ["full", "compact", "lean"])
+def test_interrupted_at_three_steps_on_a_gpu(workplace, settings, interrupt, state):
+    settings |= {"state": state, "accum": 2, "device": "cuda", "dim": 160, "ffn_dim": 320, "ctx": 64}
+    assert start_training(settings, run="whole") == 0
+    interrupt("take_step", 3, lambda: signal.raise_signal(signal.SIGINT))
+    assert start_training(settings, run="cut") == 130
+    for step in (4, 9):
+        interrupt("take_step", step, lambda: signal.raise_signal(signal.SIGTERM))
+        assert start_training({}, run="cut", resume=True) == 143
+    assert start_training({}, resume=True, run="cut") == 0
+    assert_equal_runs("cut", "whole")

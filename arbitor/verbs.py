@@ -67,6 +67,8 @@ def audit_tensors(checkpoint: str | None) -> int:
     folder = find_checkpoint(checkpoint)
     report = audit_checkpoint(folder)
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 120  # of a pipe nothing is known, and names shall not be folded
     table = Table(title=str(folder), title_justify="left")
     for name in ("tensor", "role", "dtype", "shape"):
         table.add_column(name, overflow="fold")

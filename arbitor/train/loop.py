@@ -337,7 +337,7 @@ class Run:
         self.log.write(dict(zip(EVALUATION_KEYS, values, strict=True)))
         trainer.evaluated_step = trainer.step
         self._saved_step = None  # the outcome belongs into `latest`, too
-        best = trainer.best is None or result.bits_per_byte < trainer.best["bits_per_byte"]
+        best = result.bits_per_byte < (math.inf if trainer.best is None else trainer.best["bits_per_byte"])
         if best:
             trainer.best = {"step": trainer.step, "bits_per_byte": result.bits_per_byte}
             self.save("best")

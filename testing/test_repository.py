@@ -115,7 +115,7 @@ def test_the_installed_command_is_the_module(repository):
     if not script.exists():
         pytest.skip(f"arbitor is not installed in this environment: no {script}")
     printed = subprocess.run([script, "--version"], capture_output=True, text=True, check=True).stdout
-    assert printed.strip() == arbitor.__version__
+    assert printed.split() == ["arbitor", arbitor.__version__]
 
 
 def commands(readme):

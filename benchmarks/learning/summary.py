@@ -94,9 +94,10 @@ def plot(rows: Sequence[Row], path: Path, title: str) -> None:
         axes.annotate(
             f"{standing.name} {standing.mean:.3f}",
             (xs[0], standing.mean),
-            xytext=(7, 0),
+            xytext=(-7 if marker == "s" else 7, 0),
             textcoords="offset points",
             fontsize=8,
+            ha="right" if marker == "s" else "left",
             va="center",
         )
     axes.set_xscale("log", base=2)

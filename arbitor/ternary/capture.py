@@ -9,8 +9,8 @@ from torch import Tensor
 class GradientCapture:
     """Sum of a weight's gradient over all its uses since the last step.
 
-    A use arrives as the pair (activations A [N, I], output gradients B [N, O]), dW = B^T A. The pairs are kept
-    as they are while they take fewer bytes than dW; from then on only dW is kept, in the dtype of B.
+    A use arrives as the pair (activations A [N, I], output gradients B [N, O]), dW = B^T A. The pairs are
+    kept as they are while they take fewer bytes than dW; from then on only dW is kept, in the dtype of B.
     """
 
     def __init__(self, rows: int, columns: int) -> None:

@@ -271,7 +271,7 @@ class Int8Embedding(IntegerModule):
         return self.num_embeddings * self.dim
 
     def check(self, name: str = "") -> None:
-        """Raise UserError, naming the tensor, if a code stands outside [-95, 95] or an exponent is illegal."""
+        """Raise UserError, naming the tensor, for a code outside [-95, 95] or an illegal exponent."""
         if self.q.device.type == "meta":
             return
         where = f"{name}." if name else ""
@@ -294,4 +294,5 @@ class Int8Embedding(IntegerModule):
         return y_NV.view(*x.shape[:-1], self.num_embeddings)
 
     def extra_repr(self) -> str:
+        """Sizes and kind."""
         return f"{self.num_embeddings}, {self.dim}, kind={self.kind}"

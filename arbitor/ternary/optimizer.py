@@ -17,7 +17,7 @@ from arbitor.ops.random_bits import random_bits, stream_keys
 from arbitor.ops.state_update import scale_update, state_update
 from arbitor.ops.trit_codec import trit_unpack
 from arbitor.ternary.capture import GradientCapture
-from arbitor.ternary.layers import Int8Embedding
+from arbitor.ternary.layers import Int8Embedding, TernaryEmbeddingTable
 from arbitor.ternary.rules import get_rule
 from arbitor.ternary.tensor import (
     RESIDUAL_UNITS,
@@ -67,14 +67,14 @@ SIGN_LR = STATES["full"].lr  # of the tables, when matrices vote by sign
 class VoteOptimizer(torch.optim.Optimizer):
     """Trains ternary matrices and int8 tables by integer votes.
 
-    Gradients are captured during backward and accumulate until `step()`, which alone changes weights and state.
-    Attaching takes over the residuals that initialisation left; on a model loaded from a file the accumulators
-    start at zero. A second optimizer on the same model replaces the first.
+    Gradients are captured during backward and accumulate until `step()`, which alone changes weights and
+    state. Attaching takes over the residuals that initialisation left; on a model loaded from a file the
+    accumulators start at zero. A second optimizer on the same model replaces the first.
 
     Args:
         model: holds TernaryScaleTensor and Int8Embedding modules; everything else is left alone.
-        lr: trits per step; None takes the state's own (full 0.05, compact 0.07, lean 0.15). Rule `sign` uses it
-            for the byte tables only.
+        lr: trits per step; None takes the state's own (full 0.05, compact 0.07, lean 0.15). Rule `sign` uses
+            it for the byte tables only.
         rule: direction of the vote: spectral, sinkhorn, row or sign.
         state: full (int8 momentum), compact (4-bit) or lean (none).
         seed: of the stochastic rounding.
@@ -118,7 +118,7 @@ class VoteOptimizer(torch.optim.Optimizer):
         default_lr = SIGN_LR if rule == "sign" else self.kind.lr
         super().__init__(
             weights,
-            {"lr": default_lr if lr is None else lr, "scale_lr": scale_lr},  # type: ignore[arg-type]
+            {"lr": default_lr if lr is None else lr, "scale_lr": scale_lr},
         )
         self._dropped = torch.zeros((), dtype=torch.int64, device=weights[0].device)
         self._last_ok = torch.ones((), dtype=torch.bool, device=weights[0].device)
@@ -131,7 +131,8 @@ class VoteOptimizer(torch.optim.Optimizer):
 
     def _set_thresholds(self, accum_threshold: int | None, e_accum_threshold: int) -> None:
         sign = self.rule == "sign"
-        theta = accum_threshold or (SIGN_THRESHOLD if sign else self.kind.threshold)
+        default = SIGN_THRESHOLD if sign else self.kind.threshold
+        theta = default if accum_threshold is None else accum_threshold
         if not 2 <= theta <= 127:
             raise UserError(f"accum_threshold must be between 2 and 127, got {theta}")
         if not 1 <= e_accum_threshold <= 127:
@@ -153,7 +154,9 @@ class VoteOptimizer(torch.optim.Optimizer):
             e_accum_threshold: scale exponents; None keeps the present one.
         """
         old_span = self.span
-        self._set_thresholds(accum_threshold, e_accum_threshold or self.e_accum_threshold)
+        if e_accum_threshold is None:
+            e_accum_threshold = self.e_accum_threshold
+        self._set_thresholds(accum_threshold, e_accum_threshold)
         if self.span != old_span:
             for module in self._matrices().values():
                 accumulator = self.state[module.T_packed]["T_accum"]
@@ -218,11 +221,11 @@ class VoteOptimizer(torch.optim.Optimizer):
         self._loss_ok = ok if self._loss_ok is None else self._loss_ok & ok
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Turn captured gradients into votes, flips and new momentum; then drop them.
 
-        If the noted loss or any captured gradient is not finite, weights and state stay bit-identical, and the step
-        is counted as dropped. A matrix, expert or table row without a gradient stays as it is.
+        If the noted loss or any captured gradient is not finite, weights and state stay bit-identical, and
+        the step is counted as dropped. A matrix, expert or table row without a gradient stays as it is.
 
         Args:
             closure: computes the loss and its backward; optional.
@@ -272,6 +275,7 @@ class VoteOptimizer(torch.optim.Optimizer):
         for name, module in captured.items():
             if isinstance(module, TernaryScaleTensor):
                 key = (
+                    type(module),
                     module.leading_shape,
                     module.out_features,
                     module.in_features,
@@ -298,8 +302,10 @@ class VoteOptimizer(torch.optim.Optimizer):
         states = [self.state[m.T_packed] for m in modules]
         gradient = torch.stack([self._gradient(m) for m in modules]).to(torch.float32)
         device = gradient.device
-        active = (gradient != 0).any(dim=-1).any(dim=-1) & ok.to(device)
-        active = active[..., None, None]
+        active = (gradient != 0).any(dim=-1, keepdim=True) & ok.to(device)
+        by_row = isinstance(modules[0], TernaryEmbeddingTable)
+        if not by_row:
+            active = active.any(dim=-2, keepdim=True)
         bits = random_bits(self._keys(batch, device), modules[0].numel()).view(gradient.shape)
 
         direction = gradient
@@ -318,6 +324,8 @@ class VoteOptimizer(torch.optim.Optimizer):
             _copy_back(states, "M", codes)
             _copy_back(states, "M_exp", exponent)
 
+        if by_row:  # a row that is not looked up must not steer the others through its momentum either
+            direction = direction.masked_fill(~active, 0)
         scale = torch.stack([m.E for m in modules])
         weighted = direction * _relative_scale(scale, modules[0].group, modules[0].in_features)
         packed, accumulator = (
@@ -351,7 +359,7 @@ class VoteOptimizer(torch.optim.Optimizer):
         active: Tensor,
         scale_lr: float,
     ) -> None:
-        """Votes on the exponents: the gradient of log2 of each group's scale, brought to RMS 1 in a matrix."""
+        """Votes on the exponents: the gradient of log2 of each group's scale, with RMS 1 in a matrix."""
         modules = list(batch.values())
         trits = torch.stack([_unpacked(m) for m in modules])
         per_weight = weighted * trits
@@ -520,7 +528,7 @@ def _unpacked(module: TernaryScaleTensor) -> Tensor:
 
 
 def _relative_scale(exponent: Tensor, group: int, in_features: int) -> Tensor:
-    """2^(E - max E of the matrix) for every weight: int8 [..., O, G] -> fp32, broadcastable to [..., O, I]."""
+    """2^(E - max E of the matrix) for every weight: int8 [..., O, G] -> fp32, broadcasts to [..., O, I]."""
     relative = exponent.to(torch.int32) - exponent.amax(dim=(-2, -1), keepdim=True).to(torch.int32)
     scale = exp2_int(relative)
     if exponent.shape[-1] == 1:

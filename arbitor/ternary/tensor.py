@@ -87,7 +87,7 @@ class TernaryScaleTensor(IntegerModule):
         T_packed: uint8 parameter [*leading, out, 32 * ceil(in / 160)].
         E: int8 parameter [*leading, out, ceil(in / group)], legal -62...31.
         T_residual: what rounding left over when the trits were drawn, int8 [*leading, out, in] in 1/128 trit,
-            not saved; an optimizer takes it as the start of its accumulators. None once taken or after loading.
+            not saved; the start of an optimizer's accumulators. None once taken or after loading.
     """
 
     T_packed: nn.Parameter

@@ -37,7 +37,7 @@ def state_update(
         accumulator: int8 [..., O, I]; changed.
         direction: fp32 [..., O, I], steps go against it.
         bits: int32 [..., O, I], of which the low 16 round.
-        active: bool, broadcasts over [..., 1, 1]; where False nothing changes.
+        active: bool [..., 1, 1] or, of single rows, [..., O, 1]; where False nothing changes.
         step: accumulator units for a direction of 1 (learning rate in trits times span).
         span: accumulator units between neighbouring trits.
         threshold: accumulator value at which a trit flips.
@@ -85,7 +85,7 @@ def scale_update(
         accumulator: int8 [..., O, G]; changed.
         direction: fp32 [..., O, G], steps go against it.
         bits: int32 [..., O, G], of which the low 16 round.
-        active: bool, broadcasts over [..., 1, 1].
+        active: bool [..., 1, 1] or, of single rows, [..., O, 1]; where False nothing changes.
         step: accumulator units for a direction of 1.
         threshold: accumulator units in a whole octave.
     """

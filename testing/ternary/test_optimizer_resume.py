@@ -1,0 +1,154 @@
+"""Randomness that follows from the seed, and state that continues to the bit."""
+
+import io
+
+import pytest
+import torch
+
+from arbitor.errors import UserError
+from arbitor.ternary import VoteOptimizer
+from testing.small_net import SmallNet, changed, each_state, make, snapshot, train
+
+
+@each_state
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(state):
+    runs = []
+    for seed in (4, 4, 5):
+        net, optimizer = make(state=state, seed=0)
+        optimizer.seed = seed
+        runs.append((train(net, optimizer, range(4)), snapshot(net, optimizer)))
+    assert runs[0][0] == runs[1][0]
+    assert changed(runs[0][1], runs[1][1]) == []
+    assert "up.0.T_accum" in changed(runs[0][1], runs[2][1])
+    assert runs[0][0] != runs[2][0]
+
+
+def test_the_global_generator_plays_no_part_in_a_step():
+    net, optimizer = make()
+    twin, twin_optimizer = make()
+    train(net, optimizer, range(3))
+    torch.manual_seed(99)
+    before = torch.get_rng_state()
+    train(twin, twin_optimizer, range(3))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert changed(snapshot(net, optimizer), snapshot(twin, twin_optimizer)) == []
+
+
+def through_a_file(value):
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+@each_state
+@pytest.mark.parametrize("form", ["state_dict", "named_state"])
+def test_a_resumed_run_continues_to_the_bit(form, state):
+    net, optimizer = make(state=state, scale_lr=0.1, accum_threshold=40)
+    train(net, optimizer, range(3))
+    optimizer.note_loss(torch.tensor(torch.nan))
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] *= 0.5
+
+    resumed = SmallNet()
+    resumed.load_state_dict(through_a_file(net.state_dict()))
+    if form == "state_dict":
+        other = VoteOptimizer(resumed, state=state)
+        other.load_state_dict(through_a_file(optimizer.state_dict()))
+    else:
+        other = VoteOptimizer(resumed, state=state, scale_lr=0.1)
+        other.load_hyperparameters(through_a_file(optimizer.hyperparameters()))
+        other.load_named_state(through_a_file(optimizer.named_state()))
+        other.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"]
+    assert changed(snapshot(net, optimizer), snapshot(resumed, other)) == []
+    assert other.hyperparameters() == optimizer.hyperparameters()
+    assert train(resumed, other, range(4, 8)) == train(net, optimizer, range(4, 8))
+    assert changed(snapshot(net, optimizer), snapshot(resumed, other)) == []
+    assert other.dropped_steps == 1
+
+
+def test_state_dict_holds_integers_and_plain_values_only():
+    net, optimizer = make()
+    train(net, optimizer, range(2))
+
+    def leaves(value):
+        if isinstance(value, dict):
+            return [leaf for v in value.values() for leaf in leaves(v)]
+        return [leaf for v in value for leaf in leaves(v)] if isinstance(value, list) else [value]
+
+    for leaf in leaves(optimizer.state_dict()):
+        if isinstance(leaf, torch.Tensor):
+            assert not leaf.is_floating_point()
+        else:
+            assert leaf is None or isinstance(leaf, (int, float, str, bool))
+
+
+def test_loading_copies_into_the_live_state():
+    net, optimizer = make()
+    saved = {name: t.clone() for name, t in optimizer.named_state().items()}
+    train(net, optimizer, range(2))
+    live = optimizer.named_state()
+    optimizer.load_named_state(saved)
+    for name, tensor in optimizer.named_state().items():
+        assert tensor is live[name]
+        assert torch.equal(tensor, saved[name])
+        assert tensor.data_ptr() != saved[name].data_ptr()
+
+
+def drop(state, name):
+    del state[name]
+
+
+def add(state, name):
+    state[name] = torch.zeros(3, dtype=torch.int8)
+
+
+def reshape(state, name):
+    state[name] = state[name][:-1]
+
+
+def retype(state, name):
+    state[name] = state[name].to(torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("damage", "name", "message"),
+    [
+        (drop, "up.0.T_accum", r"1 missing \['up\.0\.T_accum'\], 0 unknown"),
+        (add, "up.7.T_accum", r"0 missing \[\], 1 unknown \['up\.7\.T_accum'\]"),
+        (
+            reshape,
+            "up.1.M",
+            r"up\.1\.M is torch\.int8 \(35, 20\), expected torch\.int8 \(36, 20\)",
+        ),
+        (retype, "head.M_exp", r"head\.M_exp is torch\.float32 .* expected torch\.int16"),
+    ],
+    ids=["missing", "unknown", "shape", "dtype"],
+)
+def test_state_that_does_not_fit_is_named_and_changes_nothing(damage, name, message):
+    net, optimizer = make()
+    before = snapshot(net, optimizer)
+    train(net, optimizer, range(1))
+    damaged = {key: t.clone() for key, t in before.items() if key in optimizer.named_state()}
+    damage(damaged, name)
+    now = snapshot(net, optimizer)
+    with pytest.raises(UserError, match=message):
+        optimizer.load_named_state(damaged)
+    assert changed(now, snapshot(net, optimizer)) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"state": "lean"}, "the saved optimizer has state 'full', this one 'lean'"),
+        ({"rule": "row"}, "the saved optimizer has rule 'spectral', this one 'row'"),
+    ],
+    ids=["state", "rule"],
+)
+def test_hyperparameters_of_another_kind_are_refused(options, message):
+    _, saved = make()
+    _, optimizer = make(**options)
+    with pytest.raises(UserError, match=message):
+        optimizer.load_hyperparameters(saved.hyperparameters())
+    with pytest.raises(UserError, match=message):
+        optimizer.load_state_dict(saved.state_dict())

@@ -51,12 +51,12 @@ _GPU_MODEL = ModelConfig(
 SIZES = {
     size.name: size
     for size in (
-        # 0.3 M trunk weights on 0.15 MB: tens of seconds a run on one core, so that a sweep takes minutes.
+        # 0.3 M trunk weights on 0.12 MB: tens of seconds a run on one core, so that a sweep takes minutes.
         # It shows that everything learns, and the order of the contestants at a very early stage, no more.
         Size(
             name="cpu",
             model=ModelConfig(dim=160, num_prelude_layers=1, ffn_dim=320, ctx=128),
-            steps=150,
+            steps=120,
             batch=8,
             corpus="library",
             held_out_bytes=50_000,

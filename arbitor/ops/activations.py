@@ -130,3 +130,13 @@ def linear_backward(dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, input_n
     with _no_autocast(x):
         dxn = (dy.to(weight.dtype) @ weight).to(compute_dtype(x))
     return (norm_backward(dxn, x, rstd) if input_norm else dxn).to(x.dtype)
+
+
+def linear_outputs(
+    x: Tensor, out_features: int, quantize: bool, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Empty tensors of the shapes and dtypes that `linear` gives."""
+    dtype = compute_dtype(x)
+    per_token = x.new_empty((x.shape[0], 1), dtype=dtype)
+    codes = x.new_empty(x.shape, dtype=torch.int8 if quantize else dtype)
+    return x.new_empty((x.shape[0], out_features), dtype=out_dtype), codes, per_token, per_token.clone()

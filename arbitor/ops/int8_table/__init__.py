@@ -9,6 +9,7 @@ from torch import Tensor
 from arbitor.ops import activations
 from arbitor.ops.int8_table import reference
 from arbitor.ops.int8_table.reference import FRACTION_BITS, Q_MAX
+from arbitor.ops.registry import register
 
 __all__ = [
     "FRACTION_BITS",
@@ -20,18 +21,11 @@ __all__ = [
 ]
 
 
-@torch.library.custom_op("arbitor::int8_gather", mutates_args=())
 def int8_gather(q: Tensor, exponent: Tensor, ids: Tensor) -> Tensor:
     """Rows ids [...] of the table q [V, D], exponent [V] -> fp32 [..., D]."""
-    return reference.gather(q, exponent, ids)
+    return _gather(q, exponent, ids)
 
 
-@int8_gather.register_fake
-def _(q: Tensor, exponent: Tensor, ids: Tensor) -> Tensor:
-    return q.new_empty((*ids.shape, q.shape[1]), dtype=torch.float32)
-
-
-@torch.library.custom_op("arbitor::int8_linear", mutates_args=())
 def int8_linear(
     x: Tensor, q: Tensor, exponent: Tensor, quantize: bool, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -47,41 +41,39 @@ def int8_linear(
     Returns:
         y [N, V]; codes [N, D] (int8 when `quantize`); scale [N, 1]; rstd [N, 1].
     """
-    return reference.linear(x, q, exponent, quantize, out_dtype)
+    return _linear(x, q, exponent, quantize, out_dtype)
 
 
-@int8_linear.register_fake
-def _(
-    x: Tensor, q: Tensor, exponent: Tensor, quantize: bool, out_dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = activations.compute_dtype(x)
-    per_token = x.new_empty((x.shape[0], 1), dtype=dtype)
-    codes = x.new_empty(x.shape, dtype=torch.int8 if quantize else dtype)
-    return (
-        x.new_empty((x.shape[0], q.shape[0]), dtype=out_dtype),
-        codes,
-        per_token,
-        per_token.clone(),
-    )
-
-
-@torch.library.custom_op("arbitor::int8_linear_backward", mutates_args=())
 def int8_linear_backward(dy: Tensor, x: Tensor, rstd: Tensor, q: Tensor, exponent: Tensor) -> Tensor:
     """Gradient [N, D] of x, in its dtype, from dy [N, V]; rounding passes straight through."""
-    return reference.linear_backward(dy, x, rstd, q, exponent)
+    return _linear_backward(dy, x, rstd, q, exponent)
 
 
-@int8_linear_backward.register_fake
-def _(dy: Tensor, x: Tensor, rstd: Tensor, q: Tensor, exponent: Tensor) -> Tensor:
-    return torch.empty_like(x)
-
-
-@torch.library.custom_op("arbitor::int8_table_update", mutates_args=("q",))
 def int8_table_update(q: Tensor, direction: Tensor, step: float, bits: Tensor, active: Tensor) -> None:
     """q += floor(-step * sign(direction) + uniform), in place; see `reference.update`."""
-    reference.update(q, direction, step, bits, active)
+    _update(q, direction, step, bits, active)
 
 
-@int8_table_update.register_fake
-def _(q: Tensor, direction: Tensor, step: float, bits: Tensor, active: Tensor) -> None:
-    return None
+_gather = register(
+    "int8_gather(Tensor q, Tensor exponent, Tensor ids) -> Tensor",
+    reference.gather,
+    lambda q, exponent, ids: q.new_empty((*ids.shape, q.shape[1]), dtype=torch.float32),
+)
+_linear = register(
+    "int8_linear(Tensor x, Tensor q, Tensor exponent, bool quantize, ScalarType out_dtype) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    reference.linear,
+    lambda x, q, exponent, quantize, out_dtype: activations.linear_outputs(
+        x, q.shape[0], quantize, out_dtype
+    ),
+)
+_linear_backward = register(
+    "int8_linear_backward(Tensor dy, Tensor x, Tensor rstd, Tensor q, Tensor exponent) -> Tensor",
+    reference.linear_backward,
+    lambda dy, x, rstd, q, exponent: torch.empty_like(x),
+)
+_update = register(
+    "int8_table_update(Tensor(a!) q, Tensor direction, float step, Tensor bits, Tensor active) -> ()",
+    reference.update,
+    lambda q, direction, step, bits, active: None,
+)

@@ -5,11 +5,11 @@ from torch import Tensor
 
 from arbitor.ops.momentum import reference
 from arbitor.ops.momentum.reference import GROUP, code_max
+from arbitor.ops.registry import register
 
 __all__ = ["GROUP", "code_max", "momentum_fold"]
 
 
-@torch.library.custom_op("arbitor::momentum_fold", mutates_args=("codes", "exponent"))
 def momentum_fold(
     gradient: Tensor,
     codes: Tensor,
@@ -38,18 +38,12 @@ def momentum_fold(
     Returns:
         fp32 [..., I], meaningless where not active.
     """
-    return reference.fold(gradient, codes, exponent, random_bits, active, bits, beta, lookahead)
+    return _fold(gradient, codes, exponent, random_bits, active, bits, beta, lookahead)
 
 
-@momentum_fold.register_fake
-def _(
-    gradient: Tensor,
-    codes: Tensor,
-    exponent: Tensor,
-    random_bits: Tensor,
-    active: Tensor,
-    bits: int,
-    beta: float,
-    lookahead: float,
-) -> Tensor:
-    return torch.empty_like(gradient)
+_fold = register(
+    "momentum_fold(Tensor gradient, Tensor(a!) codes, Tensor(b!) exponent, Tensor random_bits, "
+    "Tensor active, int bits, float beta, float lookahead) -> Tensor",
+    reference.fold,
+    lambda gradient, codes, exponent, random_bits, active, bits, beta, lookahead: torch.empty_like(gradient),
+)

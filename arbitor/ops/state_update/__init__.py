@@ -6,13 +6,13 @@ Shape letters: O out, I in, P packed bytes a row, G groups; `...` leading dimens
 import torch
 from torch import Tensor
 
+from arbitor.ops.registry import register
 from arbitor.ops.state_update import reference
 from arbitor.ops.state_update.reference import MAX_SCALE_EXPONENT, MIN_SCALE_EXPONENT
 
 __all__ = ["MAX_SCALE_EXPONENT", "MIN_SCALE_EXPONENT", "scale_update", "state_update"]
 
 
-@torch.library.custom_op("arbitor::state_update", mutates_args=("packed", "accumulator"))
 def state_update(
     packed: Tensor,
     accumulator: Tensor,
@@ -47,26 +47,9 @@ def state_update(
     Returns:
         int64 [...]: flips in each matrix.
     """
-    return reference.update(packed, accumulator, direction, bits, active, step, span, threshold, rail, reset)
+    return _update(packed, accumulator, direction, bits, active, step, span, threshold, rail, reset)
 
 
-@state_update.register_fake
-def _(
-    packed: Tensor,
-    accumulator: Tensor,
-    direction: Tensor,
-    bits: Tensor,
-    active: Tensor,
-    step: float,
-    span: int,
-    threshold: int,
-    rail: int,
-    reset: bool,
-) -> Tensor:
-    return packed.new_empty(packed.shape[:-2], dtype=torch.int64)
-
-
-@torch.library.custom_op("arbitor::scale_update", mutates_args=("exponent", "accumulator"))
 def scale_update(
     exponent: Tensor,
     accumulator: Tensor,
@@ -89,17 +72,18 @@ def scale_update(
         step: accumulator units for a direction of 1.
         threshold: accumulator units in a whole octave.
     """
-    reference.scale_update(exponent, accumulator, direction, bits, active, step, threshold)
+    _scale_update(exponent, accumulator, direction, bits, active, step, threshold)
 
 
-@scale_update.register_fake
-def _(
-    exponent: Tensor,
-    accumulator: Tensor,
-    direction: Tensor,
-    bits: Tensor,
-    active: Tensor,
-    step: float,
-    threshold: int,
-) -> None:
-    return None
+_update = register(
+    "state_update(Tensor(a!) packed, Tensor(b!) accumulator, Tensor direction, Tensor bits, Tensor active, "
+    "float step, int span, int threshold, int rail, bool reset) -> Tensor",
+    reference.update,
+    lambda packed, *_: packed.new_empty(packed.shape[:-2], dtype=torch.int64),
+)
+_scale_update = register(
+    "scale_update(Tensor(a!) exponent, Tensor(b!) accumulator, Tensor direction, Tensor bits, Tensor active, "
+    "float step, int threshold) -> ()",
+    reference.scale_update,
+    lambda *_: None,
+)

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from arbitor.ops import activations
+from arbitor.ops.registry import register
 from arbitor.ops.ternary_linear import reference
 
 __all__ = ["ternary_linear", "ternary_linear_backward"]
 
 
-@torch.library.custom_op("arbitor::ternary_linear", mutates_args=())
 def ternary_linear(
     x: Tensor,
     packed: Tensor,
@@ -36,27 +36,9 @@ def ternary_linear(
     Returns:
         y [N, O]; codes [N, I] (int8 when `quantize`); scale [N, 1], one code unit's worth; rstd [N, 1].
     """
-    return reference.forward(x, packed, exponent, group, input_norm, quantize, out_dtype)
+    return _forward(x, packed, exponent, group, input_norm, quantize, out_dtype)
 
 
-@ternary_linear.register_fake
-def _(
-    x: Tensor,
-    packed: Tensor,
-    exponent: Tensor,
-    group: int,
-    input_norm: bool,
-    quantize: bool,
-    out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = activations.compute_dtype(x)
-    per_token = x.new_empty((x.shape[0], 1), dtype=dtype)
-    codes = x.new_empty(x.shape, dtype=torch.int8 if quantize else dtype)
-    y = x.new_empty((x.shape[0], packed.shape[-2]), dtype=out_dtype)
-    return y, codes, per_token, torch.empty_like(per_token)
-
-
-@torch.library.custom_op("arbitor::ternary_linear_backward", mutates_args=())
 def ternary_linear_backward(
     dy: Tensor,
     x: Tensor,
@@ -67,17 +49,30 @@ def ternary_linear_backward(
     input_norm: bool,
 ) -> Tensor:
     """Gradient [N, I] of x, in its dtype, from dy [N, O]; rounding passes straight through."""
-    return reference.backward(dy, x, rstd, packed, exponent, group, input_norm)
+    return _backward(dy, x, rstd, packed, exponent, group, input_norm)
 
 
-@ternary_linear_backward.register_fake
-def _(
-    dy: Tensor,
+def _forward_fake(
     x: Tensor,
-    rstd: Tensor,
     packed: Tensor,
     exponent: Tensor,
     group: int,
     input_norm: bool,
-) -> Tensor:
-    return torch.empty_like(x)
+    quantize: bool,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return activations.linear_outputs(x, packed.shape[-2], quantize, out_dtype)
+
+
+_forward = register(
+    "ternary_linear(Tensor x, Tensor packed, Tensor exponent, int group, bool input_norm, bool quantize, "
+    "ScalarType out_dtype) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference.forward,
+    _forward_fake,
+)
+_backward = register(
+    "ternary_linear_backward(Tensor dy, Tensor x, Tensor rstd, Tensor packed, Tensor exponent, int group, "
+    "bool input_norm) -> Tensor",
+    reference.backward,
+    lambda dy, x, rstd, packed, exponent, group, input_norm: torch.empty_like(x),
+)

@@ -98,6 +98,18 @@ def test_gradients_are_checked_even_if_no_loss_is_noted(poison):
     assert optimizer.dropped_steps == 1
 
 
+@pytest.mark.parametrize("order", [(torch.nan, 1.0), (1.0, torch.nan), (1.0, -torch.inf, 2.0)], ids=str)
+def test_one_bad_loss_among_the_micro_batches_drops_the_step(order):
+    net, optimizer = make()
+    before = snapshot(net, optimizer)
+    for loss in order:
+        backward(net)
+        optimizer.note_loss(torch.tensor(loss))
+    optimizer.step()
+    assert changed(before, snapshot(net, optimizer)) == []
+    assert optimizer.dropped_steps == 1
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf], ids=str)
 def test_one_bad_element_of_one_matrix_drops_every_matrix(bad):
     net, optimizer = make()

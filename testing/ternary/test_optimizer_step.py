@@ -243,6 +243,24 @@ def test_table_rows_without_a_gradient_stay(table, state):
     assert (weights != before[next(iter(before))]).any(-1).tolist() == (~still).tolist()
 
 
+def test_unused_rows_of_a_ternary_table_do_not_steer_the_others():
+    # The spectral rule mixes rows; what steers is what was looked up, not the stale momentum of the rest.
+    used = torch.tensor([1, 4, 5])
+    results = []
+    for seed in (8, 9):
+        torch.manual_seed(0)
+        table = TernaryEmbeddingTable(9, 40)
+        optimizer = VoteOptimizer(table, lr=0.3)
+        gradient = gaussian(9, 40, seed=seed)
+        gradient[used] = 0
+        table.capture.add_dense(gradient)
+        optimizer.step()
+        table(used).backward(gaussian(3, 40))
+        optimizer.step()
+        results.append(optimizer.state[table.T_packed]["T_accum"][used])
+    assert torch.equal(*results)
+
+
 @pytest.mark.parametrize("threshold", [32, 8])
 def test_scale_votes_move_exponents_through_their_accumulator(threshold):
     layer, optimizer = matrix(

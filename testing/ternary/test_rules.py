@@ -138,6 +138,15 @@ def test_sinkhorn_brings_rows_and_columns_to_rms_one():
     torch.testing.assert_close(rms(direction, dim=-1), torch.ones(60), rtol=0.05, atol=0)
 
 
+def test_sinkhorn_does_rows_then_columns_three_times():
+    n = gaussian(60, 80).double() * torch.logspace(-1, 1, 80)
+    expected = n.clone()
+    for _ in range(3):
+        expected /= rms(expected, dim=-1)[:, None]
+        expected /= rms(expected, dim=-2)
+    torch.testing.assert_close(sinkhorn(n.float()).double(), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_sinkhorn_balances_rows_and_columns_of_any_magnitude():
     n = gaussian(60, 80).sign() * torch.logspace(-6, 6, 60)[:, None] * torch.logspace(-3, 3, 80)
     torch.testing.assert_close(sinkhorn(n), n.sign(), rtol=1e-4, atol=0)

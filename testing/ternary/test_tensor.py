@@ -222,10 +222,12 @@ def test_named_ternary_lists_integer_modules_once_and_in_order():
     assert [name for name, _ in named_ternary(shared)] == [""]
 
 
-def test_importing_initialises_no_cuda_and_imports_no_triton():
+def test_importing_initialises_no_cuda_and_neither_it_nor_a_forward_imports_triton_or_the_compiler():
     code = (
-        "import sys, torch, arbitor.ternary, arbitor.ops\n"
+        "import sys, torch, arbitor.ternary\n"
         "assert not torch.cuda.is_initialized()\n"
-        "assert 'triton' not in sys.modules\n"
+        "arbitor.ternary.TernaryLinear(8, 8)(torch.ones(1, 8))\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "assert not {'triton', 'torch._dynamo'} & sys.modules.keys()\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -457,6 +457,11 @@ class VoteOptimizer(torch.optim.Optimizer):
         Raises:
             UserError: a tensor is missing, too much, or of another shape or dtype.
         """
+        self._refuse_misfit(named)
+        for name, tensor in self.named_state().items():
+            tensor.copy_(named[name])
+
+    def _refuse_misfit(self, named: Mapping[str, Tensor]) -> None:
         own = self.named_state()
         missing, extra = (
             sorted(own.keys() - named.keys()),
@@ -474,8 +479,6 @@ class VoteOptimizer(torch.optim.Optimizer):
                     f"optimizer state {name} is {given.dtype} {tuple(given.shape)}, "
                     f"expected {tensor.dtype} {tuple(tensor.shape)}"
                 )
-        for name, tensor in own.items():
-            tensor.copy_(named[name])
 
     def hyperparameters(self) -> dict[str, Any]:
         """Plain values that belong to the state: rule, kind, seed, thresholds and counters."""
@@ -491,22 +494,35 @@ class VoteOptimizer(torch.optim.Optimizer):
 
     def load_hyperparameters(self, values: Mapping[str, Any]) -> None:
         """Put back what `hyperparameters` gave; UserError if rule or kind of state differ."""
-        for key, own in (("rule", self.rule), ("state", self.state_name)):
-            if values[key] != own:
-                raise UserError(f"the saved optimizer has {key} {values[key]!r}, this one {own!r}")
+        self._refuse_other_kind(values)
         self.seed = int(values["seed"])
         self._set_thresholds(int(values["accum_threshold"]), int(values["e_accum_threshold"]))
         self.step_count = int(values["step_count"])
         self._dropped.fill_(int(values["dropped_steps"]))
+
+    def _refuse_other_kind(self, values: Mapping[str, Any]) -> None:
+        for key, own in (("rule", self.rule), ("state", self.state_name)):
+            if values[key] != own:
+                raise UserError(f"the saved optimizer has {key} {values[key]!r}, this one {own!r}")
 
     def state_dict(self) -> dict[str, Any]:
         """torch's form, with the plain values of `hyperparameters` beside it."""
         return {**super().state_dict(), "hyperparameters": self.hyperparameters()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Inverse of `state_dict`."""
+        """Inverse of `state_dict`; UserError, with nothing changed, if it is of another model or kind."""
         state_dict = dict(state_dict)
-        self.load_hyperparameters(state_dict.pop("hyperparameters"))
+        hyperparameters = state_dict.pop("hyperparameters")
+        self._refuse_other_kind(hyperparameters)
+        names = dict(enumerate(self._modules))  # torch counts parameters in the order of the modules
+        self._refuse_misfit(
+            {
+                f"{names.get(index, index)}.{key}": tensor
+                for index, tensors in state_dict["state"].items()
+                for key, tensor in tensors.items()
+            }
+        )
+        self.load_hyperparameters(hyperparameters)
         super().load_state_dict(state_dict)
 
     def state_bytes(self) -> int:

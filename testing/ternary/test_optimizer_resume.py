@@ -4,9 +4,10 @@ import io
 
 import pytest
 import torch
+from torch import nn
 
 from arbitor.errors import UserError
-from arbitor.ternary import VoteOptimizer
+from arbitor.ternary import TernaryLinear, VoteOptimizer
 from testing.small_net import SmallNet, changed, each_state, make, snapshot, train
 
 
@@ -135,6 +136,27 @@ def test_state_that_does_not_fit_is_named_and_changes_nothing(damage, name, mess
     with pytest.raises(UserError, match=message):
         optimizer.load_named_state(damaged)
     assert changed(now, snapshot(net, optimizer)) == []
+
+
+def test_a_state_dict_of_another_model_is_named_and_changes_nothing():
+    def attach(*sizes):
+        return VoteOptimizer(
+            nn.Sequential(*(TernaryLinear(columns, 6) for columns in sizes)), seed=len(sizes)
+        )
+
+    optimizer = attach(40, 33)
+    before = {name: t.clone() for name, t in optimizer.named_state().items()}
+    hyperparameters = optimizer.hyperparameters()
+    for other, message in (
+        (attach(40, 32), r"1\.M is torch\.int8 \(6, 32\), expected torch\.int8 \(6, 33\)"),
+        (attach(40), r"4 missing \['1\.E_accum', '1\.M', '1\.M_exp'\], 0 unknown"),
+        (attach(40, 33, 5), r"0 missing \[\], 4 unknown \['2\.E_accum', '2\.M', '2\.M_exp'\]"),
+    ):
+        other.step_count = 9
+        with pytest.raises(UserError, match=message):
+            optimizer.load_state_dict(other.state_dict())
+        assert changed(before, optimizer.named_state()) == []
+        assert optimizer.hyperparameters() == hyperparameters
 
 
 @pytest.mark.parametrize(

@@ -124,10 +124,10 @@ class ModelConfig:
     dim: int = 160
     num_prelude_layers: int = 2
     num_coda_layers: int = 0
-    num_heads: int = 5
-    head_dim: int = 16
-    rope_dim: int = 16
-    value_dim: int = 32
+    num_heads: int = 2
+    head_dim: int = 48
+    rope_dim: int = 32
+    value_dim: int = 80
     kv_latent_dim: int = 160
     ffn_dim: int = 640
     ctx: int = 128
@@ -180,8 +180,8 @@ class TrainConfig:
         device: auto, cpu or cuda.
     """
 
-    steps: int = 600
-    batch: int = 32
+    steps: int = 360
+    batch: int = 16
     accum: int = 1
     lr: float | None = None
     state: str = "full"
@@ -192,8 +192,8 @@ class TrainConfig:
     e_accum_threshold: int = 32
     scale_lr: float = 0.0
     eval_steps: int = 64
-    eval_interval: int = 100
-    save_interval: int = 100
+    eval_interval: int = 120
+    save_interval: int = 120
     log_interval: int = 1
     save: bool = True
     device: str = "auto"

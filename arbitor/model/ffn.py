@@ -1,11 +1,27 @@
 """Feed-forward part of a block: squared ReLU (So et al. 2021, "Primer", section 3.1)."""
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arbitor.config import ModelConfig
 from arbitor.ternary import TernaryLinear
+
+
+class _SquaredReLU(torch.autograd.Function):
+    """relu(x)^2, keeping one tensor and taking two passes backward where autograd would take five."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        positive = x.clamp_min(0)
+        ctx.save_for_backward(positive)
+        return positive * positive
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        (positive,) = ctx.saved_tensors
+        return 2 * (dy * positive)
 
 
 class FeedForward(nn.Module):
@@ -18,4 +34,4 @@ class FeedForward(nn.Module):
 
     def forward(self, h_BND: Tensor) -> Tensor:
         """Residual stream [B, N, D] -> what is added to it, [B, N, D]."""
-        return self.down(F.relu(self.up(h_BND)).square())
+        return self.down(_SquaredReLU.apply(self.up(h_BND)))

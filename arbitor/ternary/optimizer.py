@@ -302,7 +302,7 @@ class VoteOptimizer(torch.optim.Optimizer):
         states = [self.state[m.T_packed] for m in modules]
         gradient = torch.stack([self._gradient(m) for m in modules]).to(torch.float32)
         device = gradient.device
-        active = (gradient != 0).any(dim=-1, keepdim=True) & ok.to(device)
+        active = gradient.any(dim=-1, keepdim=True) & ok.to(device)
         by_row = isinstance(modules[0], TernaryEmbeddingTable)
         if not by_row:
             active = active.any(dim=-2, keepdim=True)

@@ -38,8 +38,12 @@ def _scale(exponent: Tensor, factor: float, sign: int) -> Tensor:
     return _fractions(e.device, factor, sign)[e & (OCTAVE - 1)] * exp2_int(sign * (e >> 3))
 
 
-def _spread(per_group: Tensor, in_features: int) -> Tensor:
-    return per_group.repeat_interleave(GROUP, dim=-1)[..., :in_features]
+def _scaled(values: Tensor, per_group: Tensor) -> Tensor:
+    """values [..., I] times the factor [..., H] of their group, as fp32."""
+    in_features = values.shape[-1]
+    if in_features % GROUP:
+        return values * per_group.repeat_interleave(GROUP, dim=-1)[..., :in_features]
+    return (values.unflatten(-1, (-1, GROUP)) * per_group[..., None]).flatten(-2)
 
 
 def group_exponent(values: Tensor) -> Tensor:
@@ -52,9 +56,8 @@ def group_exponent(values: Tensor) -> Tensor:
         int16 [..., H], clamped to the legal range.
     """
     in_features = values.shape[-1]
-    groups = -(-in_features // GROUP)
-    padded = torch.nn.functional.pad(values, (0, groups * GROUP - in_features))
-    absmax = padded.view(*values.shape[:-1], groups, GROUP).abs().amax(dim=-1)
+    padded = torch.nn.functional.pad(values, (0, -in_features % GROUP)) if in_features % GROUP else values
+    absmax = padded.unflatten(-1, (-1, GROUP)).abs().amax(dim=-1)
     bits = absmax.view(torch.int32)
     thresholds = _fractions(values.device, 1.0, 1).view(torch.int32) & 0x7FFFFF
     eighths = ((bits & 0x7FFFFF)[..., None] > thresholds).sum(dim=-1)
@@ -78,7 +81,7 @@ def decode(codes: Tensor, exponent: Tensor, in_features: int, bits: int) -> Tens
     """Momentum as fp32 [..., I] from codes [..., C] and exponent int16 [..., H]."""
     if bits == 4:
         codes = unpack_nibbles(codes, in_features)
-    return codes.to(torch.float32) * _spread(_scale(exponent, 1 / code_max(bits), 1), in_features)
+    return _scaled(codes, _scale(exponent, 1 / code_max(bits), 1))
 
 
 def encode(values: Tensor, random_bits: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -89,10 +92,9 @@ def encode(values: Tensor, random_bits: Tensor, bits: int) -> tuple[Tensor, Tens
     """
     exponent = group_exponent(values)
     largest = code_max(bits) * 65536.0
-    scale = _spread(_scale(exponent, largest, -1), values.shape[-1])
     # Beyond 2^100 the exponent no longer covers the values, and int32 would not hold them.
-    fixed = (values * scale).clamp_(-largest, largest).round_().to(torch.int32)
-    codes = (fixed + ((random_bits >> 16) & 0xFFFF)) >> 16
+    fixed = _scaled(values, _scale(exponent, largest, -1)).clamp_(-largest, largest).round_().to(torch.int32)
+    codes = fixed.add_((random_bits >> 16).bitwise_and_(0xFFFF)).bitwise_right_shift_(16)
     codes = codes.clamp_(-code_max(bits), code_max(bits)).to(torch.int8)
     return (pack_nibbles(codes) if bits == 4 else codes), exponent
 
@@ -111,6 +113,6 @@ def fold(
     momentum = decode(codes, exponent, gradient.shape[-1], bits)
     momentum = momentum.mul_(beta).add_(gradient * (1 - beta))
     new_codes, new_exponent = encode(momentum, random_bits, bits)
-    codes.copy_(torch.where(active, new_codes, codes))
-    exponent.copy_(torch.where(active, new_exponent, exponent))
+    torch.where(active, new_codes, codes, out=codes)
+    torch.where(active, new_exponent, exponent, out=exponent)
     return momentum.mul_(lookahead).add_(gradient * (1 - lookahead))

@@ -26,7 +26,7 @@ def stochastic_floor(values: Tensor, factor: float, bits: Tensor) -> Tensor:
         int32 [...]: (rint(factor * 2^16 * values) + bits mod 2^16) >> 16.
     """
     fixed = (values * (factor * 65536.0)).clamp_(-_FIXED_LIMIT, _FIXED_LIMIT).round_().to(torch.int32)
-    return (fixed + (bits & 0xFFFF)) >> 16
+    return fixed.add_(bits & 0xFFFF).bitwise_right_shift_(16)
 
 
 def update(
@@ -42,22 +42,21 @@ def update(
     reset: bool,
 ) -> Tensor:
     """Vote and flip in place; see `arbitor.ops.state_update.state_update`."""
-    in_features = direction.shape[-1]
-    votes = stochastic_floor(direction, -step, bits).masked_fill_(~active, 0).to(torch.int16)
-    trits = trit_codec.unpack(packed, in_features)
-    total = accumulator + votes
-    voted = votes != 0
+    votes = stochastic_floor(direction, -step, bits).to(torch.int16).mul_(active)
+    voted = (votes != 0).view(torch.int8)
+    trits = trit_codec.unpack(packed, direction.shape[-1])
+    total = votes.add_(accumulator)
     lowest = threshold if reset or 2 * threshold > span else threshold + 1
-    up = (total >= threshold) & (trits < 1) & voted
-    down = (total <= -lowest) & (trits > -1) & voted
-    flip = up.to(torch.int8) - down.to(torch.int8)
+    up = (total >= threshold).logical_and_(trits < 1)
+    down = (total <= -lowest).logical_and_(trits > -1)
+    flip = (up.view(torch.int8) - down.view(torch.int8)).mul_(voted)
     trits += flip
-    total = total.masked_fill_(flip != 0, 0) if reset else total - span * flip.to(torch.int16)
-    total = torch.where(trits == 1, total.clamp(max=rail), total)
-    total = torch.where(trits == -1, total.clamp(min=-rail), total).clamp_(-127, 127)
-    accumulator.copy_(torch.where(voted, total, accumulator.to(torch.int16)))
+    total = total.masked_fill_(flip != 0, 0) if reset else total.sub_(flip, alpha=span)
+    # At a rail, trit * total is how far the accumulator stands outwards; elsewhere the excess is zero.
+    excess = (total * trits).sub_(rail).clamp_min_(0).mul_(trits).mul_(voted)
+    accumulator.copy_(total.sub_(excess).clamp_(-127, 127))
     packed.copy_(trit_codec.pack(trits))
-    return flip.abs().sum(dim=(-2, -1), dtype=torch.int64)
+    return flip.abs_().sum(dim=(-2, -1), dtype=torch.int64)
 
 
 def scale_update(

@@ -180,7 +180,7 @@ class TrainConfig:
         device: auto, cpu or cuda.
     """
 
-    steps: int = 360
+    steps: int = 320
     batch: int = 16
     accum: int = 1
     lr: float | None = None
@@ -192,8 +192,8 @@ class TrainConfig:
     e_accum_threshold: int = 32
     scale_lr: float = 0.0
     eval_steps: int = 64
-    eval_interval: int = 120
-    save_interval: int = 120
+    eval_interval: int = 80
+    save_interval: int = 80
     log_interval: int = 1
     save: bool = True
     device: str = "auto"

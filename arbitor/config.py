@@ -175,7 +175,7 @@ class TrainConfig:
         eval_steps: Held-out windows per evaluation during training.
         eval_interval: Steps between evaluations; 0 evaluates at the end only.
         save_interval: Steps between checkpoints; 0 saves at the end only.
-        log_interval: Steps between lines of progress where the output is not a terminal.
+        log_interval: Steps between readings of the loss from the device.
         save: Whether checkpoints are written at all.
         device: auto, cpu or cuda.
     """

@@ -35,7 +35,9 @@ def normalize_and_quantize(x: Tensor, input_norm: bool, quantize: bool) -> tuple
     dtype = compute_dtype(x)
     if input_norm:
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
-        rstd = norm.square_().div_(x.shape[-1]).add_(RMS_EPS).rsqrt_()
+        mean_square = norm.square_().div_(x.shape[-1]).add_(RMS_EPS)
+        # The difference is 0, or NaN where the square overflowed: rsqrt alone would make such a token 0.
+        rstd = mean_square.rsqrt().add_(mean_square - mean_square)
     else:
         rstd = x.new_ones((x.shape[0], 1), dtype=dtype)
     if not quantize:

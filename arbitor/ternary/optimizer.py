@@ -150,18 +150,22 @@ class VoteOptimizer(torch.optim.Optimizer):
         """Change thresholds during a run; live accumulators are rescaled with the span.
 
         Args:
-            accum_threshold: flips; span and rail limit follow. None restores the state's own.
+            accum_threshold: flips; span and rail limit follow. None keeps the present one.
             e_accum_threshold: scale exponents; None keeps the present one.
         """
         old_span = self.span
-        if e_accum_threshold is None:
-            e_accum_threshold = self.e_accum_threshold
-        self._set_thresholds(accum_threshold, e_accum_threshold)
-        if self.span != old_span:
-            for module in self._matrices().values():
-                accumulator = self.state[module.T_packed]["T_accum"]
-                scaled = (accumulator.to(torch.float32) * (self.span / old_span)).round_()
-                accumulator.copy_(scaled.clamp_(-127, 127))
+        self._set_thresholds(
+            self.accum_threshold if accum_threshold is None else accum_threshold,
+            self.e_accum_threshold if e_accum_threshold is None else e_accum_threshold,
+        )
+        if self.span == old_span:
+            return
+        for module in self._matrices().values():
+            accumulator = self.state[module.T_packed]["T_accum"]
+            trits = _unpacked(module).to(torch.int16)
+            scaled = (accumulator.to(torch.float32) * (self.span / old_span)).round_().to(torch.int16)
+            scaled -= (scaled * trits - self.rail).clamp_(min=0) * trits
+            accumulator.copy_(scaled.clamp_(-127, 127))
 
     def _attach(self, module: IntegerModule) -> None:
         if isinstance(module, TernaryScaleTensor):

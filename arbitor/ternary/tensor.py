@@ -72,8 +72,14 @@ class IntegerModule(nn.Module):
         raise NotImplementedError
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
         error_msgs: list[str] = args[-1]
+        for name, parameter in self.named_parameters(recurse=False):
+            given = state_dict.get(prefix + name)
+            if isinstance(given, Tensor) and given.dtype != parameter.dtype:
+                # Copying would round floats to integers without a word.
+                error_msgs.append(f"{prefix}{name} is {given.dtype}, expected {parameter.dtype}")
+                return
+        super()._load_from_state_dict(state_dict, prefix, *args)
         try:
             self.check(prefix.rstrip("."))
         except UserError as error:

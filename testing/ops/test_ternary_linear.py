@@ -210,3 +210,13 @@ def test_opcheck(quantize, input_norm):
     rstd = ternary_linear(*arguments)[3]
     backward = (dy, x, rstd, packed, exponent, group, input_norm)
     torch.library.opcheck(torch.ops.arbitor.ternary_linear_backward, backward)
+
+
+@pytest.mark.parametrize("value", [1e25, float("inf"), float("nan")])
+def test_a_token_whose_norm_overflows_never_passes_for_zero(value):
+    x = torch.randn(3, 40)
+    x[1, 7] = value
+    packed = trit_pack(torch.ones(2, 40, dtype=torch.int8))
+    y, *_ = ternary_linear(x, packed, torch.zeros(2, 1, dtype=torch.int8), 40, True, True, torch.float32)
+    assert y[1].isnan().all()
+    assert y[[0, 2]].isfinite().all()

@@ -231,3 +231,12 @@ def test_importing_initialises_no_cuda_and_neither_it_nor_a_forward_imports_trit
         "assert not {'triton', 'torch._dynamo'} & sys.modules.keys()\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_loading_floats_into_integer_weights_is_refused():
+    layer = TernaryLinear(40, 3)
+    before = layer.T_packed.clone()
+    floats = {"T_packed": torch.full(layer.T_packed.shape, 128.0), "E": layer.E.clone()}
+    with pytest.raises(RuntimeError, match="T_packed is torch.float32, expected torch.uint8"):
+        layer.load_state_dict(floats)
+    assert torch.equal(layer.T_packed, before)

@@ -9,7 +9,7 @@ from arbitor.errors import UserError
 from arbitor.train.device import resolve_device
 from benchmarks.learning import scale_votes, summary
 from benchmarks.learning.contestants import CONTESTANTS, Contestant, Run
-from benchmarks.learning.corpus import load_texts
+from benchmarks.learning.corpus import keep_to_one_text, load_texts
 from benchmarks.learning.runner import Planner, Recorder, run_all
 from benchmarks.learning.sizes import SIZES, Size
 from benchmarks.learning.sweep import plan, remaining, results_of
@@ -47,7 +47,9 @@ def sweep_command(options: argparse.Namespace) -> int:
 
     complete = True
     if plan(contestants, rows):
-        complete = _run(options, size, lambda running: plan(contestants, rows, running), record)
+        complete = _run(
+            options, size, table.path, not rows, lambda running: plan(contestants, rows, running), record
+        )
     rows = list(table.rows())
     print(summary.report(rows))
     _plot(rows, size, options.results / f"learning-{size.name}.png")
@@ -79,16 +81,19 @@ def scale_votes_command(options: argparse.Namespace) -> int:
     if options.plan:
         print(f"{len(missing(set()))} runs to do:", *missing(set()), sep="\n  ")
         return 0
-    complete = _run(options, size, missing, record) if missing(set()) else True
+    complete = _run(options, size, table.path, not done, missing, record) if missing(set()) else True
     print(scale_votes.report(table.rows()))
     return 0 if complete else 75
 
 
-def _run(options: argparse.Namespace, size: Size, planner: Planner, record: Recorder) -> bool:
+def _run(
+    options: argparse.Namespace, size: Size, results: Path, fresh: bool, planner: Planner, record: Recorder
+) -> bool:
     device = resolve_device(options.device)
     texts = load_texts(size, options.data, options.held_out)
+    keep_to_one_text(results, texts, fresh)
     print(f"{size.name}: {size.steps} steps of {size.batch} x {size.model.ctx} bytes on {device.name}")
-    print(texts.description, flush=True)
+    print(f"{texts.description} (text {texts.fingerprint})", flush=True)
     return run_all(
         planner,
         record,

@@ -26,6 +26,11 @@ class Texts:
     held_out: np.ndarray
     description: str
 
+    @property
+    def fingerprint(self) -> str:
+        """Digest of both texts, 12 hexadecimal digits."""
+        return _digest(_digest(self.train.tobytes()) + _digest(self.held_out.tobytes())).hex()[:12]
+
 
 def load_texts(size: Size, data: Sequence[str] = (), held_out: str | None = None) -> Texts:
     """The texts of a size, or of the user's own `data` (files, folders, globs) if any is given.
@@ -77,12 +82,34 @@ def distinct_sources(files: Iterable[tuple[Path, Path]], max_bytes: int = MAX_BY
     train, held_out = (np.frombuffer(b"".join(parts[side]), dtype=np.uint8).copy() for side in (False, True))
     if not len(train) or not len(held_out):
         raise UserError("found no Python sources to train on; give your own text with --data")
-    fingerprint = _digest(train.tobytes()).hex()[:12]
     description = (
         f"{len(seen):,} distinct Python sources of this machine: {len(train) / 1e6:.2f} MB to train on,"
-        f" {len(held_out) / 1e6:.2f} MB held out (fingerprint {fingerprint})"
+        f" {len(held_out) / 1e6:.2f} MB held out"
     )
     return Texts(train, held_out, description)
+
+
+def keep_to_one_text(results: Path, texts: Texts, fresh: bool) -> None:
+    """Refuse to put rows of one text beside rows of another; the text is noted in `<results>.text`.
+
+    Args:
+        results: the CSV file that rows go to.
+        texts: what the coming runs read.
+        fresh: there are no rows yet that must stay comparable.
+
+    Raises:
+        UserError: the rows that are there come from another text.
+    """
+    note = results.with_suffix(".text")
+    line = f"{texts.fingerprint} {len(texts.train)} bytes to train on, {len(texts.held_out)} held out\n"
+    if not fresh and note.exists() and note.read_text() != line:
+        noted = note.read_text().split()[0]
+        raise UserError(
+            f"{results} has rows of another text ({noted}, this is {texts.fingerprint});"
+            " give that text, another --results folder, or --force for all contestants"
+        )
+    note.parent.mkdir(parents=True, exist_ok=True)
+    note.write_text(line)
 
 
 def _digest(content: bytes) -> bytes:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from arbitor.errors import UserError
-from benchmarks.learning.corpus import distinct_sources, load_texts
+from benchmarks.learning.corpus import Texts, distinct_sources, keep_to_one_text, load_texts
 from benchmarks.learning.sizes import SIZES
 
 
@@ -63,3 +63,16 @@ def test_shakespeare_needs_its_text_and_holds_out_the_last_tenth(tmp_path):
     texts = load_texts(SIZES["shakespeare"], [str(path)])
     assert len(texts.train) == 23_040
     assert np.concatenate([texts.train, texts.held_out]).tobytes() == path.read_bytes()
+
+
+def test_rows_of_two_texts_never_stand_in_one_table(tmp_path):
+    results = tmp_path / "learning-cpu.csv"
+    texts = [Texts(np.full(8, k, np.uint8), np.full(4, k, np.uint8), "") for k in (1, 2)]
+    keep_to_one_text(results, texts[0], fresh=True)
+    keep_to_one_text(results, texts[0], fresh=False)
+    noted = results.with_suffix(".text").read_text()
+    with pytest.raises(UserError, match=f"this is {texts[1].fingerprint}"):
+        keep_to_one_text(results, texts[1], fresh=False)
+    assert results.with_suffix(".text").read_text() == noted
+    keep_to_one_text(results, texts[1], fresh=True)
+    assert results.with_suffix(".text").read_text() != noted

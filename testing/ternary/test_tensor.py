@@ -237,6 +237,6 @@ def test_loading_floats_into_integer_weights_is_refused():
     layer = TernaryLinear(40, 3)
     before = layer.T_packed.clone()
     floats = {"T_packed": torch.full(layer.T_packed.shape, 128.0), "E": layer.E.clone()}
-    with pytest.raises(RuntimeError, match="T_packed is torch.float32, expected torch.uint8"):
+    with pytest.raises(RuntimeError, match=r"T_packed is torch\.float32, expected torch\.uint8"):
         layer.load_state_dict(floats)
     assert torch.equal(layer.T_packed, before)

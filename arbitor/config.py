@@ -21,6 +21,8 @@ RULES = ("spectral", "sinkhorn", "row", "sign")
 TSCALES = ("T4", "T6", "T8", "T16", "T32", "T64", "T96", "ROW")
 DEVICES = ("auto", "cpu", "cuda")
 
+MAX_MOTIF_TRITS = 15
+
 _WIDTH = (1, 1 << 20)
 _COUNT = (1, 1 << 31)
 _FROM_ZERO = (0, 1 << 31)
@@ -118,6 +120,23 @@ class ModelConfig:
         attention_window: Positions that attention looks back; 0 means the whole context.
         rope_theta: Base of the rotary frequencies.
         tscale: Weights that share a scale exponent: T4 ... T96 or ROW.
+        motif_trits: Trits of a motif code (finite scalar quantisation, 3^k motifs); 0 leaves the VQ bridge
+            out, unless `codebook_rows` asks for a learned codebook.
+        codebook_rows: Rows of a learned codebook that replaces the trits of `motif_trits`; 0 is off.
+        num_experts: Routed experts of the core; 0 leaves the mixture of experts out.
+        num_active_experts: Routed experts that each position uses; a shared one comes on top.
+        expert_dim: Hidden width of every expert.
+        max_moe_iters: Most iterations of the core.
+        halt_threshold: Sum of halting probabilities at which a position leaves the core.
+        ponder_weight: Weight of the ponder cost (iterations and remainder of a position) in the loss, nats.
+        graph_edges: Edges that the motif graph holds; 0 leaves the graph out. It needs motifs.
+        graph_neighbours: Neighbours that send a message to a motif.
+        graph_heads: Heads that weigh the neighbours.
+        memory_rows: Rows of each hash table of the n-gram memory; 0 leaves the memory out.
+        memory_heads: Hash tables for 2-grams, and as many for 3-grams.
+        memory_dim: Width of a row.
+        memory_over: What the n-grams consist of: bytes or motifs.
+        output_router: Whether a router over modalities stands ahead of the heads.
     """
 
     vocab_size: int = 288
@@ -134,6 +153,32 @@ class ModelConfig:
     attention_window: int = 0
     rope_theta: float = 10000.0
     tscale: str = "ROW"
+    motif_trits: int = 0
+    codebook_rows: int = 0
+    num_experts: int = 0
+    num_active_experts: int = 2
+    expert_dim: int = 640
+    max_moe_iters: int = 4
+    halt_threshold: float = 0.99
+    ponder_weight: float = 0.001
+    graph_edges: int = 0
+    graph_neighbours: int = 4
+    graph_heads: int = 8
+    memory_rows: int = 0
+    memory_heads: int = 4
+    memory_dim: int = 80
+    memory_over: str = "bytes"
+    output_router: bool = False
+
+    @property
+    def has_motifs(self) -> bool:
+        """Whether every position has a motif: the VQ bridge is on."""
+        return self.motif_trits > 0 or self.codebook_rows > 0
+
+    @property
+    def has_core(self) -> bool:
+        """Whether there is a core to iterate: experts, or a graph that sends messages."""
+        return self.num_experts > 0 or self.graph_edges > 0
 
     def __post_init__(self) -> None:
         _settle_types(self)
@@ -154,6 +199,36 @@ class ModelConfig:
         if not 1.0 < self.rope_theta <= 1e12:
             raise UserError(f"rope_theta must be above 1 and at most 1e12, got {self.rope_theta!r}")
         _require_name("tscale", self.tscale, TSCALES)
+        self._check_parts()
+
+    def _check_parts(self) -> None:
+        _require_range(self, "motif_trits", 0, MAX_MOTIF_TRITS)
+        _require_range(self, "codebook_rows", 0, 1 << 24)
+        if self.motif_trits and self.codebook_rows:
+            raise UserError(
+                f"motif_trits is {self.motif_trits} and codebook_rows {self.codebook_rows}; motifs are codes "
+                "of trits or rows of a learned codebook: set one of them to 0"
+            )
+        _require_range(self, "num_experts", 0, 4096)
+        if self.num_experts:
+            _require_range(self, "num_active_experts", 1, self.num_experts)
+        _require_range(self, "expert_dim", *_WIDTH)
+        _require_range(self, "max_moe_iters", 1, 64)
+        if not 0.0 < self.halt_threshold <= 1.0:
+            raise UserError(f"halt_threshold must be above 0 and at most 1, got {self.halt_threshold!r}")
+        if not 0.0 <= self.ponder_weight <= 100.0:
+            raise UserError(f"ponder_weight must be between 0 and 100, got {self.ponder_weight!r}")
+        _require_range(self, "graph_edges", 0, 1 << 24)
+        if self.graph_edges and not self.has_motifs:
+            raise UserError("graph_edges is set, but there are no motifs to link; set motif_trits as well")
+        _require_range(self, "graph_neighbours", 1, 256)
+        _require_range(self, "graph_heads", 1, 4096)
+        _require_range(self, "memory_rows", 0, 1 << 28)
+        _require_range(self, "memory_heads", 1, 64)
+        _require_range(self, "memory_dim", *_WIDTH)
+        _require_name("memory_over", self.memory_over, ("bytes", "motifs"))
+        if self.memory_rows and self.memory_over == "motifs" and not self.has_motifs:
+            raise UserError("memory_over is 'motifs', but there are none; set motif_trits, or use 'bytes'")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

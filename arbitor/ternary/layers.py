@@ -31,7 +31,7 @@ from arbitor.ternary.tensor import (
 _ROOT = torch.zeros(1, requires_grad=True)
 
 
-def _root(module: IntegerModule) -> Tensor | None:
+def root_of(module: IntegerModule) -> Tensor | None:
     if needs_root(module.capture):
         return _ROOT
     if module.capture is not None and module.training:
@@ -39,7 +39,7 @@ def _root(module: IntegerModule) -> Tensor | None:
     return None
 
 
-def _output_dtype(x: Tensor) -> torch.dtype:
+def output_dtype(x: Tensor) -> torch.dtype:
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
@@ -126,7 +126,7 @@ class TernaryLinear(TernaryScaleTensor):
         if x.shape[-1] != self.in_features:
             raise ValueError(f"expected a last dimension of {self.in_features}, got {tuple(x.shape)}")
         x_NI = x.reshape(-1, self.in_features)
-        y_NO = _TernaryMatmul.apply(_root(self), x_NI, self, quantize, _output_dtype(x))
+        y_NO = _TernaryMatmul.apply(root_of(self), x_NI, self, quantize, output_dtype(x))
         return y_NO.view(*x.shape[:-1], self.out_features)
 
 
@@ -184,7 +184,7 @@ class TernaryEmbeddingTable(TernaryScaleTensor):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids int64 [...] -> fp32 [..., dim]."""
-        return _Gather.apply(_root(self), ids, self)
+        return _Gather.apply(root_of(self), ids, self)
 
 
 class _TableMatmul(torch.autograd.Function):
@@ -215,7 +215,87 @@ class _TableMatmul(torch.autograd.Function):
         return None, dx, None, None, None
 
 
-class Int8Embedding(IntegerModule):
+class Int8Weights(IntegerModule):
+    """Base of weights that are int8 fixed-point numbers and take steps of the sign of their gradient.
+
+    Attributes:
+        q: int8 parameter in [-95, 95], [rows, columns] or a vector [columns].
+    """
+
+    q: nn.Parameter
+
+    @property
+    def stored(self) -> nn.Parameter:
+        """q."""
+        return self.q
+
+    def numel(self) -> int:
+        """Logical weights."""
+        return self.q.numel()
+
+    def check(self, name: str = "") -> None:
+        """Raise UserError, naming the tensor, for a code outside [-95, 95]."""
+        if self.q.device.type == "meta":
+            return
+        if bool((self.q.to(torch.int16).abs() > Q_MAX).any()):
+            where = f"{name}." if name else ""
+            raise UserError(f"{where}q holds a code outside -{Q_MAX}...{Q_MAX}: the data is damaged")
+
+
+class _VectorValue(torch.autograd.Function):
+    """q / 2^fraction_bits; the gradient goes to the capture."""
+
+    @staticmethod
+    def forward(ctx: Any, root: Tensor | None, module: "Int8Vector") -> Tensor:
+        ctx.module = module
+        return module.q.to(torch.float32).mul_(2.0**-module.fraction_bits)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[None, None]:
+        if ctx.module.capture is not None:
+            ctx.module.capture.add_dense(dy[None].clone())
+        return None, None
+
+
+class Int8Vector(Int8Weights):
+    """A trained vector of fixed-point numbers, value = q / 2^fraction_bits: biases, decays.
+
+    Args:
+        size: numbers.
+        fraction_bits: bits after the point; the range is +-95 / 2^fraction_bits.
+        value: what every number starts at, rounded to a code.
+        device: where to create the parameter.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        fraction_bits: int,
+        value: float = 0.0,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        code = round(value * 2**fraction_bits)
+        if not -Q_MAX <= code <= Q_MAX:
+            raise UserError(
+                f"a value of {value} does not fit: with {fraction_bits} fraction bits the range is "
+                f"+-{Q_MAX / 2**fraction_bits:g}"
+            )
+        self.fraction_bits = fraction_bits
+        self.q = nn.Parameter(torch.full((size,), code, dtype=torch.int8, device=device), requires_grad=False)
+
+    def forward(self) -> Tensor:
+        """The vector as fp32 [size]."""
+        return _VectorValue.apply(root_of(self), self)
+
+    def extra_repr(self) -> str:
+        """Size and precision."""
+        return f"{self.q.numel()}, fraction_bits={self.fraction_bits}"
+
+
+class Int8Embedding(Int8Weights):
     """Byte table with weight = q * 2^(E - 6), q int8 in [-95, 95], one exponent a row.
 
     Attributes:
@@ -229,7 +309,6 @@ class Int8Embedding(IntegerModule):
         device: where to create the parameters.
     """
 
-    q: nn.Parameter
     E: nn.Parameter
 
     def __init__(
@@ -261,22 +340,12 @@ class Int8Embedding(IntegerModule):
         self.q.copy_(u.mul_(64).round_())
         self.E.fill_(0 if self.kind == "embedding" else round(math.log2(self.dim**-0.5)))
 
-    @property
-    def stored(self) -> nn.Parameter:
-        """q."""
-        return self.q
-
-    def numel(self) -> int:
-        """Logical weights."""
-        return self.num_embeddings * self.dim
-
     def check(self, name: str = "") -> None:
         """Raise UserError, naming the tensor, for a code outside [-95, 95] or an illegal exponent."""
+        super().check(name)
         if self.q.device.type == "meta":
             return
         where = f"{name}." if name else ""
-        if bool((self.q.to(torch.int16).abs() > Q_MAX).any()):
-            raise UserError(f"{where}q holds a code outside -{Q_MAX}...{Q_MAX}: the data is damaged")
         if bool(((self.E < -62) | (self.E > 31)).any()):
             raise UserError(f"{where}E holds an exponent outside -62...31: the data is damaged")
 
@@ -285,12 +354,12 @@ class Int8Embedding(IntegerModule):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids int64 [...] -> fp32 [..., dim]."""
-        return _Gather.apply(_root(self), ids, self)
+        return _Gather.apply(root_of(self), ids, self)
 
     def logits(self, x: Tensor, quantize: bool = True) -> Tensor:
         """The table as an output layer: x float [..., dim] -> [..., num_embeddings]."""
         x_ND = x.reshape(-1, self.dim)
-        y_NV = _TableMatmul.apply(_root(self), x_ND, self, quantize, _output_dtype(x))
+        y_NV = _TableMatmul.apply(root_of(self), x_ND, self, quantize, output_dtype(x))
         return y_NV.view(*x.shape[:-1], self.num_embeddings)
 
     def extra_repr(self) -> str:

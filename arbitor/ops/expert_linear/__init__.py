@@ -1,0 +1,72 @@
+"""Linear on the packed trits of many experts: `expert_linear` and `expert_linear_backward`.
+
+Shape letters: M rows (tokens sorted by expert), I in, O out, E experts, P packed bytes a row, G groups.
+"""
+
+import torch
+from torch import Tensor
+
+from arbitor.ops import activations
+from arbitor.ops.expert_linear import reference
+from arbitor.ops.expert_linear.reference import busy_experts, grouped_matmul
+from arbitor.ops.registry import register
+
+__all__ = ["busy_experts", "expert_linear", "expert_linear_backward", "grouped_matmul"]
+
+
+def expert_linear(
+    x: Tensor,
+    offsets: Tensor,
+    packed: Tensor,
+    exponent: Tensor,
+    group: int,
+    input_norm: bool,
+    quantize: bool,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """RMS norm, int8 codes per token, product with the trits of the token's expert.
+
+    Args:
+        x: float [M, I], rows of expert 0 first, then those of expert 1, ...
+        offsets: int32 [E], the end of each expert's rows; the last one is M.
+        packed: uint8 [E, O, P].
+        exponent: int8 [E, O, G].
+        group: neighbouring elements along I that share an exponent.
+        input_norm: divide every token by its root mean square first.
+        quantize: int8 activations; False keeps them float.
+        out_dtype: of y.
+
+    Returns:
+        y [M, O]; codes [M, I] (int8 when `quantize`); scale [M, 1]; rstd [M, 1].
+    """
+    return _forward(x, offsets, packed, exponent, group, input_norm, quantize, out_dtype)
+
+
+def expert_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    rstd: Tensor,
+    offsets: Tensor,
+    packed: Tensor,
+    exponent: Tensor,
+    group: int,
+    input_norm: bool,
+) -> Tensor:
+    """Gradient [M, I] of x, in its dtype, from dy [M, O]; rounding passes straight through."""
+    return _backward(dy, x, rstd, offsets, packed, exponent, group, input_norm)
+
+
+_forward = register(
+    "expert_linear(Tensor x, Tensor offsets, Tensor packed, Tensor exponent, int group, bool input_norm, "
+    "bool quantize, ScalarType out_dtype) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference.forward,
+    lambda x, offsets, packed, exponent, group, input_norm, quantize, out_dtype: activations.linear_outputs(
+        x, packed.shape[1], quantize, out_dtype
+    ),
+)
+_backward = register(
+    "expert_linear_backward(Tensor dy, Tensor x, Tensor rstd, Tensor offsets, Tensor packed, "
+    "Tensor exponent, int group, bool input_norm) -> Tensor",
+    reference.backward,
+    lambda dy, x, rstd, offsets, packed, exponent, group, input_norm: torch.empty_like(x),
+)

@@ -1,0 +1,116 @@
+"""Linear on the packed trits of many experts, tokens sorted by expert, in grouped matmuls.
+
+The experts that can have tokens are decoded a slice of output rows at a time, so that the transient weights
+stay within `WORKSPACE_BYTES` however many experts there are; a slice is one grouped matmul for all experts.
+
+Shape letters: M rows (tokens sorted by expert), I in, O out, E experts, A experts with tokens at most,
+P packed bytes a row, G groups.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from arbitor.ops import activations
+from arbitor.ops.trit_codec import reference as trit_codec
+
+WORKSPACE_BYTES = 64 << 20
+CUDA_MULTIPLE = 8  # elements that the library's CUDA kernel wants rows to be a multiple of (16 bytes in bf16)
+
+
+def busy_experts(offsets: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """The experts that have rows, found without asking the device how many there are.
+
+    Args:
+        offsets: int32 [E], end of each expert's rows; ascending.
+        num_rows: M.
+
+    Returns:
+        int64 [A] experts in ascending order, A = min(E, M), among them all that have rows; and int32 [A],
+        the ends of their rows.
+    """
+    experts = len(offsets)
+    if num_rows >= experts:
+        return torch.arange(experts, device=offsets.device), offsets
+    counts = torch.diff(offsets, prepend=offsets.new_zeros(1))
+    order = torch.argsort((counts == 0).to(torch.int8), stable=True)[:num_rows].sort().values
+    return order, offsets[order]
+
+
+def slices(out_features: int, in_features: int, experts: int, element_size: int) -> Iterator[tuple[int, int]]:
+    """Ranges of output rows whose decoded weights fit into the workspace, in multiples of 16."""
+    rows = WORKSPACE_BYTES // max(1, experts * in_features * element_size)
+    rows = max(16, rows // 16 * 16)
+    for first in range(0, out_features, rows):
+        yield first, min(first + rows, out_features)
+
+
+def grouped_matmul(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """x [M, K] of group a times weight [A, K, N] -> [M, N] of the same dtype.
+
+    `offsets` int32 [A] are the ends of the groups; the last one is M.
+    """
+    if x.dtype == torch.float64:  # only for gradient checks; the library's op has no such kernel
+        ends = offsets.tolist()
+        starts = [0, *ends[:-1]]
+        parts = [x[a:b] @ weight[i] for i, (a, b) in enumerate(zip(starts, ends, strict=True))]
+        return torch.cat(parts)
+    if not x.is_cuda:
+        return F.grouped_mm(x, weight, offs=offsets)
+    columns = weight.shape[-1]
+    inner, outer = -x.shape[-1] % CUDA_MULTIPLE, -columns % CUDA_MULTIPLE
+    if inner or outer:
+        x, weight = F.pad(x, (0, inner)), F.pad(weight, (0, outer, 0, inner))
+    return F.grouped_mm(x, weight, offs=offsets)[:, :columns]
+
+
+def forward(
+    x: Tensor,
+    offsets: Tensor,
+    packed: Tensor,
+    exponent: Tensor,
+    group: int,
+    input_norm: bool,
+    quantize: bool,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y = quantize(rms_norm(x)) @ (T * 2^E)^T by expert; see `arbitor.ops.expert_linear.expert_linear`."""
+    codes, scale, rstd = activations.normalize_and_quantize(x, input_norm, quantize)
+    saved = codes.to(torch.int8) if quantize else codes
+    dtype = activations.weight_dtype(x, quantize)
+    operand = saved.to(dtype)
+    experts, ends = busy_experts(offsets, x.shape[0])
+    out_features = packed.shape[1]
+    y = x.new_empty((x.shape[0], out_features), dtype=out_dtype)
+    for first, last in slices(out_features, x.shape[1], len(experts), dtype.itemsize):
+        weight = trit_codec.decode(
+            packed[experts, first:last], exponent[experts, first:last], x.shape[1], group, dtype
+        )
+        product = grouped_matmul(operand, weight.mT, ends)
+        y[:, first:last] = product * scale
+    return y, saved, scale, rstd
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    rstd: Tensor,
+    offsets: Tensor,
+    packed: Tensor,
+    exponent: Tensor,
+    group: int,
+    input_norm: bool,
+) -> Tensor:
+    """Gradient of x; see `arbitor.ops.expert_linear.expert_linear_backward`."""
+    dtype = activations.weight_dtype(x, quantized=True)
+    dy = dy.to(dtype)
+    experts, ends = busy_experts(offsets, x.shape[0])
+    dxn = torch.zeros(x.shape, dtype=activations.compute_dtype(x), device=x.device)
+    for first, last in slices(packed.shape[1], x.shape[1], len(experts), dtype.itemsize):
+        weight = trit_codec.decode(
+            packed[experts, first:last], exponent[experts, first:last], x.shape[1], group, dtype
+        )
+        dxn += grouped_matmul(dy[:, first:last].contiguous(), weight, ends)
+    return (activations.norm_backward(dxn, x, rstd) if input_norm else dxn).to(x.dtype)

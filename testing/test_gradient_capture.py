@@ -141,7 +141,7 @@ def test_a_weight_used_several_times_captures_the_sum_and_votes_once(monkeypatch
     updates = []
     real = torch.ops.arbitor.state_update
     monkeypatch.setattr(
-        "arbitor.ternary.optimizer.state_update", lambda *args: updates.append(args[0].shape) or real(*args)
+        "arbitor.ternary.update.state_update", lambda *args: updates.append(args[0].shape) or real(*args)
     )
     optimizer.step()
     assert updates == [(1, 16, 32)], "one matrix, one update"

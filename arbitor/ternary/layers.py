@@ -16,6 +16,7 @@ from arbitor.ops.ternary_linear import ternary_linear, ternary_linear_backward
 from arbitor.ops.trit_codec import ternary_decode
 from arbitor.ternary.capture import (
     GradientCapture,
+    RowCapture,
     needs_root,
     refuse_reentrant_checkpoint,
 )
@@ -32,6 +33,7 @@ _ROOT = torch.zeros(1, requires_grad=True)
 
 
 def root_of(module: IntegerModule) -> Tensor | None:
+    """The leaf that makes autograd record a forward of `module`, or None if nothing is to be captured."""
     if needs_root(module.capture):
         return _ROOT
     if module.capture is not None and module.training:
@@ -40,6 +42,7 @@ def root_of(module: IntegerModule) -> Tensor | None:
 
 
 def output_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of a linear's output: autocast's where it is on, else that of x."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
@@ -144,7 +147,9 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[None, None, None]:
         (ids,) = ctx.saved_tensors
         capture = ctx.module.capture
-        if capture is not None:
+        if isinstance(capture, RowCapture):
+            capture.add_rows(ids.flatten(), dy.flatten(0, -2))
+        elif capture is not None:
             capture.add_dense(
                 torch.ops.aten.embedding_dense_backward(dy.contiguous(), ids, capture.rows, -1, False)
             )
@@ -152,7 +157,16 @@ class _Gather(torch.autograd.Function):
 
 
 class TernaryEmbeddingTable(TernaryScaleTensor):
-    """Rows of trits times powers of two, looked up by id."""
+    """Rows of trits times powers of two, looked up by id.
+
+    Args:
+        num_embeddings, dim: rows and their width.
+        tscale: weights that share a scale exponent.
+        sparse: for large tables: a step costs time and memory for the rows that were looked up, not for the
+            table. The rows then vote one by one, each with its gradient brought to RMS 1, whatever the
+            optimizer's rule (`sign` excepted).
+        device: where to create the parameters.
+    """
 
     def __init__(
         self,
@@ -160,9 +174,11 @@ class TernaryEmbeddingTable(TernaryScaleTensor):
         dim: int,
         *,
         tscale: TScaleType | str = TScaleType.ROW,
+        sparse: bool = False,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(dim, num_embeddings, tscale=tscale, device=device)
+        self.sparse = sparse
 
     def reset_parameters(self) -> None:
         """As for a matrix, with rows of standard deviation near 1."""

@@ -1,6 +1,7 @@
 """VoteOptimizer: integer training state and the one place where weights change."""
 
-import zlib
+import math
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -10,27 +11,24 @@ import torch
 from torch import Tensor, nn
 
 from arbitor.errors import UserError
-from arbitor.ops.exponent import exp2_int
-from arbitor.ops.int8_table import int8_table_update
-from arbitor.ops.momentum import GROUP, momentum_fold
-from arbitor.ops.random_bits import random_bits, stream_keys
-from arbitor.ops.state_update import scale_update, state_update
+from arbitor.ops.momentum import GROUP
 from arbitor.ops.trit_codec import trit_unpack
-from arbitor.ternary.capture import GradientCapture
-from arbitor.ternary.layers import Int8Embedding, TernaryEmbeddingTable
+from arbitor.ternary.capture import Capture, ExpertCapture, GradientCapture, RowCapture
+from arbitor.ternary.counters import named_counters
+from arbitor.ternary.layers import Int8Weights, TernaryEmbeddingTable
 from arbitor.ternary.rules import get_rule
+from arbitor.ternary.step import Step
 from arbitor.ternary.tensor import (
     RESIDUAL_UNITS,
     IntegerModule,
     TernaryScaleTensor,
     named_ternary,
 )
+from arbitor.ternary.update import VoteConstants
 
-LOOKAHEAD = 0.95  # weight of the momentum in the direction, Nesterov's form
 TABLE_STEP = 32  # table units (1/64 of a weight) a trit of learning rate: lr / 2 * 64
 SIGN_THRESHOLD = 32
-WORKSPACE_BYTES = 256 << 20  # how much transient memory a batch of matrices may take
-_WORKSPACE_BYTES_PER_WEIGHT = 40
+WORKSPACE_BYTES_PER_WEIGHT = 40  # transient, of the weights that are worked on at once
 
 
 @dataclass(frozen=True)
@@ -45,6 +43,7 @@ class StateKind:
         threshold: accumulator value at which a trit flips.
         span_ratio: span over threshold.
         rail_ratio: rail limit over threshold; None for threshold - 1.
+        workspace_bytes: about how much transient memory a step may take beside one matrix's gradient.
     """
 
     momentum_bits: int
@@ -54,12 +53,13 @@ class StateKind:
     threshold: int
     span_ratio: float
     rail_ratio: float | None
+    workspace_bytes: int
 
 
 STATES = {
-    "full": StateKind(8, 0.9, 0.9, 0.05, 64, 2.0, None),
-    "compact": StateKind(4, 0.8, 0.8, 0.07, 64, 2.0, None),
-    "lean": StateKind(0, 0.0, 0.9, 0.15, 80, 1.6, 0.8),
+    "full": StateKind(8, 0.9, 0.9, 0.05, 64, 2.0, None, 256 << 20),
+    "compact": StateKind(4, 0.8, 0.8, 0.07, 64, 2.0, None, 256 << 20),
+    "lean": StateKind(0, 0.0, 0.9, 0.15, 80, 1.6, 0.8, 96 << 20),
 }
 SIGN_LR = STATES["full"].lr  # of the tables, when matrices vote by sign
 
@@ -109,6 +109,7 @@ class VoteOptimizer(torch.optim.Optimizer):
         self.seed = seed
         self.step_count = 0
         self._modules: dict[str, IntegerModule] = dict(named_ternary(model))
+        self._counters = dict(named_counters(model))
         if not self._modules:
             raise UserError(
                 "the model has no ternary weights to train; convert its linears to TernaryLinear first"
@@ -126,6 +127,9 @@ class VoteOptimizer(torch.optim.Optimizer):
         self._flips: dict[str, Tensor] = {}
         for module in self._modules.values():
             self._attach(module)
+        for counters in self._counters.values():
+            counters.attached = True
+            counters.forget()
 
     # -- construction ---------------------------------------------------------------------------------------
 
@@ -160,7 +164,7 @@ class VoteOptimizer(torch.optim.Optimizer):
         )
         if self.span == old_span:
             return
-        for module in self._matrices().values():
+        for module in self._matrices.values():
             accumulator = self.state[module.T_packed]["T_accum"]
             trits = _unpacked(module).to(torch.int16)
             scaled = (accumulator.to(torch.float32) * (self.span / old_span)).round_().to(torch.int16)
@@ -168,15 +172,23 @@ class VoteOptimizer(torch.optim.Optimizer):
             accumulator.copy_(scaled.clamp_(-127, 127))
 
     def _attach(self, module: IntegerModule) -> None:
+        capture: Capture
         if isinstance(module, TernaryScaleTensor):
             self.state[module.T_packed] = self._new_matrix_state(module)
-            columns = module.in_features
-            rows = module.out_features
+            rows, columns = module.out_features, module.in_features
+            if module.leading_shape:
+                capture = ExpertCapture(math.prod(module.leading_shape), rows, columns)
+            elif isinstance(module, TernaryEmbeddingTable) and module.sparse:
+                capture = RowCapture(rows, columns)
+            else:
+                capture = GradientCapture(rows, columns)
         else:
-            assert isinstance(module, Int8Embedding)
-            rows, columns = module.q.shape
+            assert isinstance(module, Int8Weights)
+            rows, columns = (1, *module.q.shape)[-2:]
             self.state[module.q] = self._new_momentum((rows,), columns, 8, module.q.device)
-        module.capture = GradientCapture(rows, columns)
+            capture = GradientCapture(rows, columns)
+        module.capture = capture
+        module.optimizer_ref = weakref.ref(self)
 
     def _new_matrix_state(self, module: TernaryScaleTensor) -> dict[str, Tensor]:
         rows = (*module.leading_shape, module.out_features)
@@ -209,6 +221,10 @@ class VoteOptimizer(torch.optim.Optimizer):
         """Stop capturing: the model's layers keep no gradient any more."""
         for module in self._modules.values():
             module.capture = None
+            module.optimizer_ref = None
+        for counters in self._counters.values():
+            counters.forget()
+            counters.attached = False
 
     # -- the step -------------------------------------------------------------------------------------------
 
@@ -217,6 +233,8 @@ class VoteOptimizer(torch.optim.Optimizer):
         for module in self._modules.values():
             if module.capture is not None:
                 module.capture.clear()
+        for counters in self._counters.values():
+            counters.forget()
         self._loss_ok = None
 
     def note_loss(self, loss: Tensor) -> None:
@@ -242,18 +260,12 @@ class VoteOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         captured = {
-            name: module
-            for name, module in self._modules.items()
-            if module.capture is not None and not module.capture.empty
+            name: m for name, m in self._modules.items() if m.capture is not None and not m.capture.empty
         }
         ok = self._all_finite(captured.values())
         self._flips = {}
         if ok.is_cuda or bool(ok):
-            for batch in self._batches(captured):
-                self._update_matrices(batch, ok)
-            for name, module in captured.items():
-                if isinstance(module, Int8Embedding):
-                    self._update_table(name, module, ok)
+            self._update_all(captured, ok)
         self.step_count += 1
         self._last_ok = ok
         self._dropped += ~ok
@@ -262,158 +274,46 @@ class VoteOptimizer(torch.optim.Optimizer):
 
     def _all_finite(self, modules: Iterable[IntegerModule]) -> Tensor:
         """One flag on the device: the noted loss and every captured gradient are finite."""
-        tensors = [t for m in modules if m.capture is not None for t in m.capture.magnitudes()]
-        ok = (
-            torch.ones_like(self._last_ok)
-            if self._loss_ok is None
-            else self._loss_ok.to(self._last_ok.device)
-        )
-        if tensors:
-            largest = torch.stack([n.to(torch.float32) for n in torch._foreach_norm(tensors, float("inf"))])
-            ok = ok & torch.isfinite(largest).all()
+        tensors: dict[torch.device, list[Tensor]] = defaultdict(list)
+        for module in modules:
+            if module.capture is not None:
+                for tensor in module.capture.magnitudes():
+                    tensors[tensor.device].append(tensor)
+        ok = torch.ones_like(self._last_ok)
+        if self._loss_ok is not None:
+            ok = ok & self._loss_ok.to(ok.device)
+        for group in tensors.values():
+            largest = torch.stack([n.to(torch.float32) for n in torch._foreach_norm(group, float("inf"))])
+            ok = ok & torch.isfinite(largest).all().to(ok.device)
         return ok
 
-    def _batches(self, captured: Mapping[str, IntegerModule]) -> Iterable[dict[str, TernaryScaleTensor]]:
-        """Matrices of equal shape together, as many as the workspace holds."""
-        shapes: dict[tuple[Any, ...], list[tuple[str, TernaryScaleTensor]]] = defaultdict(list)
+    def _update_all(self, captured: Mapping[str, IntegerModule], ok: Tensor) -> None:
+        group = self.param_groups[0]
+        constants = VoteConstants(
+            rule=self.rule,
+            step=1.0 if self.rule == "sign" else float(group["lr"]) * self.span,
+            span=self.span,
+            threshold=self.accum_threshold,
+            rail=self.rail,
+            momentum_bits=self.kind.momentum_bits,
+            beta=self.kind.beta,
+            scale_step=float(group["scale_lr"]) * self.e_accum_threshold,
+            scale_threshold=self.e_accum_threshold,
+            workspace_weights=self.kind.workspace_bytes // WORKSPACE_BYTES_PER_WEIGHT,
+        )
+        step = Step(self.state, constants, self.seed, self.step_count, ok)
+        step.update_matrices(captured)
+        table_step = float(group["lr"]) * TABLE_STEP
         for name, module in captured.items():
-            if isinstance(module, TernaryScaleTensor):
-                key = (
-                    type(module),
-                    module.leading_shape,
-                    module.out_features,
-                    module.in_features,
-                    module.group,
-                )
-                shapes[key].append((name, module))
-        for members in shapes.values():
-            size = max(
-                1,
-                WORKSPACE_BYTES // (members[0][1].numel() * _WORKSPACE_BYTES_PER_WEIGHT),
-            )
-            for start in range(0, len(members), size):
-                yield dict(members[start : start + size])
-
-    def _keys(self, names: Iterable[str], device: torch.device) -> Tensor:
-        """int32 [n, 2]: the random stream of each name in this step."""
-        keys = [stream_keys(self.seed, self.step_count, zlib.crc32(name.encode())) for name in names]
-        return torch.tensor(keys, dtype=torch.int32, device=device)
-
-    def _update_matrices(self, batch: dict[str, TernaryScaleTensor], ok: Tensor) -> None:
-        """One step of matrices of equal shape, stacked along a first dimension."""
-        modules = list(batch.values())
-        group_lr: dict[str, Any] = self.param_groups[0]
-        states = [self.state[m.T_packed] for m in modules]
-        gradient = torch.stack([self._gradient(m) for m in modules]).to(torch.float32)
-        device = gradient.device
-        active = gradient.any(dim=-1, keepdim=True) & ok.to(device)
-        by_row = isinstance(modules[0], TernaryEmbeddingTable)
-        if not by_row:
-            active = active.any(dim=-2, keepdim=True)
-        bits = random_bits(self._keys(batch, device), modules[0].numel()).view(gradient.shape)
-
-        direction = gradient
-        if self.kind.momentum_bits:
-            codes, exponent = _stack(states, "M"), _stack(states, "M_exp")
-            direction = momentum_fold(
-                gradient,
-                codes,
-                exponent,
-                bits,
-                active,
-                self.kind.momentum_bits,
-                self.kind.beta,
-                LOOKAHEAD,
-            )
-            _copy_back(states, "M", codes)
-            _copy_back(states, "M_exp", exponent)
-
-        if by_row:  # a row that is not looked up must not steer the others through its momentum either
-            direction = direction.masked_fill(~active, 0)
-        scale = torch.stack([m.E for m in modules])
-        weighted = direction * _relative_scale(scale, modules[0].group, modules[0].in_features)
-        packed, accumulator = (
-            torch.stack([m.T_packed for m in modules]),
-            _stack(states, "T_accum"),
-        )
-        if group_lr["scale_lr"] > 0:
-            self._update_scales(batch, weighted, active, group_lr["scale_lr"])
-        step = 1.0 if self.rule == "sign" else float(group_lr["lr"]) * self.span
-        flips = state_update(
-            packed,
-            accumulator,
-            self.direction(weighted),
-            bits,
-            active,
-            step,
-            self.span,
-            self.accum_threshold,
-            self.rail,
-            self.rule == "sign",
-        )
-        _copy_back(states, "T_accum", accumulator)
-        torch._foreach_copy_([m.T_packed for m in modules], list(packed.unbind(0)))
-        for name, count in zip(batch, flips.unbind(0), strict=True):
-            self._flips[name] = count.sum()
-
-    def _update_scales(
-        self,
-        batch: dict[str, TernaryScaleTensor],
-        weighted: Tensor,
-        active: Tensor,
-        scale_lr: float,
-    ) -> None:
-        """Votes on the exponents: the gradient of log2 of each group's scale, with RMS 1 in a matrix."""
-        modules = list(batch.values())
-        trits = torch.stack([_unpacked(m) for m in modules])
-        per_weight = weighted * trits
-        first = modules[0]
-        groups = first.E.shape[-1]
-        padded = nn.functional.pad(per_weight, (0, groups * first.group - first.in_features))
-        gradient = padded.view(*padded.shape[:-1], groups, first.group).sum(dim=-1)
-        largest = gradient.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(1e-30)
-        gradient = gradient / largest
-        gradient = gradient * gradient.square().mean(dim=(-2, -1), keepdim=True).clamp_min(1e-30).rsqrt()
-        states = [self.state[m.T_packed] for m in modules]
-        exponent, accumulator = (
-            torch.stack([m.E for m in modules]),
-            _stack(states, "E_accum"),
-        )
-        keys = self._keys([f"{name}.E" for name in batch], gradient.device)
-        bits = random_bits(keys, first.E.numel()).view(gradient.shape)
-        step = scale_lr * self.e_accum_threshold
-        scale_update(exponent, accumulator, gradient, bits, active, step, self.e_accum_threshold)
-        _copy_back(states, "E_accum", accumulator)
-        torch._foreach_copy_([m.E for m in modules], list(exponent.unbind(0)))
-
-    def _update_table(self, name: str, module: Int8Embedding, ok: Tensor) -> None:
-        state = self.state[module.q]
-        gradient = self._gradient(module).to(torch.float32)
-        active = (gradient != 0).any(dim=-1) & ok.to(gradient.device)
-        bits = random_bits(self._keys([name], gradient.device), module.numel()).view(gradient.shape)
-        direction = momentum_fold(
-            gradient,
-            state["M"],
-            state["M_exp"],
-            bits,
-            active[:, None],
-            8,
-            self.kind.table_beta,
-            LOOKAHEAD,
-        )
-        step = float(self.param_groups[0]["lr"]) * TABLE_STEP
-        int8_table_update(module.q, direction, step, bits, active)
-
-    @staticmethod
-    def _gradient(module: IntegerModule) -> Tensor:
-        assert module.capture is not None
-        gradient = module.capture.gradient()
-        if isinstance(module, TernaryScaleTensor) and module.leading_shape:
-            return gradient.view(*module.leading_shape, module.out_features, module.in_features)
-        return gradient
+            if isinstance(module, Int8Weights):
+                step.update_int8(name, module, table_step, self.kind.table_beta)
+        for name, counters in self._counters.items():
+            step.advance(name, counters)
+        self._flips = step.flips
 
     # -- what it tells --------------------------------------------------------------------------------------
 
+    @property
     def _matrices(self) -> dict[str, TernaryScaleTensor]:
         return {n: m for n, m in self._modules.items() if isinstance(m, TernaryScaleTensor)}
 
@@ -429,13 +329,13 @@ class VoteOptimizer(torch.optim.Optimizer):
 
     def flip_rate(self) -> float:
         """Share of all trits that flipped in the last step (synchronises the device)."""
-        total = sum(m.numel() for m in self._matrices().values())
+        total = sum(m.numel() for m in self._matrices.values())
         return float(torch.stack(list(self._flips.values())).sum()) / total if self._flips else 0.0
 
     def layer_metrics(self) -> dict[str, dict[str, float]]:
         """For each matrix: flip_rate of the last step, zero_share (T = 0) and rail_share (held at a rail)."""
         metrics = {}
-        for name, module in self._matrices().items():
+        for name, module in self._matrices.items():
             trits = _unpacked(module)
             outwards = trits * self.state[module.T_packed]["T_accum"]
             flips = int(self._flips[name]) if name in self._flips else 0
@@ -535,22 +435,5 @@ class VoteOptimizer(torch.optim.Optimizer):
         return weights + sum(t.nbytes for t in self.named_state().values())
 
 
-def _stack(states: list[Any], key: str) -> Tensor:
-    return torch.stack([state[key] for state in states])
-
-
-def _copy_back(states: list[Any], key: str, stacked: Tensor) -> None:
-    torch._foreach_copy_([state[key] for state in states], list(stacked.unbind(0)))
-
-
 def _unpacked(module: TernaryScaleTensor) -> Tensor:
     return trit_unpack(module.T_packed, module.in_features)
-
-
-def _relative_scale(exponent: Tensor, group: int, in_features: int) -> Tensor:
-    """2^(E - max E of the matrix) for every weight: int8 [..., O, G] -> fp32, broadcasts to [..., O, I]."""
-    relative = exponent.to(torch.int32) - exponent.amax(dim=(-2, -1), keepdim=True).to(torch.int32)
-    scale = exp2_int(relative)
-    if exponent.shape[-1] == 1:
-        return scale
-    return scale.repeat_interleave(group, dim=-1)[..., :in_features]

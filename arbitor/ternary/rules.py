@@ -47,6 +47,36 @@ def spectral(n: Tensor) -> Tensor:
     return x.to(n.dtype).reshape(n.shape) * max(rows, columns) ** 0.5
 
 
+def spectral_factors(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """`spectral` of N = left^T right without forming it: for gradients of few tokens.
+
+    The same iteration on X = left^T C right, of which only the R x R matrix C changes: with
+    K = C (right right^T) C^T (left left^T), C becomes a C + (b K + c K^2) C. In fp64, since Gram matrices
+    square the condition number; R is small.
+
+    Args:
+        left: fp32 [..., R, O].
+        right: fp32 [..., R, I].
+
+    Returns:
+        right' [..., R, I] fp32, so that the direction is left^T right'; and whether N has any element that
+        is not 0, bool [...].
+    """
+    left_gram = left.to(torch.float64)
+    left_gram = left_gram @ left_gram.mT
+    right_gram = right.to(torch.float64)
+    right_gram = right_gram @ right_gram.mT
+    square = (left_gram * right_gram).sum(dim=(-2, -1), keepdim=True)
+    identity = torch.eye(left.shape[-2], dtype=torch.float64, device=left.device)
+    coefficients = identity * torch.where(square > 0, square.rsqrt(), 0)
+    a, b, c = _NEWTON_SCHULZ_COEFFICIENTS
+    for _ in range(_NEWTON_SCHULZ_STEPS):
+        k = coefficients @ right_gram @ coefficients.mT @ left_gram
+        coefficients = a * coefficients + (b * k + c * (k @ k)) @ coefficients
+    scale = max(left.shape[-1], right.shape[-1]) ** 0.5
+    return (coefficients * scale).to(torch.float32) @ right, square[..., 0, 0] > 0
+
+
 def sinkhorn(n: Tensor) -> Tensor:
     """Bring rows, then columns, to RMS 1, three times: fp32 [..., O, I] -> fp32 [..., O, I]."""
     for _ in range(_SINKHORN_ROUNDS):

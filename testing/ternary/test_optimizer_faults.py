@@ -146,10 +146,6 @@ def test_the_update_with_the_flag_down_changes_nothing(state):
     before = snapshot(net, optimizer)
     poison_loss(net)
     ok = torch.zeros((), dtype=torch.bool)
-    modules = dict(named_ternary(net))
-    for group in optimizer._batches(modules):
-        optimizer._update_matrices(group, ok)
-    for name in ("embed", "head"):
-        optimizer._update_table(name, modules[name], ok)
+    optimizer._update_all(dict(named_ternary(net)), ok)
     assert changed(before, snapshot(net, optimizer)) == []
     assert optimizer.flip_rate() == 0.0

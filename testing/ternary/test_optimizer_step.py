@@ -145,11 +145,13 @@ def test_each_matrix_has_its_own_random_stream_by_its_name():
 
 
 @each_state
-def test_how_matrices_are_batched_does_not_matter(state, monkeypatch):
-    # The row rule is elementwise but for row sums, so equal shapes together or alone give the same bits.
+@pytest.mark.parametrize("bytes_per_weight", [1 << 40, 1 << 20], ids=["row by row", "some rows"])
+def test_how_much_is_worked_on_at_once_does_not_matter(state, bytes_per_weight, monkeypatch):
+    # The row rule is elementwise but for row sums, so equal shapes together or alone, all of a matrix or a
+    # few rows of it, give the same bits.
     net, optimizer = make(state=state, rule="row")
     losses = train(net, optimizer, range(3))
-    monkeypatch.setattr(optimizer_module, "WORKSPACE_BYTES", 1)
+    monkeypatch.setattr(optimizer_module, "WORKSPACE_BYTES_PER_WEIGHT", bytes_per_weight)
     other, other_optimizer = make(state=state, rule="row")
     assert train(other, other_optimizer, range(3)) == losses
     assert changed(snapshot(net, optimizer), snapshot(other, other_optimizer)) == []

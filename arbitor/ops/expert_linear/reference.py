@@ -17,7 +17,7 @@ from arbitor.ops import activations
 from arbitor.ops.trit_codec import reference as trit_codec
 
 WORKSPACE_BYTES = 64 << 20
-CUDA_MULTIPLE = 8  # elements that the library's CUDA kernel wants rows to be a multiple of (16 bytes in bf16)
+MULTIPLE = 8  # elements that the library's grouped matmul wants rows to be a multiple of (16 bytes in bf16)
 
 
 def busy_experts(offsets: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
@@ -53,17 +53,29 @@ def grouped_matmul(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     `offsets` int32 [A] are the ends of the groups; the last one is M.
     """
     if x.dtype == torch.float64:  # only for gradient checks; the library's op has no such kernel
-        ends = offsets.tolist()
-        starts = [0, *ends[:-1]]
-        parts = [x[a:b] @ weight[i] for i, (a, b) in enumerate(zip(starts, ends, strict=True))]
+        parts = [x[a:b] @ weight[i] for i, (a, b) in enumerate(_ranges(offsets))]
         return torch.cat(parts)
-    if not x.is_cuda:
-        return F.grouped_mm(x, weight, offs=offsets)
     columns = weight.shape[-1]
-    inner, outer = -x.shape[-1] % CUDA_MULTIPLE, -columns % CUDA_MULTIPLE
+    inner, outer = -x.shape[-1] % MULTIPLE, -columns % MULTIPLE
     if inner or outer:
         x, weight = F.pad(x, (0, inner)), F.pad(weight, (0, outer, 0, inner))
     return F.grouped_mm(x, weight, offs=offsets)[:, :columns]
+
+
+def grouped_outer(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
+    """a^T b over the rows of each group: a [M, O], b [M, I] of one dtype -> [A, O, I]; zero without rows."""
+    if a.dtype == torch.float64:
+        return torch.stack([a[first:last].t() @ b[first:last] for first, last in _ranges(offsets)])
+    rows, columns = a.shape[1], b.shape[1]
+    a, b = (F.pad(t, (0, -t.shape[1] % MULTIPLE)) for t in (a, b))
+    product = F.grouped_mm(a.t(), b, offs=offsets)[:, :rows, :columns]
+    used = torch.diff(offsets, prepend=offsets.new_zeros(1)) > 0
+    return torch.where(used[:, None, None], product, 0)
+
+
+def _ranges(offsets: Tensor) -> list[tuple[int, int]]:
+    ends = offsets.tolist()
+    return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
 def forward(

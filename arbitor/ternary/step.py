@@ -1,0 +1,273 @@
+"""One optimizer step: what was captured, brought together with its state in batches of equal shape.
+
+Single matrices of one shape are stacked, experts and table rows are gathered; all go through
+`arbitor.ternary.update` and are written back. Transient memory stays within a workspace, or one matrix where
+a single one is larger.
+
+Shape letters: N tokens, O out, I in, E experts, K rows of a table that were looked up.
+"""
+
+import dataclasses
+import zlib
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from arbitor.ops.expert_linear import busy_experts
+from arbitor.ops.int8_table import int8_table_update
+from arbitor.ops.momentum import momentum_fold
+from arbitor.ops.random_bits import random_bits, skip, stream_keys
+from arbitor.ternary.capture import ExpertCapture, GradientCapture, RowCapture
+from arbitor.ternary.counters import IntegerCounters
+from arbitor.ternary.layers import Int8Weights, TernaryEmbeddingTable
+from arbitor.ternary.tensor import IntegerModule, TernaryScaleTensor
+from arbitor.ternary.update import LOOKAHEAD, MatrixBatch, VoteConstants, update_dense, update_factored
+
+_MATRIX_STATE = ("T_accum", "E_accum", "M", "M_exp")
+
+
+class Step:
+    """A step in progress.
+
+    Args:
+        state: the optimizer's state by parameter.
+        constants: of the votes.
+        seed, number: of the random bits.
+        ok: bool scalar on the device: False keeps every bit of weights and state.
+
+    Attributes:
+        flips: int64 scalar for every matrix that was updated.
+    """
+
+    def __init__(
+        self,
+        state: Mapping[Tensor, dict[str, Tensor]],
+        constants: VoteConstants,
+        seed: int,
+        number: int,
+        ok: Tensor,
+    ) -> None:
+        self.state = state
+        self.constants = constants
+        self.seed = seed
+        self.number = number
+        self.ok = ok
+        self.flips: dict[str, Tensor] = {}
+
+    def update_matrices(self, captured: Mapping[str, IntegerModule]) -> None:
+        """Every captured module that is not int8."""
+        singles: dict[str, TernaryScaleTensor] = {}
+        for name, module in captured.items():
+            if not isinstance(module, TernaryScaleTensor):
+                continue
+            if isinstance(module.capture, GradientCapture):
+                singles[name] = module
+            elif isinstance(module.capture, ExpertCapture):
+                self.flips[name] = self._update_experts(name, module, module.capture)
+            elif isinstance(module.capture, RowCapture):
+                self.flips[name] = self._update_table_rows(name, module, module.capture)
+        for names, stays_factored in self._groups(singles):
+            self._update_group({name: singles[name] for name in names}, stays_factored)
+
+    def update_int8(self, name: str, module: Int8Weights, step: float, beta: float) -> None:
+        """A byte table, or a vector as a table of one row: steps of `step` units against the sign."""
+        assert isinstance(module.capture, GradientCapture)
+        state = self.state[module.q]
+        gradient = module.capture.gradient().to(torch.float32)
+        active = gradient.any(dim=-1) & self.ok.to(gradient.device)
+        bits = random_bits(self._keys([name], gradient.device), module.numel()).view(gradient.shape)
+        direction = momentum_fold(
+            gradient, state["M"], state["M_exp"], bits, active[:, None], 8, beta, LOOKAHEAD
+        )
+        int8_table_update(module.q.view(gradient.shape), direction, step, bits, active)
+
+    def advance(self, name: str, counters: IntegerCounters) -> None:
+        """Apply what counters noted."""
+        device = next((b.device for b in counters.buffers()), self.ok.device)
+
+        def bits(use: str, count: int) -> Tensor:
+            return random_bits(self._keys([f"{name}.{use}"], device), count)[0]
+
+        counters.advance(self.ok.to(device), bits)
+
+    # -- single matrices ------------------------------------------------------------------------------------
+
+    def _groups(self, modules: Mapping[str, TernaryScaleTensor]) -> Iterable[tuple[list[str], bool]]:
+        """Names of equal shape, as many as the workspace holds; True: the gradient stays factored."""
+        shapes: dict[tuple[Any, ...], list[str]] = defaultdict(list)
+        for name, module in modules.items():
+            assert isinstance(module.capture, GradientCapture)
+            tokens = module.capture.num_tokens
+            factored = tokens is not None and self._may_stay_factored(module, tokens)
+            size = (module.out_features, module.in_features, module.group, module.T_packed.device)
+            shapes[type(module), *size, tokens if factored else None].append(name)
+        for (*_, tokens), names in shapes.items():
+            count = self._batch_size(modules[names[0]])
+            for start in range(0, len(names), count):
+                yield names[start : start + count], tokens is not None
+
+    def _batch_size(self, module: TernaryScaleTensor) -> int:
+        """Matrices of this shape that the workspace holds, at least one."""
+        return max(1, self.constants.workspace_weights // (module.out_features * module.in_features))
+
+    def _may_stay_factored(self, module: TernaryScaleTensor, tokens: int) -> bool:
+        """Whether a gradient of so few tokens can be orthogonalised as a product of two thin matrices."""
+        constants = self.constants
+        return (
+            2 * tokens < min(module.out_features, module.in_features)
+            and constants.rule == "spectral"
+            and constants.momentum_bits == 0
+            and constants.scale_step == 0
+            and module.E.shape[-1] == 1
+            and not isinstance(module, TernaryEmbeddingTable)
+        )
+
+    def _update_group(self, group: Mapping[str, TernaryScaleTensor], stays_factored: bool) -> None:
+        modules = list(group.values())
+        device = modules[0].T_packed.device
+        tensors = [self._tensors(module) for module in modules]
+        parts = {key: _stack([t[key] for t in tensors]) for key in tensors[0]}
+        keys, scale_keys = self._matrix_keys(list(group), device)
+        batch = _batch(parts, modules[0].group, keys, scale_keys)
+        captures = [m.capture for m in modules if isinstance(m.capture, GradientCapture)]
+        if stays_factored:
+            factors = [capture.factors() for capture in captures]
+            a, b = _stack([a for a, _ in factors]), _stack([b for _, b in factors])
+            flips = update_factored(batch, a, b, self.ok.to(device), self.constants)
+        else:
+            gradient = _stack([capture.gradient().to(torch.float32) for capture in captures])
+            by_row = isinstance(modules[0], TernaryEmbeddingTable)
+            flips = self._update_formed(batch, gradient, by_row=by_row)
+        for key, part in parts.items():
+            if len(modules) > 1:
+                torch._foreach_copy_([t[key] for t in tensors], list(part.unbind(0)))
+        self.flips |= dict(zip(group, flips.unbind(0), strict=True))
+
+    def _update_formed(self, batch: MatrixBatch, gradient: Tensor, *, by_row: bool = False) -> Tensor:
+        active = gradient.any(dim=-1, keepdim=True) & self.ok.to(gradient.device)
+        if not by_row:
+            active = active.any(dim=-2, keepdim=True)
+        return update_dense(batch, gradient, active, self.constants, by_row=by_row)
+
+    # -- experts --------------------------------------------------------------------------------------------
+
+    def _update_experts(self, name: str, module: TernaryScaleTensor, capture: ExpertCapture) -> Tensor:
+        """The matrices of all experts that had tokens, a batch after the other; their flips."""
+        device = module.T_packed.device
+        total = torch.zeros((), dtype=torch.int64, device=device)
+        size = self._batch_size(module)
+        if capture.dense is not None:
+            for experts in torch.arange(capture.experts, device=device).split(size):
+                gradient = capture.dense.index_select(0, experts).to(torch.float32)
+                with self._of_experts(name, module, experts) as batch:
+                    total += self._update_formed(batch, gradient).sum()
+            return total
+        activations, gradients, offsets = capture.sorted_rows()
+        tokens = len(activations)
+        if not self._may_stay_factored(module, tokens):
+            return self._update_busy_experts(name, module, activations, gradients, offsets)
+        owner = torch.searchsorted(offsets, torch.arange(tokens, device=device), right=True)
+        for experts in busy_experts(offsets, tokens)[0].split(size):
+            mine = (owner == experts[:, None])[..., None]
+            a, b = (mine * rows.to(torch.float32) for rows in (activations, gradients))
+            with self._of_experts(name, module, experts) as batch:
+                total += update_factored(batch, a, b, self.ok.to(device), self.constants).sum()
+        return total
+
+    def _update_busy_experts(
+        self, name: str, module: TernaryScaleTensor, activations: Tensor, gradients: Tensor, offsets: Tensor
+    ) -> Tensor:
+        """One expert after the other, of as many tokens as each has, which the host must know."""
+        device = module.T_packed.device
+        total = torch.zeros((), dtype=torch.int64, device=device)
+        ends = offsets.tolist()
+        for expert, (first, last) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
+            if first == last:
+                continue
+            a, b = activations[first:last], gradients[first:last]
+            with self._of_experts(name, module, torch.tensor([expert], device=device)) as batch:
+                if self._may_stay_factored(module, last - first):
+                    factors = a.to(torch.float32)[None], b.to(torch.float32)[None]
+                    total += update_factored(batch, *factors, self.ok.to(device), self.constants).sum()
+                else:
+                    gradient = (b.t() @ a.to(b.dtype)).to(torch.float32)
+                    total += self._update_formed(batch, gradient[None]).sum()
+        return total
+
+    @contextmanager
+    def _of_experts(self, name: str, module: TernaryScaleTensor, experts: Tensor) -> Iterator[MatrixBatch]:
+        """The matrices of `experts`, int64 [n], with their state; written back at the end."""
+        tensors = {key: tensor.flatten(0, -3) for key, tensor in self._tensors(module).items()}
+        parts = {key: tensor.index_select(0, experts) for key, tensor in tensors.items()}
+        keys, scale_keys = self._matrix_keys([name], experts.device)
+        yield _batch(
+            parts,
+            module.group,
+            skip(keys, experts * (module.out_features * module.in_features)),
+            skip(scale_keys, experts * tensors["E"][0].numel()),
+        )
+        for key, tensor in tensors.items():
+            tensor.index_copy_(0, experts, parts[key])
+
+    # -- tables ---------------------------------------------------------------------------------------------
+
+    def _update_table_rows(self, name: str, module: TernaryScaleTensor, capture: RowCapture) -> Tensor:
+        """The rows of a large table that were looked up, each as a matrix of its own; their flips."""
+        ids, gradient = capture.touched()
+        tensors = self._tensors(module)
+        parts = {key: tensor[ids][:, None] for key, tensor in tensors.items()}
+        keys, scale_keys = self._matrix_keys([name], ids.device)
+        batch = _batch(
+            parts,
+            module.group,
+            skip(keys, ids * module.in_features),
+            skip(scale_keys, ids * module.E.shape[-1]),
+        )
+        active = gradient.any(dim=-1)[:, None, None] & self.ok.to(ids.device)
+        rule = "sign" if self.constants.rule == "sign" else "row"
+        constants = dataclasses.replace(self.constants, rule=rule)
+        flips = update_dense(batch, gradient[:, None].contiguous(), active, constants)
+        for key, tensor in tensors.items():
+            tensor[ids] = parts[key][:, 0]  # what comes twice comes with equal values
+        distinct = torch.ones_like(ids, dtype=torch.bool)
+        distinct[1:] = ids[1:] != ids[:-1]
+        return (flips * distinct).sum()
+
+    # -- common ---------------------------------------------------------------------------------------------
+
+    def _tensors(self, module: TernaryScaleTensor) -> dict[str, Tensor]:
+        """Weights and state of a module by key."""
+        state = self.state[module.T_packed]
+        kept = {key: state[key] for key in _MATRIX_STATE if key in state}
+        return {"T_packed": module.T_packed.data, "E": module.E.data, **kept}
+
+    def _keys(self, names: Iterable[str], device: torch.device) -> Tensor:
+        """int32 [n, 2]: the random stream of each name in this step."""
+        keys = [stream_keys(self.seed, self.number, zlib.crc32(name.encode())) for name in names]
+        return torch.tensor(keys, dtype=torch.int32, device=device)
+
+    def _matrix_keys(self, names: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Streams of matrices and of their exponents."""
+        return self._keys(names, device), self._keys([f"{name}.E" for name in names], device)
+
+
+def _stack(tensors: list[Tensor]) -> Tensor:
+    """[n, ...]; of a single tensor a view, so that a large matrix is not copied."""
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
+
+
+def _batch(parts: Mapping[str, Tensor], group: int, keys: Tensor, scale_keys: Tensor) -> MatrixBatch:
+    return MatrixBatch(
+        packed=parts["T_packed"],
+        exponent=parts["E"],
+        accumulator=parts["T_accum"],
+        scale_accumulator=parts["E_accum"],
+        momentum=(parts["M"], parts["M_exp"]) if "M" in parts else None,
+        group=group,
+        keys=keys,
+        scale_keys=scale_keys,
+    )

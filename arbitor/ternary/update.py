@@ -1,0 +1,242 @@
+"""How matrices move in a step: momentum, direction, votes, flips, a bounded piece at a time.
+
+Everything works on batches of n matrices of one shape, in place. Elementwise work goes over slices of rows,
+so that what is transient stays within a workspace whatever the size of a matrix.
+
+Shape letters: O out, I in, P packed bytes a row, C momentum bytes a row, H momentum groups of a row, G scale
+groups, R rows of a factor (tokens).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from arbitor.ops.exponent import exp2_int
+from arbitor.ops.momentum import momentum_fold
+from arbitor.ops.random_bits import random_bits, skip
+from arbitor.ops.state_update import scale_update, state_update
+from arbitor.ops.trit_codec import trit_unpack
+from arbitor.ternary import rules
+
+LOOKAHEAD = 0.95  # weight of the momentum in the direction, Nesterov's form
+
+
+@dataclass(frozen=True, kw_only=True)
+class VoteConstants:
+    """What a step needs to know besides gradients.
+
+    Attributes:
+        rule: name of the direction's rule.
+        step: accumulator units for a direction of 1.
+        span, threshold, rail: of the accumulators.
+        momentum_bits: 8, 4, or 0 for none.
+        beta: of the momentum.
+        scale_step: units of the scale accumulator for a direction of 1; 0 keeps exponents.
+        scale_threshold: units in an octave.
+        workspace_weights: weights that may be worked on at once.
+    """
+
+    rule: str
+    step: float
+    span: int
+    threshold: int
+    rail: int
+    momentum_bits: int
+    beta: float
+    scale_step: float
+    scale_threshold: int
+    workspace_weights: int
+
+
+@dataclass(kw_only=True)
+class MatrixBatch:
+    """Matrices of one shape with their state.
+
+    Attributes:
+        packed: uint8 [n, O, P], changed.
+        exponent: int8 [n, O, G], changed if exponents move.
+        accumulator: int8 [n, O, I], changed.
+        scale_accumulator: int8 [n, O, G], changed if exponents move.
+        momentum: codes [n, O, C] and exponents int16 [n, O, H], changed; or None.
+        group: weights along I that share an exponent.
+        keys: int32 [n, 2], random stream of each matrix.
+        scale_keys: int32 [n, 2], that of its exponents.
+    """
+
+    packed: Tensor
+    exponent: Tensor
+    accumulator: Tensor
+    scale_accumulator: Tensor
+    momentum: tuple[Tensor, Tensor] | None
+    group: int
+    keys: Tensor
+    scale_keys: Tensor
+
+    @property
+    def in_features(self) -> int:
+        """I."""
+        return self.accumulator.shape[-1]
+
+    def slices(self, weights: int) -> Iterator[slice]:
+        """Ranges of rows with at most `weights` weights in all n matrices, at least one row."""
+        n, rows, columns = self.accumulator.shape
+        size = max(1, weights // max(1, n * columns))
+        for first in range(0, rows, size):
+            yield slice(first, min(first + size, rows))
+
+    def bits(self, rows: slice) -> Tensor:
+        """Random bits int32 [n, rows, I] of these rows."""
+        count = (rows.stop - rows.start) * self.in_features
+        bits = random_bits(skip(self.keys, rows.start * self.in_features), count)
+        return bits.view(len(self.keys), -1, self.in_features)
+
+
+def update_dense(
+    batch: MatrixBatch, gradient: Tensor, active: Tensor, constants: VoteConstants, *, by_row: bool = False
+) -> Tensor:
+    """A step from formed gradients.
+
+    Args:
+        batch: what moves.
+        gradient: fp32 [n, O, I]; overwritten.
+        active: bool [n, 1, 1], or of single rows [n, O, 1]; the others stay as they are.
+        constants: of the step.
+        by_row: rows are entries of a table: what is not active must not steer the others either.
+
+    Returns:
+        int64 [n]: flips.
+    """
+    direction = gradient
+    if batch.momentum is not None:
+        for rows in batch.slices(constants.workspace_weights):
+            _fold(batch, direction, rows, active, constants)
+    if by_row:
+        direction.masked_fill_(~active, 0)
+    relative = relative_scale(batch.exponent, batch.group, batch.in_features)
+    if relative is not None:
+        direction.mul_(relative)
+    if constants.scale_step > 0:
+        update_scales(batch, direction, active, constants)
+    direction = rules.get_rule(constants.rule)(direction)
+    flips = torch.zeros(len(direction), dtype=torch.int64, device=direction.device)
+    for rows in batch.slices(constants.workspace_weights):
+        flips += _vote(batch, direction[:, rows], rows, _of_rows(active, rows), constants)
+    return flips
+
+
+def update_factored(
+    batch: MatrixBatch, activations: Tensor, output_gradient: Tensor, ok: Tensor, constants: VoteConstants
+) -> Tensor:
+    """A step of the rule `spectral` without momentum, from gradients of few tokens that are never formed.
+
+    Args:
+        batch: what moves; one exponent a row.
+        activations: fp32 [n, R, I].
+        output_gradient: fp32 [n, R, O]; overwritten. dW = output_gradient^T activations.
+        ok: bool scalar; False keeps everything.
+        constants: of the step.
+
+    Returns:
+        int64 [n]: flips.
+    """
+    relative = relative_scale(batch.exponent, batch.group, batch.in_features)
+    if relative is not None:
+        output_gradient.mul_(relative.mT)
+    right, nonzero = rules.spectral_factors(output_gradient, activations)
+    active = (nonzero & ok)[:, None, None]
+    flips = torch.zeros(len(right), dtype=torch.int64, device=right.device)
+    for rows in batch.slices(constants.workspace_weights):
+        direction = output_gradient[:, :, rows].mT @ right
+        flips += _vote(batch, direction, rows, active, constants)
+    return flips
+
+
+def update_scales(batch: MatrixBatch, weighted: Tensor, active: Tensor, constants: VoteConstants) -> None:
+    """Votes on exponents: the gradient of log2 of each group's scale, with RMS 1 in a matrix.
+
+    Args:
+        batch: what moves.
+        weighted: fp32 [n, O, I], direction of the weights times their scale.
+        active: bool, as in `update_dense`.
+        constants: of the step.
+    """
+    trits = trit_unpack(batch.packed, batch.in_features)
+    groups = batch.exponent.shape[-1]
+    padded = nn.functional.pad(weighted * trits, (0, groups * batch.group - batch.in_features))
+    gradient = padded.unflatten(-1, (groups, batch.group)).sum(dim=-1)
+    largest = gradient.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(1e-30)
+    gradient = gradient / largest
+    gradient = gradient * gradient.square().mean(dim=(-2, -1), keepdim=True).clamp_min(1e-30).rsqrt()
+    bits = random_bits(batch.scale_keys, gradient[0].numel()).view(gradient.shape)
+    scale_update(
+        batch.exponent,
+        batch.scale_accumulator,
+        gradient,
+        bits,
+        active,
+        constants.scale_step,
+        constants.scale_threshold,
+    )
+
+
+def relative_scale(exponent: Tensor, group: int, in_features: int) -> Tensor | None:
+    """2^(E - max E of the matrix) for every weight; None for a single row with one exponent, where it is 1.
+
+    Args:
+        exponent: int8 [..., O, G].
+        group: weights that share an exponent.
+        in_features: I.
+
+    Returns:
+        fp32 [..., O, 1] or [..., O, I].
+    """
+    if exponent.shape[-2:] == (1, 1):
+        return None
+    largest = exponent.amax(dim=(-2, -1), keepdim=True)
+    scale = exp2_int(exponent.to(torch.int32) - largest.to(torch.int32))
+    if exponent.shape[-1] == 1:
+        return scale
+    return scale.repeat_interleave(group, dim=-1)[..., :in_features]
+
+
+def _of_rows(active: Tensor, rows: slice) -> Tensor:
+    """The part of bool [n, 1, 1] or [n, O, 1] that belongs to some rows."""
+    return active if active.shape[-2] == 1 else active[:, rows]
+
+
+def _fold(
+    batch: MatrixBatch, direction: Tensor, rows: slice, active: Tensor, constants: VoteConstants
+) -> None:
+    """Momentum of some rows, in place; their gradient becomes the direction."""
+    assert batch.momentum is not None
+    codes, exponent = (state[:, rows] for state in batch.momentum)
+    direction[:, rows] = momentum_fold(
+        direction[:, rows],
+        codes,
+        exponent,
+        batch.bits(rows),
+        _of_rows(active, rows),
+        constants.momentum_bits,
+        constants.beta,
+        LOOKAHEAD,
+    )
+
+
+def _vote(
+    batch: MatrixBatch, direction: Tensor, rows: slice, active: Tensor, constants: VoteConstants
+) -> Tensor:
+    """Votes and flips of some rows [n, rows, I], in place; flips int64 [n]."""
+    return state_update(
+        batch.packed[:, rows],
+        batch.accumulator[:, rows],
+        direction,
+        batch.bits(rows),
+        active,
+        constants.step,
+        constants.span,
+        constants.threshold,
+        constants.rail,
+        constants.rule == "sign",
+    )

@@ -138,12 +138,7 @@ def test_captured_gradients_add_up_over_uses(count):
         backward(layer, seed, ends)
     assert layer.capture.dense is None, "so few rows are kept as pairs"
     activations, gradients, ends = layer.capture.sorted_rows()
-    formed = torch.stack(
-        [
-            b.t() @ a.float()
-            for a, b in zip(parts(activations, ends.tolist()), parts(gradients, ends.tolist()))
-        ]
-    )
+    formed = form(activations, gradients, ends.tolist())
     expected = gradient_oracle(layer, USES[:count])
     torch.testing.assert_close(formed, expected, rtol=1e-5, atol=1e-5)
     for repeat in range(30):

@@ -30,8 +30,9 @@ def test_initial_trits_and_residuals_are_a_rounded_clamped_gaussian():
     w = TernaryScaleTensor(640, 1000)
     u = latent(w).flatten().sort().values
     assert w.T_residual.abs().max() <= 64
-    # Against the quantiles of N(0, 1): by Dvoretzky, Kiefer and Wolfowitz the empirical distribution of n draws
-    # is off by more than sqrt(ln(2 / p) / 2n) with probability p; rounding to 1/128 adds half its density.
+    # Against the quantiles of N(0, 1): by Dvoretzky, Kiefer and Wolfowitz the empirical distribution of n
+    # draws is off by more than sqrt(ln(2 / p) / 2n) with probability p; rounding to 1/128 adds half its
+    # density.
     p = torch.special.ndtr(u)
     inside = u.abs() < 1.48
     rank = torch.arange(1, len(u) + 1, dtype=torch.float64) / len(u)

@@ -7,8 +7,8 @@ from torch import nn
 from arbitor.errors import UserError
 from arbitor.ops.random_bits import random_bits, stream_keys
 from arbitor.ternary import (
-    IntegerCounters,
     Int8Vector,
+    IntegerCounters,
     TernaryEmbeddingTable,
     TernaryLinear,
     VoteOptimizer,

@@ -24,14 +24,28 @@ class _SquaredReLU(torch.autograd.Function):
         return 2 * (dy * positive)
 
 
+def squared_relu(x: Tensor) -> Tensor:
+    """relu(x)^2, elementwise."""
+    return _SquaredReLU.apply(x)
+
+
 class FeedForward(nn.Module):
-    """down(relu(up(h))^2); both linears RMS-normalise their own input."""
+    """down(relu(up(h))^2); both linears RMS-normalise their own input.
 
-    def __init__(self, config: ModelConfig, device: torch.device | None = None) -> None:
+    Args:
+        config: `dim` and `tscale`.
+        device: where to make it.
+        hidden: width between the linears; None is `config.ffn_dim`.
+    """
+
+    def __init__(
+        self, config: ModelConfig, device: torch.device | None = None, hidden: int | None = None
+    ) -> None:
         super().__init__()
-        self.up = TernaryLinear(config.dim, config.ffn_dim, tscale=config.tscale, device=device)
-        self.down = TernaryLinear(config.ffn_dim, config.dim, tscale=config.tscale, device=device)
+        hidden = config.ffn_dim if hidden is None else hidden
+        self.up = TernaryLinear(config.dim, hidden, tscale=config.tscale, device=device)
+        self.down = TernaryLinear(hidden, config.dim, tscale=config.tscale, device=device)
 
-    def forward(self, h_BND: Tensor) -> Tensor:
-        """Residual stream [B, N, D] -> what is added to it, [B, N, D]."""
-        return self.down(_SquaredReLU.apply(self.up(h_BND)))
+    def forward(self, h: Tensor) -> Tensor:
+        """Residual stream [..., D] -> what is added to it, [..., D]."""
+        return self.down(squared_relu(self.up(h)))

@@ -1,0 +1,232 @@
+"""The iterated core: experts and motif messages, applied to each position until it halts.
+
+A recurrence over one state a position whose input comes in again at each iteration (Geiping et al. 2025,
+"Scaling up Test-Time Compute with Latent Reasoning", section 3), with adaptive computation time (Graves 2016,
+section 2). Nothing in it looks at another position.
+
+Shape letters: B batch, N positions, D dim, E experts, M rows (all positions of the batch), L rows that have
+not halted.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from arbitor.config import ModelConfig
+from arbitor.model.graph import MotifGraph, Neighbours
+from arbitor.model.moe import MoE
+from arbitor.ternary import Int8Vector, TernaryLinear
+
+DECAY_FRACTION_BITS = 5
+DECAY_CENTRE = 3.0
+HALT_FRACTION_BITS = 4
+HALT_START = 1.0  # sigmoid(1) = 0.73: most positions pass 0.99 in their second iteration
+
+
+class CoreOutput(NamedTuple):
+    """What the core returns.
+
+    Attributes:
+        state: [B, N, D].
+        ponder: fp32 scalar, mean over the positions of iterations + remainder; None if none can halt.
+        metrics: scalars on the device, without gradient.
+    """
+
+    state: Tensor
+    ponder: Tensor | None
+    metrics: dict[str, Tensor]
+
+
+class StateDecay(Int8Vector):
+    """a = 1 - 2^-e in s <- a s + (1 - a) h, one for each dimension, with e = 3 + value in (0.03, 5.97).
+
+    Whatever training does to the integers, 0 < a < 1: the map is stable, and linear and time-invariant.
+    """
+
+    def __init__(self, dim: int, device: torch.device | None = None) -> None:
+        super().__init__(dim, fraction_bits=DECAY_FRACTION_BITS, device=device)
+
+    def forward(self) -> Tensor:
+        """a as fp32 [dim]."""
+        return 1 - torch.exp2(-(DECAY_CENTRE + super().forward()))
+
+
+class HaltingUnit(nn.Module):
+    """The probability that a position halts: sigmoid(linear(s) + bias)."""
+
+    def __init__(self, config: ModelConfig, device: torch.device | None = None) -> None:
+        super().__init__()
+        self.linear = TernaryLinear(config.dim, 1, tscale=config.tscale, device=device)
+        self.bias = Int8Vector(1, fraction_bits=HALT_FRACTION_BITS, value=HALT_START, device=device)
+
+    def forward(self, s_LD: Tensor, bias: Tensor) -> Tensor:
+        """[L, 1] in the dtype of s; `bias` is the value of `self.bias`, which all iterations share."""
+        with torch.autocast(s_LD.device.type, enabled=False):
+            # In fp64 and rounded once: an fp32 sigmoid computed alone may differ in its last bit from one
+            # among others.
+            return (self.linear(s_LD).double() + bias).sigmoid().to(s_LD.dtype)
+
+
+class _Select(torch.autograd.Function):
+    """Some rows, each once at most: x [L, ...] -> x[index]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.shape = x.shape
+        return x[index]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        # A copy, where autograd, which does not know that no row comes twice, would add.
+        (index,) = ctx.saved_tensors
+        return dy.new_zeros(ctx.shape).index_copy_(0, index, dy), None
+
+
+class _WeightedSum(torch.autograd.Function):
+    """Sum over iterations of weight * state, each for the rows that took part.
+
+    The arguments are those of the first iteration, of all rows: weight [M, 1], state [M, D]; then, for each
+    later one, weight [L, 1], state [L, D] and the int64 [L] numbers of its rows.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, state: Tensor, *later: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, state, *later)
+        total = weight * state
+        for w, s, index in _threes(later):
+            total.index_copy_(0, index, total[index] + w * s)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        weight, state, *later = ctx.saved_tensors
+        gradients: list[Tensor | None] = [(dy * state).sum(dim=-1, keepdim=True), weight * dy]
+        for w, s, index in _threes(later):
+            part = dy[index]
+            gradients += [(part * s).sum(dim=-1, keepdim=True), w * part, None]
+        return tuple(gradients)
+
+
+def _threes(tensors: Any) -> Any:
+    return zip(tensors[0::3], tensors[1::3], tensors[2::3], strict=True)
+
+
+class MoEGraph(nn.Module):
+    """s_0 = h; s <- a s + (1 - a) h; s += experts(s); s += messages(s); a position halts on its own.
+
+    With p_n the halting probability after iteration n, a position stops at the first n at which the sum of
+    p_1 to p_n reaches `halt_threshold`, or at the last one allowed. Its result is the sum of p_n s_n, where
+    the last state has the remainder R = 1 - (the sum of the earlier p) instead of its p. The ponder cost of a
+    position is n + R. The rows of those that have halted are left out of what follows.
+
+    Args:
+        config: `max_moe_iters`, `halt_threshold`; experts and graph are made if it asks for them.
+        code_dim: width of a motif's code vector; needed for a graph.
+        device: where to make it.
+
+    Attributes:
+        max_iters: most iterations of a position; may be lowered on a model that is there.
+    """
+
+    def __init__(
+        self, config: ModelConfig, code_dim: int | None = None, device: torch.device | None = None
+    ) -> None:
+        super().__init__()
+        self.max_iters = config.max_moe_iters
+        self.threshold = config.halt_threshold
+        self.moe = MoE(config, device) if config.num_experts else None
+        self.graph = None
+        if config.graph_edges:
+            assert code_dim is not None, "a graph needs the code vectors of a VQ bridge"
+            self.graph = MotifGraph(config, code_dim, device)
+        if config.max_moe_iters > 1:
+            self.decay = StateDecay(config.dim, device)
+            self.halting = HaltingUnit(config, device)
+
+    def forward(
+        self,
+        h_BND: Tensor,
+        motif_BN: Tensor | None = None,
+        code_vectors: Callable[[Tensor], Tensor] | None = None,
+    ) -> CoreOutput:
+        """The state of every position when it halts.
+
+        Asks the device once an iteration (but the last) how many rows are left.
+
+        Args:
+            h_BND: residual stream.
+            motif_BN: int64, the positions' motifs; for a graph only.
+            code_vectors: code vectors of motifs; for a graph only.
+        """
+        neighbours = None
+        if self.graph is not None:
+            assert motif_BN is not None
+            assert code_vectors is not None
+            neighbours = self.graph.look_up(motif_BN, code_vectors)
+        h_MD = h_BND.flatten(0, 1)
+        if self.max_iters == 1:
+            s_MD, load_E = self._update(h_MD, neighbours)
+            ponder, iterations = None, torch.ones((), device=h_MD.device)
+        else:
+            s_MD, load_E, ponder, iterations = self._until_halted(h_MD, neighbours)
+        metrics = {"mean_iterations": iterations}
+        if load_E is not None:
+            metrics["expert_load"] = load_E.max() * len(load_E) / load_E.sum()
+        if self.graph is not None and neighbours is not None:
+            metrics |= self.graph.metrics(neighbours)
+        return CoreOutput(s_MD.view(h_BND.shape), ponder, metrics)
+
+    def _update(self, s_LD: Tensor, neighbours: Neighbours | None) -> tuple[Tensor, Tensor | None]:
+        """One iteration without the injection of h, and the experts' load."""
+        load_E = None
+        if self.moe is not None:
+            y_LD, load_E = self.moe(s_LD)
+            s_LD = s_LD + y_LD
+        if self.graph is not None and neighbours is not None:
+            s_LD = s_LD + self.graph.messages(s_LD, neighbours)
+        return s_LD, load_E
+
+    def _until_halted(
+        self, h_MD: Tensor, neighbours: Neighbours | None
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """Result [M, D], the experts' load, the ponder cost, and the mean number of iterations."""
+        decay_D, halt_bias = self.decay(), self.halting.bias()
+        h_LD = s_LD = h_MD
+        spent_L1 = h_MD.new_zeros((len(h_MD), 1))
+        row_L = torch.arange(len(h_MD), device=h_MD.device)
+        terms: list[Tensor] = []
+        load_E: Tensor | None = None
+        remainder = h_MD.new_zeros((), dtype=torch.float32)
+        num_uses = 0
+        for iteration in range(1, self.max_iters + 1):
+            if iteration > 1:  # before, s = h, which the injection leaves as it is
+                s_LD = h_LD + decay_D * (s_LD - h_LD)
+            s_LD, load = self._update(s_LD, neighbours)
+            load_E = load if load_E is None or load is None else load_E + load
+            num_uses += len(s_LD)
+            rest_L1 = 1 - spent_L1
+            if iteration == self.max_iters:
+                weight_L1, halts_L1 = rest_L1, torch.ones_like(rest_L1, dtype=torch.bool)
+            else:
+                p_L1 = self.halting(s_LD, halt_bias)
+                halts_L1 = spent_L1 + p_L1 >= self.threshold
+                weight_L1 = torch.where(halts_L1, rest_L1, p_L1)
+                spent_L1 = spent_L1 + p_L1
+            remainder = remainder + torch.where(halts_L1, rest_L1, 0).sum(dtype=torch.float32)
+            terms += [weight_L1, s_LD] if iteration == 1 else [weight_L1, s_LD, row_L]
+            if iteration == self.max_iters:
+                break
+            live = (~halts_L1[:, 0]).nonzero()[:, 0]
+            if not len(live):
+                break
+            if len(live) < len(row_L):
+                s_LD, h_LD, spent_L1 = (_Select.apply(t, live) for t in (s_LD, h_LD, spent_L1))
+                row_L = row_L[live]
+                neighbours = None if neighbours is None else neighbours.rows(live)
+        iterations = torch.full((), num_uses / len(h_MD), device=h_MD.device)
+        return _WeightedSum.apply(*terms), load_E, iterations + remainder / len(h_MD), iterations

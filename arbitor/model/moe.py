@@ -77,7 +77,7 @@ class Routing(NamedTuple):
     """Which experts the rows use, and in what order the uses lie when they are sorted by expert.
 
     Attributes:
-        gate: fp32 [M, K], weights of the chosen experts; they sum to 1.
+        gate: float [M, K], weights of the chosen experts; they sum to 1.
         order: int64 [R], sorted position -> use (row * K + choice).
         place: int64 [R], use -> sorted position.
         offsets: int32 [E], the end of each expert's sorted uses.
@@ -125,7 +125,7 @@ class Router(nn.Module):
         chosen_affinity_MK = affinity_ME.gather(-1, chosen_MK)
         total_M1 = chosen_affinity_MK.sum(dim=-1, keepdim=True)
         gate_MK = chosen_affinity_MK / total_M1.clamp_min(torch.finfo(total_M1.dtype).tiny)
-        routing = Routing(gate_MK.float(), order_R, order_R.argsort(), offsets_E)
+        routing = Routing(gate_MK.to(s_MD.dtype), order_R, order_R.argsort(), offsets_E)
         self.balance.note(routing.load)
         return routing
 
@@ -193,5 +193,5 @@ class MoE(nn.Module):
         s_RD = _Dispatch.apply(s_MD, routing.order, routing.place)
         y_RD = self.down(squared_relu(self.up(s_RD, routing.offsets)), routing.offsets)
         y_MKD = _Permute.apply(y_RD, routing.place, routing.order).unflatten(0, routing.gate.shape)
-        gated_MKD = routing.gate[..., None].to(s_MD.dtype) * y_MKD
+        gated_MKD = routing.gate[..., None] * y_MKD
         return self.shared(s_MD) + gated_MKD.sum(dim=1), routing.load

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from arbitor.config import ModelConfig
 from arbitor.model import ARBModel
-from arbitor.ternary import Int8Embedding, TernaryLinear
+from arbitor.ternary import Int8Embedding, TernaryExperts, TernaryLinear
 
 SMALL: dict[str, Any] = {
     "dim": 40,
@@ -48,6 +48,19 @@ def make_model() -> Callable[..., ARBModel]:
     return make
 
 
+def _unrounded(module: nn.Module) -> nn.Module:
+    for part in module.modules():
+        if isinstance(part, TernaryLinear | TernaryExperts):
+            part.forward = partial(part.forward, quantize=False)
+    return module
+
+
+@pytest.fixture
+def unrounded() -> Callable[[nn.Module], nn.Module]:
+    """Makes the linears of a module take float activations; it then computes in the dtype of its input."""
+    return _unrounded
+
+
 @pytest.fixture
 def without_rounding() -> Callable[[ARBModel], ARBModel]:
     """Makes a model compute in fp64 with float activations; its fp32 logits then hold one rounding each."""
@@ -55,10 +68,7 @@ def without_rounding() -> Callable[[ARBModel], ARBModel]:
     def convert(model: ARBModel) -> ARBModel:
         model.embed = _InDouble(model.embed)
         model.head.logits = partial(model.head.logits, quantize=False)
-        for module in model.modules():
-            if isinstance(module, TernaryLinear):
-                module.forward = partial(module.forward, quantize=False)
-        return model
+        return _unrounded(model)
 
     return convert
 

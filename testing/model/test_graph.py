@@ -235,6 +235,21 @@ def test_nothing_is_noted_in_evaluation_without_gradients_or_without_an_optimize
     assert changed(before, snapshot(trained)) != []
 
 
+def test_what_was_merged_is_merged_once():
+    graph = make()
+    graph.attached = True
+    use(graph, motifs())
+
+    def bits(use, count):
+        return torch.zeros(count, dtype=torch.int32)
+
+    graph.advance(torch.tensor(True), bits)
+    before = snapshot(graph)
+    assert edges(graph)
+    graph.advance(torch.tensor(True), bits)
+    assert changed(before, snapshot(graph)) == []
+
+
 def test_a_dropped_step_keeps_every_bit(trained):
     optimizer = VoteOptimizer(trained)
     before = snapshot(trained, optimizer)
@@ -281,6 +296,7 @@ def test_the_list_never_exceeds_its_capacity_and_stays_sorted():
 
 
 def test_metrics_count_edges_and_positions_with_a_neighbour(trained):
+    trained.num_neighbours = 30  # more than any motif has
     neighbours = trained.look_up(torch.tensor([[26, 3, 26, 26]]), code_vectors)
     metrics = trained.metrics(neighbours)
     assert int(metrics["graph_edges"]) == sum(len(best) for best in edges(trained).values())
@@ -304,6 +320,8 @@ def test_a_copy_takes_the_edges_along(trained):
 
 def damage(graph, name, index, value):
     state = {key: tensor.clone() for key, tensor in graph.state_dict().items()}
+    if index == "last edge":
+        index = int((graph.src != UNUSED).sum()) - 1
     state[name][index] = value
     return state
 
@@ -312,11 +330,11 @@ def damage(graph, name, index, value):
     ("name", "index", "value"),
     [
         ("src", 0, -1),
-        ("src", 0, MOTIFS),
+        ("src", "last edge", MOTIFS),
         ("src", -1, 0),
         ("dst", 3, MOTIFS),
         ("dst", 3, -1),
-        ("score", 0, 0),
+        ("score", "last edge", 0),
         ("score", 0, -5),
         ("score", -1, 3),
         ("dst", -1, 3),

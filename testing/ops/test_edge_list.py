@@ -148,6 +148,14 @@ def test_the_step_is_unbiased_over_all_random_numbers():
     assert counts[13] == round(4096 * (97 / 48 - 2))
 
 
+def test_a_step_downwards_is_rounded_downwards_to_its_fraction():
+    # (127 * 1 - 127 * 3) / (3 * 16) * 2^16 = -346794.67 is -346795; with a number of 19114, -327681 / 2^16.
+    for number, score in ((19114, 127 - 6), (19115, 127 - 5)):
+        edges = vector([5]), vector([6]), torch.tensor([127], dtype=torch.int8)
+        merge(edges, [(5, 6), (5, 7), (5, 7)], [number] * 4)
+        assert lists(edges) == ([5], [6], [score])
+
+
 def test_edges_of_nodes_that_do_not_occur_keep_their_scores():
     edges = vector([1, 1, 8]), vector([2, 3, 1]), torch.tensor([90, 1, 30], dtype=torch.int8)
     merge(edges, [(8, 1)], words(4))

@@ -1,7 +1,7 @@
 """Linear on the packed trits of many experts, tokens sorted by expert, in grouped matmuls.
 
 The experts that can have tokens are decoded a slice of output rows at a time, so that the transient weights
-stay within `WORKSPACE_BYTES` however many experts there are; a slice is one grouped matmul for all experts.
+stay within a workspace however many experts there are; a slice is one grouped matmul for all experts.
 
 Shape letters: M rows (tokens sorted by expert), I in, O out, E experts, A experts with tokens at most,
 P packed bytes a row, G groups.
@@ -16,7 +16,7 @@ from torch import Tensor
 from arbitor.ops import activations
 from arbitor.ops.trit_codec import reference as trit_codec
 
-WORKSPACE_BYTES = 64 << 20
+WORKSPACE_BYTES = 16 << 20  # of decoded weights, or as many as the activations take, if that is more
 MULTIPLE = 8  # elements that the library's grouped matmul wants rows to be a multiple of (16 bytes in bf16)
 
 
@@ -39,9 +39,16 @@ def busy_experts(offsets: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     return order, offsets[order]
 
 
-def slices(out_features: int, in_features: int, experts: int, element_size: int) -> Iterator[tuple[int, int]]:
-    """Ranges of output rows whose decoded weights fit into the workspace, in multiples of 16."""
-    rows = WORKSPACE_BYTES // max(1, experts * in_features * element_size)
+def slices(x: Tensor, out_features: int, experts: int, element_size: int) -> Iterator[tuple[int, int]]:
+    """Ranges of output rows whose decoded weights fit into the workspace, in multiples of 16.
+
+    Args:
+        x: [M, I], the activations.
+        out_features: O.
+        experts: A, that are decoded.
+        element_size: bytes of a decoded weight.
+    """
+    rows = max(WORKSPACE_BYTES, x.nbytes) // max(1, experts * x.shape[1] * element_size)
     rows = max(16, rows // 16 * 16)
     for first in range(0, out_features, rows):
         yield first, min(first + rows, out_features)
@@ -96,7 +103,7 @@ def forward(
     experts, ends = busy_experts(offsets, x.shape[0])
     out_features = packed.shape[1]
     y = x.new_empty((x.shape[0], out_features), dtype=out_dtype)
-    for first, last in slices(out_features, x.shape[1], len(experts), dtype.itemsize):
+    for first, last in slices(x, out_features, len(experts), dtype.itemsize):
         weight = trit_codec.decode(
             packed[experts, first:last], exponent[experts, first:last], x.shape[1], group, dtype
         )
@@ -120,7 +127,7 @@ def backward(
     dy = dy.to(dtype)
     experts, ends = busy_experts(offsets, x.shape[0])
     dxn = torch.zeros(x.shape, dtype=activations.compute_dtype(x), device=x.device)
-    for first, last in slices(packed.shape[1], x.shape[1], len(experts), dtype.itemsize):
+    for first, last in slices(x, packed.shape[1], len(experts), dtype.itemsize):
         weight = trit_codec.decode(
             packed[experts, first:last], exponent[experts, first:last], x.shape[1], group, dtype
         )

@@ -19,6 +19,7 @@ from arbitor.ops.exponent import exp2_int
 TRITS_PER_BYTE = 5
 PLANE = 32
 BLOCK = TRITS_PER_BYTE * PLANE
+BYTES_AT_ONCE = 1 << 20  # packed bytes that are looked up at once
 ILLEGAL = -128  # what `unpack` gives for a byte that packing never produces
 
 
@@ -73,11 +74,21 @@ def pack(trits: Tensor) -> Tensor:
 
 
 def _look_up(packed: Tensor, table: Tensor, in_features: int) -> Tensor:
+    """table[byte] of every packed byte, its five entries in their places: uint8 [..., P] -> [..., I].
+
+    Some rows at a time, so that beside the result only little is alive.
+    """
     *leading, width = packed.shape
     blocks = width // PLANE
-    digits = table.index_select(0, packed.reshape(-1).to(torch.int32))
-    planes = digits.view(*leading, blocks, PLANE, TRITS_PER_BYTE).transpose(-1, -2)
-    return planes.reshape(*leading, blocks * BLOCK)[..., :in_features].contiguous()
+    rows = packed.reshape(-1, width)
+    result = torch.empty((len(rows), blocks * BLOCK), dtype=table.dtype, device=packed.device)
+    step = max(1, BYTES_AT_ONCE // max(1, width))
+    for first in range(0, len(rows), step):
+        part = rows[first : first + step]
+        digits = table.index_select(0, part.reshape(-1).to(torch.int32))
+        planes = digits.view(len(part), blocks, PLANE, TRITS_PER_BYTE).transpose(-1, -2)
+        result[first : first + step].view(planes.shape).copy_(planes)
+    return result.view(*leading, blocks * BLOCK)[..., :in_features].contiguous()
 
 
 def unpack(packed: Tensor, in_features: int) -> Tensor:

@@ -1,5 +1,6 @@
 """The number format and its learning rule; knows nothing of any particular model."""
 
+from arbitor.ternary.codebook import TernaryVQCodebook
 from arbitor.ternary.counters import IntegerCounters, named_counters
 from arbitor.ternary.experts import TernaryExperts
 from arbitor.ternary.layers import Int8Embedding, Int8Vector, TernaryEmbeddingTable, TernaryLinear
@@ -15,6 +16,7 @@ __all__ = [
     "TernaryExperts",
     "TernaryLinear",
     "TernaryScaleTensor",
+    "TernaryVQCodebook",
     "VoteOptimizer",
     "named_counters",
     "named_ternary",

@@ -22,6 +22,7 @@ TSCALES = ("T4", "T6", "T8", "T16", "T32", "T64", "T96", "ROW")
 DEVICES = ("auto", "cpu", "cuda")
 
 MAX_MOTIF_TRITS = 15
+MEMORY_ROWS = 1 << 15  # rows of each hash table of a memory that is asked for without a size
 
 _WIDTH = (1, 1 << 20)
 _COUNT = (1, 1 << 31)
@@ -136,6 +137,7 @@ class ModelConfig:
         memory_heads: Hash tables for 2-grams, and as many for 3-grams.
         memory_dim: Width of a row.
         memory_over: What the n-grams consist of: bytes or motifs.
+        memory_host: Whether the hash tables stay in host memory, wherever the model is.
         output_router: Whether a router over modalities stands ahead of the heads.
     """
 
@@ -166,8 +168,9 @@ class ModelConfig:
     graph_heads: int = 8
     memory_rows: int = 0
     memory_heads: int = 4
-    memory_dim: int = 80
+    memory_dim: int = 160
     memory_over: str = "bytes"
+    memory_host: bool = False
     output_router: bool = False
 
     @property
@@ -347,6 +350,13 @@ class RunConfig:
 SECTIONS = {"model": ModelConfig, "train": TrainConfig, "data": DataConfig}
 _SECTION_OF = {f.name: section for section, cls in SECTIONS.items() for f in dataclasses.fields(cls)}
 
+_ALL_PARTS: dict[str, Any] = {
+    "motif_trits": 9,
+    "max_moe_iters": 4,
+    "graph_edges": 1 << 16,
+    "output_router": True,
+}
+
 PRESETS: dict[str, RunConfig] = {
     "tiny": RunConfig(preset="tiny"),
     "small": RunConfig(
@@ -378,6 +388,44 @@ PRESETS: dict[str, RunConfig] = {
             ctx=1024,
         ),
         train=TrainConfig(steps=10_000, batch=32, eval_interval=500, save_interval=500),
+    ),
+    "arb-small": RunConfig(
+        preset="arb-small",
+        model=ModelConfig(
+            dim=480,
+            num_prelude_layers=2,
+            num_coda_layers=2,
+            num_heads=6,
+            head_dim=48,
+            rope_dim=32,
+            value_dim=80,
+            kv_latent_dim=160,
+            ffn_dim=1920,
+            ctx=256,
+            num_experts=8,
+            expert_dim=2240,
+            **_ALL_PARTS,
+        ),
+        train=TrainConfig(steps=1000, batch=64),
+    ),
+    "arb-1b": RunConfig(
+        preset="arb-1b",
+        model=ModelConfig(
+            dim=960,
+            num_prelude_layers=6,
+            num_coda_layers=6,
+            num_heads=12,
+            head_dim=48,
+            rope_dim=32,
+            value_dim=80,
+            kv_latent_dim=320,
+            ffn_dim=3840,
+            ctx=1024,
+            num_experts=32,
+            expert_dim=17_920,
+            **_ALL_PARTS,
+        ),
+        train=TrainConfig(steps=10_000, batch=32, eval_interval=500, save_interval=500, state="lean"),
     ),
 }
 

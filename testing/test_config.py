@@ -29,7 +29,7 @@ same_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixtur
 
 
 def trunk_weights(m: ModelConfig) -> int:
-    """Weights in ternary matrices of the text path, from the architecture's definition."""
+    """Weights in ternary matrices of the trunk, from the architecture's definition."""
     attention = (
         m.dim * m.num_heads * (m.head_dim + m.rope_dim)
         + m.dim * (m.kv_latent_dim + m.rope_dim)
@@ -40,16 +40,72 @@ def trunk_weights(m: ModelConfig) -> int:
     return 3 * m.dim * m.dim + layers * (attention + 2 * m.dim * m.ffn_dim)
 
 
+def part_weights(m: ModelConfig) -> dict[str, int]:
+    """The same of the parts: mixture of experts with what iterates it; VQ bridge and graph; output router."""
+    experts = (m.num_experts + 1) * 2 * m.dim * m.expert_dim + m.num_experts * m.dim
+    halting = m.dim if m.max_moe_iters > 1 else 0
+    motifs = 2 * m.dim * m.motif_trits
+    graph = 2 * m.dim * m.graph_heads * m.motif_trits
+    return {"moe": experts + halting, "motifs": motifs + graph, "router": 3 * m.dim}
+
+
 def test_preset_sizes_follow_the_design():
     assert trunk_weights(preset("tiny").model) == pytest.approx(0.7e6, rel=0.1)
     assert trunk_weights(preset("small").model) == pytest.approx(10e6, rel=0.1)
     assert trunk_weights(preset("base").model) == pytest.approx(124.0e6, rel=0.02)
+    model = preset("arb-1b").model
+    parts = part_weights(model)
+    core = trunk_weights(model) + parts["router"]
+    assert core == pytest.approx(124.0e6, rel=0.01)
+    assert core + parts["moe"] == pytest.approx(1246e6, rel=0.02)
+    assert core + parts["moe"] + parts["motifs"] == pytest.approx(1268e6, rel=0.02)
+    model = preset("arb-small").model
+    assert trunk_weights(model) + sum(part_weights(model).values()) == pytest.approx(30e6, rel=0.03)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_audit_counts_the_weights_of_the_definition(name):
+    from arbitor.model import ARBModel
+    from arbitor.ternary.audit import audit
+
+    model = preset(name).model
+    counted = audit(ARBModel(name, device="meta")).trit_weights
+    parts = part_weights(model).values() if model.num_experts else ()
+    assert counted == trunk_weights(model) + sum(parts)
+
+
+def test_presets_with_parts_have_all_of_the_core():
+    for name in ("arb-small", "arb-1b"):
+        model = preset(name).model
+        assert model.motif_trits == 9
+        assert model.num_active_experts == 2
+        assert model.max_moe_iters == 4
+        assert model.graph_edges > 0
+        assert model.output_router
+        assert model.memory_rows == 0, "opt-in"
+    assert preset("arb-1b").model.num_experts == 32
+    assert preset("arb-1b").train.state == "lean"
+    assert preset("arb-small").model.num_experts == 8
+    assert preset("arb-small").train.state == "full"
+    for name in ("tiny", "small", "base"):
+        model = preset(name).model
+        assert not any((model.has_motifs, model.has_core, model.memory_rows, model.output_router))
+
+
+@pytest.mark.parametrize(("split", "straight"), [("arb-1b", "base"), ("arb-small", "small")])
+def test_presets_with_parts_split_the_trunk_of_those_without(split, straight):
+    split, straight = preset(split).model, preset(straight).model
+    assert split.num_prelude_layers == split.num_coda_layers
+    assert split.num_prelude_layers + split.num_coda_layers == straight.num_prelude_layers
+    for field in ("dim", "num_heads", "head_dim", "rope_dim", "value_dim", "kv_latent_dim", "ffn_dim", "ctx"):
+        assert getattr(split, field) == getattr(straight, field)
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_preset_widths_pack_without_padding(name):
     model = preset(name).model
-    for width in (model.dim, model.ffn_dim, model.kv_latent_dim, model.num_heads * model.value_dim):
+    widths = [model.dim, model.ffn_dim, model.kv_latent_dim, model.num_heads * model.value_dim]
+    for width in (*widths, model.expert_dim, model.memory_dim):
         assert width % 160 == 0
 
 
@@ -103,6 +159,15 @@ def test_every_setting_is_documented_in_its_class():
         (lambda: ModelConfig(num_prelude_layers=0), ["at least one layer"]),
         (lambda: ModelConfig(rope_theta=0.5), ["rope_theta"]),
         (lambda: ModelConfig(tscale="T5"), ["tscale", "T4", "ROW"]),
+        (lambda: ModelConfig(motif_trits=16), ["motif_trits", "between 0 and 15"]),
+        (lambda: ModelConfig(motif_trits=3, codebook_rows=9), ["motif_trits is 3", "codebook_rows 9"]),
+        (lambda: ModelConfig(num_experts=2, num_active_experts=3), ["num_active_experts", "1 and 2"]),
+        (lambda: ModelConfig(max_moe_iters=0), ["max_moe_iters", "between 1"]),
+        (lambda: ModelConfig(halt_threshold=0.0), ["halt_threshold", "above 0"]),
+        (lambda: ModelConfig(ponder_weight=-0.1), ["ponder_weight", "between 0"]),
+        (lambda: ModelConfig(graph_edges=10), ["graph_edges", "set motif_trits"]),
+        (lambda: ModelConfig(memory_rows=10, memory_over="motifs"), ["memory_over", "motif_trits"]),
+        (lambda: ModelConfig(memory_over="words"), ["memory_over", "bytes, motifs"]),
         (lambda: DataConfig(data=3), ["data", "list of strings"]),
         (lambda: DataConfig(data=["", "x"]), ["empty path"]),
         (lambda: DataConfig(held_out=""), ["held_out", "fraction"]),

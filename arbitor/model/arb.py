@@ -1,10 +1,16 @@
 """ARBModel: bytes in, logits of the byte after next positions out.
 
-Shape letters: B batch, L ids, N positions (L - 2 without a ledger), D dim, S vocabulary.
+    embedding -> sequencer -> VQ bridge -> prelude (n-gram memory after its first block) -> core -> coda
+    -> output router, byte head
+
+A part that the configuration does not ask for is not made.
+
+Shape letters: B batch, L ids, N positions (L - 2 without a ledger), D dim, S vocabulary, C modalities.
 """
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -16,9 +22,17 @@ from arbitor.config import ModelConfig, did_you_mean
 from arbitor.errors import UserError
 from arbitor.model import rotary
 from arbitor.model.block import Block
+from arbitor.model.core import MoEGraph
+from arbitor.model.heads import ByteHead
 from arbitor.model.ledger import KVLedger
+from arbitor.model.memgram import MemGram
+from arbitor.model.router import MODALITIES, OutputRouter
 from arbitor.model.sequencer import WINDOW, TextSequencer
+from arbitor.model.vq import VQBridge
 from arbitor.ternary import Int8Embedding
+
+DEFAULT_PRESET = "arb-1b"
+ROUTER_WEIGHT = 0.01
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -28,17 +42,35 @@ class ARBOutput:
     Attributes:
         logits: fp32 [B, N, S]; row i predicts position i + 3 of the ids (with a ledger: the last row predicts
             the id that follows).
-        loss: fp32 scalar, mean cross entropy in nats, or None without targets.
+        loss: fp32 scalar, the weighted sum of `losses`; None without targets.
+        losses: fp32 scalars, unweighted; empty without targets. "text" is the mean cross entropy in nats;
+            "ponder", "commitment" and "router" are there if the part is that they belong to.
+        modalities: fp32 [B, N, C], the output router's logits of `MODALITIES`; None without a router.
     """
 
     logits: Tensor
     loss: Tensor | None
+    losses: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    modalities: Tensor | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Pass:
+    """What one pass through the parts gives: see `ARBOutput`; `losses` are those that need no targets."""
+
+    logits: Tensor
+    modalities: Tensor | None
+    losses: dict[str, Tensor]
 
 
 class ARBModel(nn.Module):
-    """Byte-level ternary decoder: embedding, trigram sequencer, attention and feed-forward layers, byte head.
+    """Byte-level ternary decoder.
 
-    All parameters are integers; there is no float tensor in `state_dict()`.
+    All parameters and buffers are integers; there is no float tensor in `state_dict()`.
+
+    Attributes:
+        config: the architecture.
+        heads: heads of modalities other than bytes, by the modality's name.
     """
 
     def __init__(
@@ -47,28 +79,37 @@ class ARBModel(nn.Module):
         *,
         config: ModelConfig | None = None,
         device: torch.device | str | None = None,
+        enable_memory: bool | None = None,
         **overrides: Any,
     ) -> None:
         """Makes a model with random trits, drawn from torch's global generator.
 
         Args:
-            preset: name of a preset, such as "tiny"; this or `config` must be given.
+            preset: name of a preset, such as "tiny"; without it and `config`, it is "arb-1b".
             config: a whole configuration instead of a preset.
             device: where to make it; None is torch's default device.
+            enable_memory: True adds the n-gram memory, of its usual size if no other is given; False leaves
+                it out.
             overrides: fields of `ModelConfig` that replace the preset's or the configuration's.
 
         Raises:
-            UserError: neither or both of preset and config, an unknown preset or field, or a bad value.
+            UserError: both preset and config, an unknown preset or field, or a bad value.
         """
         super().__init__()
-        self.config = _resolve(preset, config, overrides)
+        self.config = config = _resolve(preset, config, enable_memory, overrides)
         place = torch.get_default_device() if device is None else torch.device(device)
-        dim, vocab_size = self.config.dim, self.config.vocab_size
-        self.embed = Int8Embedding(vocab_size, dim, kind="embedding", device=place)
-        self.sequencer = TextSequencer(self.config, place)
-        self.prelude = nn.ModuleList(Block(self.config, place) for _ in range(self.config.num_prelude_layers))
-        self.coda = nn.ModuleList(Block(self.config, place) for _ in range(self.config.num_coda_layers))
-        self.head = Int8Embedding(vocab_size, dim, kind="head", device=place)
+        self.embed = Int8Embedding(config.vocab_size, config.dim, kind="embedding", device=place)
+        self.sequencer = TextSequencer(config, place)
+        self.vq = VQBridge(config, place) if config.has_motifs else None
+        self.prelude = nn.ModuleList(Block(config, place) for _ in range(config.num_prelude_layers))
+        self.memory = MemGram(config, place, host=config.memory_host) if config.memory_rows else None
+        code_dim = None if self.vq is None else self.vq.code_dim
+        self.core = MoEGraph(config, code_dim, place) if config.has_core else None
+        self.coda = nn.ModuleList(Block(config, place) for _ in range(config.num_coda_layers))
+        self.router = OutputRouter(config, place) if config.output_router else None
+        self.head = ByteHead(config, place)
+        self.heads = nn.ModuleDict()
+        self._metrics: dict[str, Tensor] = {}
 
     @property
     def device(self) -> torch.device:
@@ -104,7 +145,8 @@ class ARBModel(nn.Module):
                 )
             with torch.no_grad():
                 start = ledger.num_positions
-                return ARBOutput(self._logits(ledger.extend(ids_BL), start, ledger), None)
+                done = self._run(ledger.extend(ids_BL), start, ledger)
+                return ARBOutput(done.logits, None, modalities=done.modalities)
         if ids_BL.shape[1] < WINDOW:
             raise UserError(
                 f"ids have length {ids_BL.shape[1]}, at least {WINDOW} are needed; pad on the left with PAD"
@@ -120,11 +162,20 @@ class ARBModel(nn.Module):
                 raise UserError(
                     f"targets have length {WINDOW}, the first one is position 3; give at least 4 ids"
                 )
-        logits_BNS = self._logits(ids_BL, 0, None)
+        done = self._run(ids_BL, 0, None)
         if targets_BL is None:
-            return ARBOutput(logits_BNS, None)
-        loss = F.cross_entropy(logits_BNS[:, :-1].flatten(0, 1), targets_BL[:, WINDOW:].flatten())
-        return ARBOutput(logits_BNS, loss)
+            return ARBOutput(done.logits, None, modalities=done.modalities)
+        losses = self._losses(done, targets_BL[:, WINDOW:])
+        return ARBOutput(done.logits, self._weighted(losses), losses, done.modalities)
+
+    def part_metrics(self) -> dict[str, Tensor]:
+        """Metrics of the last forward, scalars on the device; which ones depends on the parts there are.
+
+        `mean_iterations` of a position in the core; `expert_load`, the largest load over the mean one;
+        `motif_perplexity` and `motif_dead_share`; `graph_edges` in use and `graph_reach`, the share of
+        positions with neighbours; `router_accuracy` (with targets).
+        """
+        return dict(self._metrics)
 
     def generate(
         self,
@@ -151,19 +202,78 @@ class ARBModel(nn.Module):
             stream=stream,
         )
 
-    def _logits(self, ids_BL: Tensor, start: int, ledger: KVLedger | None) -> Tensor:
-        """fp32 logits [B, L - 2, S] of the positions whose first one is number `start` of the context."""
+    def _run(self, ids_BL: Tensor, start: int, ledger: KVLedger | None) -> _Pass:
+        """All parts, for the positions whose first one is number `start` of the context."""
         device = ids_BL.device
+        losses: dict[str, Tensor] = {}
+        metrics: dict[str, Tensor] = {}
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             h_BND = self.sequencer(self.embed(ids_BL))
+            motif_BN = None
+            if self.vq is not None:
+                h_BND, motif_BN, commitment = self.vq(h_BND)
+                if commitment is not None:
+                    losses["commitment"] = commitment
+                if hasattr(self.vq, "metrics"):
+                    metrics |= self.vq.metrics(motif_BN)
             rotation = rotary.rotation(
                 start, h_BND.shape[1], self.config.rope_dim, self.config.rope_theta, device
             )
-            for index, block in enumerate((*self.prelude, *self.coda)):
-                h_BND = block(h_BND, rotation, None if ledger is None else ledger.layers[index])
+            layers = itertools.repeat(None) if ledger is None else iter(ledger.layers)
+
+            def through(blocks: Iterable[nn.Module], h_BND: Tensor) -> Tensor:
+                for block in blocks:
+                    h_BND = block(h_BND, rotation, next(layers))
+                return h_BND
+
+            prelude = list(self.prelude)
+            h_BND = through(prelude[:1], h_BND)
+            if self.memory is not None:
+                h_BND = h_BND + self.memory(h_BND, self._grams(ids_BL, motif_BN, ledger))
+            h_BND = through(prelude[1:], h_BND)
+            if self.core is not None:
+                core = self.core(h_BND, motif_BN, None if self.vq is None else self.vq.code_vectors)
+                h_BND = core.state
+                metrics |= core.metrics
+                if core.ponder is not None:
+                    losses["ponder"] = core.ponder
+            h_BND = through(self.coda, h_BND)
         # Outside of bf16: the head's integer sums are exact, and rounding logits to 8 bits would cost loss.
         with torch.autocast(device.type, enabled=False):
-            return self.head.logits(h_BND).float()
+            logits_BNS = self.head.logits(h_BND).float()
+        modalities_BNC = None if self.router is None else self.router(h_BND)
+        self._metrics = metrics
+        return _Pass(logits_BNS, modalities_BNC, losses)
+
+    def _grams(self, ids_BL: Tensor, motif_BN: Tensor | None, ledger: KVLedger | None) -> Tensor:
+        """What the memory reads: int64 [B, N + 2], bytes or motifs; position n ends at element n + 2."""
+        if self.config.memory_over == "bytes":
+            return ids_BL
+        assert self.memory is not None
+        assert motif_BN is not None
+        motif_BL = self.memory.preceded(motif_BN, None if ledger is None else ledger.motif_tail)
+        if ledger is not None:
+            ledger.motif_tail = motif_BL[:, -2:].clone()
+        return motif_BL
+
+    def _losses(self, done: _Pass, targets_BN: Tensor) -> dict[str, Tensor]:
+        """Losses of all rows but the last, whose target is not known; those of the parts, of all rows."""
+        text = F.cross_entropy(done.logits[:, :-1].flatten(0, 1), targets_BN.flatten())
+        losses = {"text": text, **done.losses}
+        if done.modalities is not None:
+            is_text_BN = torch.full_like(targets_BN, MODALITIES.index("text"))
+            losses["router"], accuracy = OutputRouter.loss(done.modalities[:, :-1], is_text_BN)
+            self._metrics["router_accuracy"] = accuracy
+        return losses
+
+    def _weighted(self, losses: dict[str, Tensor]) -> Tensor:
+        """Sum of the losses, each times its weight."""
+        weights = {"commitment": 1.0, "ponder": self.config.ponder_weight, "router": ROUTER_WEIGHT}
+        total = losses["text"]
+        for name, weight in weights.items():
+            if weight and name in losses:
+                total = total + weight * losses[name]
+        return total
 
     def _checked(self, ids: Tensor, name: str) -> Tensor:
         """int64 [B, L] on the model's device."""
@@ -187,17 +297,21 @@ class ARBModel(nn.Module):
         return ids.to(self.device, torch.int64)
 
 
-def _resolve(preset: str | None, config: ModelConfig | None, overrides: dict[str, Any]) -> ModelConfig:
+def _resolve(
+    preset: str | None, config: ModelConfig | None, enable_memory: bool | None, overrides: dict[str, Any]
+) -> ModelConfig:
     """The configuration that the constructor's arguments mean."""
-    if (preset is None) == (config is None):
-        names = ", ".join(presets.PRESETS)
-        raise UserError(f"ARBModel needs either the name of a preset ({names}) or config=ModelConfig(...)")
+    if preset is not None and config is not None:
+        raise UserError("ARBModel takes either the name of a preset or config=ModelConfig(...), not both")
     if config is None:
-        assert preset is not None
-        config = presets.preset(preset).model
+        config = presets.preset(DEFAULT_PRESET if preset is None else preset).model
     allowed = [field.name for field in dataclasses.fields(config)]
     for name in overrides:
         if name not in allowed:
             hint = did_you_mean(name, allowed)
             raise UserError(f"ModelConfig has no field {name!r}{hint}; allowed are {', '.join(allowed)}")
-    return dataclasses.replace(config, **overrides)
+    config = dataclasses.replace(config, **overrides)
+    if enable_memory is None:
+        return config
+    rows = (config.memory_rows or presets.MEMORY_ROWS) if enable_memory else 0
+    return dataclasses.replace(config, memory_rows=rows)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from arbitor.config import ModelConfig
 from arbitor.model.graph import MotifGraph, Neighbours
 from arbitor.model.moe import MoE
+from arbitor.model.precision import sigmoid
 from arbitor.ternary import Int8Vector, TernaryLinear
 
 DECAY_FRACTION_BITS = 5
@@ -62,11 +63,9 @@ class HaltingUnit(nn.Module):
         self.bias = Int8Vector(1, fraction_bits=HALT_FRACTION_BITS, value=HALT_START, device=device)
 
     def forward(self, s_LD: Tensor, bias: Tensor) -> Tensor:
-        """[L, 1] in the dtype of s; `bias` is the value of `self.bias`, which all iterations share."""
+        """[L, 1], at least fp32; `bias` is the value of `self.bias`, which all iterations share."""
         with torch.autocast(s_LD.device.type, enabled=False):
-            # In fp64 and rounded once: an fp32 sigmoid computed alone may differ in its last bit from one
-            # among others.
-            return (self.linear(s_LD).double() + bias).sigmoid().to(s_LD.dtype)
+            return sigmoid(self.linear(s_LD) + bias)
 
 
 class _Select(torch.autograd.Function):

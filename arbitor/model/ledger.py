@@ -44,7 +44,7 @@ class LayerLedger:
 
 
 class KVLedger:
-    """The ledgers of a model's attention layers, and the last two ids, which the next trigram needs.
+    """The ledgers of a model's attention layers, and the last ids and motifs, which the next n-grams need.
 
     Give the same ledger to every call of the model together with the ids that follow: the first call needs at
     least three ids, later calls one. No gradient is recorded through a ledger.
@@ -54,6 +54,7 @@ class KVLedger:
         num_positions: positions held in each layer, num_ids - 2 (0 before the first call).
         capacity: positions that fit.
         layers: one ledger an attention layer, prelude first.
+        motif_tail: the last two motifs, int64 [B, 2], kept by a model whose memory reads motifs; else None.
     """
 
     def __init__(self, config: ModelConfig, capacity: int | None = None) -> None:
@@ -68,6 +69,7 @@ class KVLedger:
         num_layers = config.num_prelude_layers + config.num_coda_layers
         self.layers = [LayerLedger(self.capacity) for _ in range(num_layers)]
         self._tail_B2: Tensor | None = None
+        self.motif_tail: Tensor | None = None
 
     @property
     def num_positions(self) -> int:
@@ -105,6 +107,6 @@ class KVLedger:
     def clear(self) -> None:
         """Forgets everything; another batch may follow."""
         self.num_ids = 0
-        self._tail_B2 = None
+        self._tail_B2 = self.motif_tail = None
         for layer in self.layers:
             layer.clear()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from arbitor.config import ModelConfig
 from arbitor.model.ffn import FeedForward, squared_relu
+from arbitor.model.precision import sigmoid
 from arbitor.ternary import IntegerCounters, TernaryExperts, TernaryLinear
 from arbitor.ternary.counters import RandomBits
 
@@ -112,11 +113,9 @@ class Router(nn.Module):
         """The routing of some rows; notes the loads for the next step."""
         # In bf16, affinities of different experts would often be equal.
         with torch.autocast(s_MD.device.type, enabled=False):
-            # In fp64 and rounded once: an fp32 sigmoid computed alone may differ in its last bit from one
-            # among others.
-            affinity_ME = self.affinity(s_MD).double().sigmoid()
+            affinity_ME = sigmoid(self.affinity(s_MD))
         with torch.no_grad():
-            biased_ME = self.balance(affinity_ME.float())
+            biased_ME = self.balance(affinity_ME)
             # A stable sort keeps equals in order, which topk does not promise.
             chosen_MK = biased_ME.sort(dim=-1, descending=True, stable=True).indices[:, : self.num_active]
             expert_R, order_R = chosen_MK.flatten().sort(stable=True)
@@ -125,7 +124,7 @@ class Router(nn.Module):
         chosen_affinity_MK = affinity_ME.gather(-1, chosen_MK)
         total_M1 = chosen_affinity_MK.sum(dim=-1, keepdim=True)
         gate_MK = chosen_affinity_MK / total_M1.clamp_min(torch.finfo(total_M1.dtype).tiny)
-        routing = Routing(gate_MK.to(s_MD.dtype), order_R, order_R.argsort(), offsets_E)
+        routing = Routing(gate_MK, order_R, order_R.argsort(), offsets_E)
         self.balance.note(routing.load)
         return routing
 

@@ -46,6 +46,8 @@ class Trainer:
         best: step and held-out bits per byte of the best evaluation so far, or None.
         evaluated_step: step of the last evaluation.
         dropped_in_a_row: steps dropped since the last one that counted.
+        readings: of the last step, scalars on the device: the losses of the model's parts, means over the
+            micro-batches, and the parts' metrics in the last of them.
 
     Raises:
         UserError: the checkpoint is of another model, other settings or other data.
@@ -79,6 +81,7 @@ class Trainer:
         self.best: dict[str, Any] | None = None
         self.evaluated_step = 0
         self.dropped_in_a_row = 0
+        self.readings: dict[str, Tensor] = {}
         if checkpoint is not None:
             checkpoint.restore_optimizer(self.optimizer)
             self._restore(checkpoint.state)
@@ -97,23 +100,27 @@ class Trainer:
         """One optimizer step over `accum` micro-batches.
 
         Returns:
-            The loss, nats per byte, fp32 scalar on the device.
+            The loss of the text, nats per byte, fp32 scalar on the device.
         """
         train = self.config.train
         lr = self.next_lr()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
             group["scale_lr"] = train.scale_lr * lr / self.peak_lr
-        total = torch.zeros((), device=self.device.device)
+        totals: dict[str, Tensor] = {}
         for _ in range(train.accum):
             ids_BL = torch.from_numpy(self.sampler.next())
-            loss = self.model(ids_BL, targets=ids_BL).loss
-            self.optimizer.note_loss(loss)
-            (loss / train.accum).backward()
-            total += loss.detach() / train.accum
+            output = self.model(ids_BL, targets=ids_BL)
+            self.optimizer.note_loss(output.loss)
+            (output.loss / train.accum).backward()
+            for name, loss in output.losses.items():
+                share = loss.detach() / train.accum
+                totals[name] = totals[name] + share if name in totals else share
         self.optimizer.step()
         self.step += 1
-        return total
+        text = totals.pop("text")
+        self.readings = totals | self.model.part_metrics()
+        return text
 
     def next_lr(self) -> float:
         """Learning rate of the coming step, trits."""
@@ -270,7 +277,10 @@ class Run:
             return
         trainer, unread = self.trainer, self._unread
         started = time.perf_counter()
-        losses = torch.stack([step.loss for step in unread]).tolist()
+        readings = trainer.readings
+        scalars = [*(step.loss for step in unread), *readings.values()]
+        figures = torch.stack([scalar.to(torch.float32) for scalar in scalars]).tolist()
+        losses, parts = figures[: len(unread)], dict(zip(readings, figures[len(unread) :], strict=True))
         flip_rate = trainer.optimizer.flip_rate()
         self._unread_seconds += time.perf_counter() - started
         self._count_dropped(len(unread))
@@ -281,8 +291,8 @@ class Run:
         self._unread, self._unread_seconds = [], 0.0
         lines = []
         for step, loss in zip(unread, losses, strict=True):
-            # Only the last step's flips can still be asked for.
-            flips = flip_rate if step is unread[-1] else None
+            # Only the last step's flips and parts can still be asked for.
+            last = step is unread[-1]
             values = (
                 step.step,
                 step.step * trainer.bytes_per_step,
@@ -291,9 +301,9 @@ class Run:
                 step.lr,
                 rate,
                 memory,
-                flips,
+                flip_rate if last else None,
             )
-            lines.append(dict(zip(STEP_KEYS, values, strict=True)))
+            lines.append(dict(zip(STEP_KEYS, values, strict=True)) | (parts if last else {}))
         self.log.write(*lines)
         steps_taken = trainer.step - self._first_step
         self.display.update(

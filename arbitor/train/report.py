@@ -11,8 +11,14 @@ from rich.console import Console
 from rich.text import Text
 
 from arbitor import __version__
-from arbitor.config import RunConfig
-from arbitor.ternary import Int8Embedding, TernaryScaleTensor, named_ternary
+from arbitor.config import ModelConfig, RunConfig
+from arbitor.ternary import (
+    Int8Embedding,
+    TernaryEmbeddingTable,
+    TernaryExperts,
+    TernaryScaleTensor,
+    named_ternary,
+)
 from arbitor.ternary.audit import audit
 from arbitor.train.device import backend
 from arbitor.train.display import format_bytes, format_seconds, printable
@@ -40,6 +46,7 @@ def show_start(console: Console, trainer: Trainer, run: Path) -> None:
         "back end": backend(device.device),
         "model": f"{config.preset}: {trunk:,} ternary weights, {tables:,} int8 table weights, "
         f"context {ctx} bytes",
+        **({"parts": parts} if (parts := describe_parts(config.model)) else {}),
         "state": f"{train.state}: {report.bytes_per_weight:.2f} bytes a weight, "
         f"{format_bytes(trainer.optimizer.state_bytes())} in all; rule {train.rule}, lr {trainer.peak_lr:g}",
         "memory": f"state + about {format_bytes(captured_bytes(trainer))} of captured gradients at batch "
@@ -53,15 +60,45 @@ def show_start(console: Console, trainer: Trainer, run: Path) -> None:
     console.print()
 
 
+def describe_parts(model: ModelConfig) -> str:
+    """The parts beside attention and feed-forward, in words; empty without any."""
+    parts = []
+    if model.codebook_rows:
+        parts.append(f"{model.codebook_rows:,} learned motifs")
+    elif model.motif_trits:
+        parts.append(f"3^{model.motif_trits} motifs")
+    if model.memory_rows:
+        tables = f"{2 * model.memory_heads} tables of {model.memory_rows:,} rows"
+        place = " on the host" if model.memory_host else ""
+        parts.append(f"memory over {model.memory_over}: {tables}{place}")
+    if model.num_experts:
+        parts.append(f"{model.num_experts} experts, {model.num_active_experts} active and one shared")
+    if model.graph_edges:
+        parts.append(f"graph of {model.graph_edges:,} edges")
+    if model.has_core:
+        plural = "iteration" if model.max_moe_iters == 1 else "iterations"
+        parts.append(f"at most {model.max_moe_iters} {plural}")
+    if model.output_router:
+        parts.append("output router")
+    return "; ".join(parts)
+
+
 def captured_bytes(trainer: Trainer) -> int:
-    """Estimate of what backward leaves for the optimizer: of each gradient the smaller of its two forms."""
-    train = trainer.config.train
-    tokens = train.batch * trainer.config.model.ctx * train.accum
+    """Estimate of what backward leaves for the optimizer: of each gradient the smaller of its two forms.
+
+    Positions are taken to stay in the core for all iterations that are allowed.
+    """
+    train, model = trainer.config.train, trainer.config.model
+    tokens = train.batch * model.ctx * train.accum
     size = 2 if trainer.device.is_cuda else 4  # bf16 under autocast, fp32 on the CPU
     total = 0
-    for _, module in named_ternary(trainer.model):
-        if isinstance(module, TernaryScaleTensor):
-            pairs = tokens * (module.in_features + size * module.out_features)
+    for name, module in named_ternary(trainer.model):
+        uses = tokens * model.max_moe_iters if name.startswith("core.") else tokens
+        if isinstance(module, TernaryEmbeddingTable) and module.sparse:
+            total += uses * 2 * model.memory_heads * (8 + 4 * module.in_features)
+        elif isinstance(module, TernaryScaleTensor):
+            rows = uses * model.num_active_experts if isinstance(module, TernaryExperts) else uses
+            pairs = rows * (module.in_features + size * module.out_features)
             total += min(pairs, size * module.numel())
         else:
             total += size * sum(p.numel() for p in module.parameters() if p.dim() == 2)

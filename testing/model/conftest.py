@@ -68,6 +68,9 @@ def without_rounding() -> Callable[[ARBModel], ARBModel]:
     def convert(model: ARBModel) -> ARBModel:
         model.embed = _InDouble(model.embed)
         model.head.logits = partial(model.head.logits, quantize=False)
+        if model.memory is not None:
+            fetch = model.memory.table.fetch
+            model.memory.table.fetch = lambda rows, device: fetch(rows, device).double()
         return _unrounded(model)
 
     return convert

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from arbitor.config import ModelConfig
+from arbitor.config import MEMORY_ROWS, ModelConfig, preset
 from arbitor.errors import UserError
 from arbitor.model import ARBModel
 from arbitor.ternary import TernaryLinear, VoteOptimizer, named_ternary
@@ -169,11 +169,36 @@ def test_preset_and_overrides():
     assert ARBModel(config=ModelConfig(dim=40), ctx=9).config.ctx == 9
 
 
+def test_without_arguments_it_is_arb_1b():
+    model = ARBModel(device="meta")
+    assert model.config == preset("arb-1b").model
+    parts = (model.vq, model.core, model.core.moe, model.core.graph, model.router)
+    assert all(part is not None for part in parts)
+    assert model.memory is None
+
+
+def test_the_memory_is_one_word():
+    assert ARBModel("arb-small", device="meta", enable_memory=True).config.memory_rows == MEMORY_ROWS
+    assert ARBModel("tiny", enable_memory=True, memory_rows=5).config.memory_rows == 5
+    without = ARBModel("tiny", enable_memory=False, memory_rows=5)
+    assert without.memory is None
+    assert without.config == preset("tiny").model
+    assert ARBModel("tiny", memory_rows=5).memory is not None
+
+
+def test_parts_are_left_out_by_their_settings():
+    model = ARBModel(
+        "arb-small", device="meta", num_experts=0, graph_edges=0, motif_trits=0, output_router=False
+    )
+    assert all(part is None for part in (model.vq, model.core, model.memory, model.router))
+    straight = ARBModel(config=model.config, device="meta", num_prelude_layers=4, num_coda_layers=0)
+    assert straight.state_dict().keys() == ARBModel("small", device="meta").state_dict().keys()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "name of a preset .*tiny"),
-        ({"preset": "tiny", "config": ModelConfig()}, "either"),
+        ({"preset": "tiny", "config": ModelConfig()}, "either.*not both"),
         ({"preset": "tinny"}, "tiny"),
         ({"preset": "tiny", "ctxx": 3}, "no field 'ctxx'.*ctx"),
         ({"preset": "tiny", "ctx": 3}, "ctx"),

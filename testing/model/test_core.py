@@ -13,7 +13,11 @@ from testing.model import core_oracles as oracles
 
 DIM, CODE_DIM, TRITS = 24, 5, 3
 CODES = torch.randint(-1, 2, (3**TRITS, CODE_DIM), generator=torch.Generator().manual_seed(5)).float()
-PARTS = {"experts": {"num_experts": 6}, "graph": {"graph_edges": 60}, "both": {"num_experts": 6, "graph_edges": 60}}
+PARTS = {
+    "experts": {"num_experts": 6},
+    "graph": {"graph_edges": 60},
+    "both": {"num_experts": 6, "graph_edges": 60},
+}
 
 each_part = pytest.mark.parametrize("part", PARTS)
 
@@ -107,7 +111,7 @@ def test_equals_the_oracle_with_every_gradient(unrounded, bias, threshold, iters
     assert rows == [sum(c > n for c in counts) for n in range(max(counts))]
     assert output.metrics["mean_iterations"] == pytest.approx(sum(counts) / len(counts), rel=1e-6)
     assert output.ponder.dtype == torch.float32
-    assert float(output.ponder) == pytest.approx(float(ponder), rel=1e-6)
+    assert output.ponder.item() == pytest.approx(ponder.item(), rel=1e-6)
     torch.testing.assert_close(output.state, expected, rtol=1e-12, atol=1e-12)
     ((output.state * dy).sum() + 5 * output.ponder).backward()
     # Through the ponder cost, which is fp32, come gradients that are exact to fp32.

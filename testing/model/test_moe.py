@@ -9,7 +9,8 @@ from arbitor.ternary import VoteOptimizer
 from testing.model import core_oracles as oracles
 
 DIM = 24
-SIZES = [(8, 2, 13), (5, 3, 40), (3, 3, 6), (1, 1, 4), (16, 2, 3), (8, 1, 1)]  # experts, active, rows
+# Experts, active ones, rows.
+SIZES = [(8, 2, 13), (5, 3, 40), (3, 3, 6), (1, 1, 4), (16, 2, 3), (8, 1, 1), (33, 20, 7)]
 
 each_size = pytest.mark.parametrize(("experts", "active", "rows"), SIZES)
 
@@ -21,14 +22,15 @@ def make(experts=8, active=2, seed=0, **overrides):
 
 
 def states(rows, seed=1, dtype=torch.float32):
-    return torch.randn(rows, DIM, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, DIM, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def set_bias(moe, seed=2):
     """Biases of up to +-0.2, which change many choices."""
-    bias = torch.randint(-200, 201, moe.router.balance.bias.shape, generator=torch.Generator().manual_seed(seed))
-    moe.router.balance.bias.copy_(bias)
-    return bias.tolist()
+    balance = moe.router.balance
+    balance.bias.random_(-200, 201, generator=torch.Generator().manual_seed(seed))
+    return balance.bias.tolist()
 
 
 def captured(module):

@@ -117,7 +117,7 @@ class ModelConfig:
         value_dim: Value dimensions per head.
         kv_latent_dim: Width of the latent that keys and values are made from (what decoding caches).
         ffn_dim: Hidden width of the feed-forward part.
-        ctx: Context length in bytes that the model trains with, at least 8.
+        ctx: Context length in bytes that the model trains with, at least 4.
         attention_window: Positions that attention looks back; 0 means the whole context.
         rope_theta: Base of the rotary frequencies.
         tscale: Weights that share a scale exponent: T4 ... T96 or ROW.
@@ -197,7 +197,7 @@ class ModelConfig:
             raise UserError(
                 "num_prelude_layers and num_coda_layers are both 0; a model needs at least one layer"
             )
-        _require_range(self, "ctx", 8, 1 << 24)
+        _require_range(self, "ctx", 4, 1 << 24)
         _require_range(self, "attention_window", *_FROM_ZERO)
         if not 1.0 < self.rope_theta <= 1e12:
             raise UserError(f"rope_theta must be above 1 and at most 1e12, got {self.rope_theta!r}")

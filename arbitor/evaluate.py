@@ -1,9 +1,10 @@
 """Bits per byte of a model on data: what an ideal compressor driven by the model would need for a byte.
 
 The data is preceded by three PAD, so that its first three bytes are predicted as well, and cut into fixed
-windows of the context length that overlap by half. Every byte is predicted exactly once: all of the first
-window, then the part of each window that lies beyond the one before it. So most bytes have at least half a
-context before them, and the figure depends on nothing but model, data and context.
+windows of the context length that overlap by half (by three bytes, with a context of 4). Every byte is
+predicted exactly once: all of the first window, then the part of each window that lies beyond the one before
+it. So most bytes have at least half a context before them, and the figure depends on nothing but model, data
+and context.
 
 Shape letters: B windows at a time, C ctx.
 """
@@ -21,7 +22,7 @@ from arbitor.model.arb import ARBModel
 from arbitor.model.sequencer import WINDOW
 from arbitor.model.vocab import PAD
 
-MIN_CTX = 8
+MIN_CTX = WINDOW + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,7 @@ def bits_per_byte(
     Args:
         model: any ARBModel.
         data: uint8 [num_bytes], an array or a memory map; only what is predicted is read.
-        ctx: length of a window, at least 8.
+        ctx: length of a window, at least 4.
         max_windows: use the first windows only; None is no limit.
         max_bytes: use the first bytes only; None is no limit.
         batch: windows at a time; has no influence on the result beyond the last bits of a float.
@@ -64,7 +65,7 @@ def bits_per_byte(
     _check(data, ctx, max_windows, max_bytes, batch)
     if max_bytes is not None:
         data = data[:max_bytes]
-    stride = ctx // 2
+    stride = _stride(ctx)
     length = WINDOW + len(data)
     num_windows = 1 + max(0, math.ceil((length - ctx) / stride))
     if max_windows is not None and max_windows < num_windows:
@@ -77,6 +78,11 @@ def bits_per_byte(
         window_nats += _nats(model, np.stack([_window(data, start, ctx) for start in starts]), starts, length)
     num_bytes = length - WINDOW
     return Evaluation(math.fsum(window_nats) / math.log(2) / num_bytes, num_bytes, num_windows)
+
+
+def _stride(ctx: int) -> int:
+    """Bytes from one window to the next; a window predicts ctx - 3."""
+    return min(ctx // 2, ctx - WINDOW)
 
 
 def _window(data: np.ndarray[Any, np.dtype[np.uint8]], start: int, ctx: int) -> np.ndarray[Any, Any]:
@@ -98,7 +104,7 @@ def _nats(model: ARBModel, windows_BC: np.ndarray[Any, Any], starts: list[int], 
     sums = []
     for nats_N, start in zip(nats_BN, starts, strict=True):
         # Row i predicts position start + 3 + i of the stream.
-        begin = 0 if start == 0 else ctx - ctx // 2 - WINDOW
+        begin = 0 if start == 0 else ctx - _stride(ctx) - WINDOW
         end = min(ctx, length - start) - WINDOW
         sums.append(float(nats_N[begin:end].double().sum()))
     return sums

@@ -86,6 +86,8 @@ def sample_id(
         generator: a CPU generator; advanced by one draw unless the temperature is 0.
     """
     logits_S = logits_S.detach().to("cpu", torch.float64)
+    if bool(logits_S.isnan().any()):
+        raise UserError("the model's logits are not numbers: its training diverged; use another checkpoint")
     if temperature == 0:
         return int(logits_S.argmax())
     logits_S = (logits_S - logits_S.max()) / temperature
@@ -118,7 +120,7 @@ def _draw(
     for _ in range(max_bytes):
         if ledger.num_ids + len(fresh) > ctx - 1:
             ledger.clear()
-            fresh = ids = ids[-(ctx // 2) :]
+            fresh = ids = ids[-max(ctx // 2, WINDOW) :]
         output = model(torch.tensor([fresh]), ledger=ledger)
         next_id = sample_id(
             _byte_logits(output.logits[0, -1]),

@@ -1,8 +1,9 @@
-"""VQBridge: a motif for every position, and its ternary code vector added to the residual stream.
+"""VQBridge: a motif for every position, whose code vector is added to the residual stream.
 
-Shape letters: B batch, N positions, D dim, C code width.
+Shape letters: B batch, N positions, M ids, D dim, C width of a code.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -10,84 +11,121 @@ from torch import Tensor, nn
 
 from arbitor.config import ModelConfig
 from arbitor.model.norm import rms_norm
-from arbitor.model.precision import at_least_fp32
-from arbitor.ops.fsq import fsq_quantize, fsq_slope, fsq_trits
-from arbitor.ternary import TernaryLinear
-from arbitor.ternary.codebook import TernaryVQCodebook
+from arbitor.ops.fsq import fsq, fsq_backward, fsq_trits
+from arbitor.ternary import TernaryLinear, TernaryVQCodebook
 
-CODEBOOK_DIM = 32
-PRODUCT_FROM_ROWS = 1 << 12  # from here on a codebook whose rows are a square is a product of two
+CODEBOOK_DIM = 32  # width of a learned codebook's rows
+PRODUCT_ABOVE = 1 << 12  # rows of a codebook from which on it is the product of two, if they are a square
 
 
 class BridgeOutput(NamedTuple):
     """What the bridge returns.
 
     Attributes:
-        h: residual stream with the code vectors added, [B, N, D].
-        motifs: int64 [B, N].
-        commitment: fp32 scalar loss of a learned codebook; None for one that is implicit.
+        state: [B, N, D], the residual stream with the codes' vectors added.
+        motifs: int64 [B, N] in 0...num_motifs - 1.
+        commitment: scalar loss of a learned codebook, its commitment term already weighted; None for finite
+            scalar quantisation, which needs none.
     """
 
-    h: Tensor
+    state: Tensor
     motifs: Tensor
     commitment: Tensor | None
 
 
-class _RoundToTrits(torch.autograd.Function):
-    """Trits of h as floats; the gradient passes the rounding straight through."""
+class _Quantize(torch.autograd.Function):
+    """Codes of trits and their ids; the gradient passes the rounding straight through."""
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor) -> tuple[Tensor, Tensor]:
-        trits, ids = fsq_quantize(h)
-        ctx.save_for_backward(h)
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        code, ids = fsq(x)
+        ctx.save_for_backward(x)
         ctx.mark_non_differentiable(ids)
-        return trits.to(h.dtype), ids
+        return code, ids
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor, _: Tensor) -> Tensor:
-        (h,) = ctx.saved_tensors
-        return dy * fsq_slope(h)
+        (x,) = ctx.saved_tensors
+        return fsq_backward(dy, x)
 
 
 class VQBridge(nn.Module):
-    """h + up(code(down(h))), where the code is the position's motif.
+    """h + up(code), with code = quantise(down(h)).
 
-    With `motif_trits` = k the code has k trits, found one by one (finite scalar quantisation): all 3^k codes
-    are motifs, and there is no table, no codebook loss and no dead code to revive. With `codebook_rows`
-    the code is the nearest row of a learned codebook.
+    With `motif_trits` k the code is k trits by finite scalar quantisation (`arbitor.ops.fsq`), and the motifs
+    are all 3^k of them. With `codebook_rows` it is the nearest row of a learned `TernaryVQCodebook`, the
+    product of two codebooks where the rows are more than 4096 and a square.
 
     Attributes:
-        code_dim: C, width of a code vector.
-        num_motifs: how many codes there are.
+        num_motifs: how many motifs there are.
+        code_dim: C.
+        codebook: the learned codebook, or None.
+
+    Args:
+        config: `motif_trits` or `codebook_rows`, one of them above 0.
+        device: where to make it.
     """
 
     def __init__(self, config: ModelConfig, device: torch.device | None = None) -> None:
         super().__init__()
         rows = config.codebook_rows
+        self.num_motifs = rows or 3**config.motif_trits
+        self.code_dim = CODEBOOK_DIM if rows else config.motif_trits
         self.codebook = None
         if rows:
-            square = round(rows**0.5) ** 2 == rows
-            parts = 2 if rows >= PRODUCT_FROM_ROWS and square else 1
+            parts = 2 if rows > PRODUCT_ABOVE and math.isqrt(rows) ** 2 == rows else 1
             self.codebook = TernaryVQCodebook(rows, CODEBOOK_DIM, parts=parts, device=device)
-        self.code_dim = CODEBOOK_DIM if rows else config.motif_trits
-        self.num_motifs = rows or 3**config.motif_trits
         self.down = TernaryLinear(config.dim, self.code_dim, tscale=config.tscale, device=device)
+        # A code of few trits may be all 0, and the length of others says something too: no norm.
         self.up = TernaryLinear(
             self.code_dim, config.dim, tscale=config.tscale, input_norm=False, device=device
         )
 
     def forward(self, h_BND: Tensor) -> BridgeOutput:
-        """Residual stream [B, N, D] -> the stream with codes added, motifs, and the codebook's loss."""
-        narrow_BNC = rms_norm(at_least_fp32(self.down(h_BND)))
-        if self.codebook is None:
-            code_BNC, motif_BN = _RoundToTrits.apply(narrow_BNC)
-            return BridgeOutput(h_BND + self.up(code_BNC), motif_BN, None)
-        code_BNC, motif_BN, loss = self.codebook(narrow_BNC)
-        return BridgeOutput(h_BND + self.up(code_BNC), motif_BN, loss)
+        """Quantise every position of the residual stream by itself."""
+        # Outside of bf16: rounded numbers would fall onto a threshold, or between two rows, more often.
+        with torch.autocast(h_BND.device.type, enabled=False):
+            x_BNC = self.down(h_BND)
+            commitment = None
+            if self.codebook is None:
+                code_BNC, motif_BN = _Quantize.apply(x_BNC)
+            else:
+                code_BNC, motif_BN, commitment = self.codebook(rms_norm(x_BNC))
+        return BridgeOutput(h_BND + self.up(code_BNC), motif_BN, commitment)
 
-    def code_vectors(self, motifs: Tensor) -> Tensor:
-        """Code vectors of motifs int64 [...]: fp32 [..., C]."""
+    def code_vectors(self, ids: Tensor) -> Tensor:
+        """Code vectors of motifs: int64 [...] -> fp32 [..., C], without gradient."""
         if self.codebook is None:
-            return fsq_trits(motifs, self.code_dim).to(torch.float32)
-        return self.codebook.code_vectors(motifs)
+            return fsq_trits(ids, self.code_dim).to(torch.float32)
+        return self.codebook.rows(ids)
+
+    def metrics(self, motif_BN: Tensor) -> dict[str, Tensor]:
+        """`motif_perplexity` and `motif_dead_share` of these motifs; see `motif_metrics`."""
+        return motif_metrics(motif_BN, self.num_motifs)
+
+
+def motif_metrics(ids: Tensor, num_motifs: int) -> dict[str, Tensor]:
+    """How widely motifs are used, without a histogram of all there are.
+
+    Args:
+        ids: int64 [...], at least one.
+        num_motifs: how many there are.
+
+    Returns:
+        fp64 scalars on the device: `motif_perplexity`, exp of the entropy of the ids' frequencies (from 1 to
+        the smaller of `num_motifs` and the number of ids), and `motif_dead_share`, the share of all motifs
+        that do not occur.
+
+    Raises:
+        ValueError: no ids.
+    """
+    if not ids.numel():
+        raise ValueError("the use of motifs needs at least one id")
+    ids_M = ids.flatten().sort().values
+    first_M = torch.searchsorted(ids_M, ids_M)
+    count_M = torch.searchsorted(ids_M, ids_M, right=True) - first_M
+    # The sum of -p log p over motifs is the mean of -log p over positions.
+    entropy = math.log(len(ids_M)) - count_M.double().log().mean()
+    distinct = (first_M == torch.arange(len(ids_M), device=ids.device)).sum()
+    return {"motif_perplexity": entropy.exp(), "motif_dead_share": 1 - distinct.double() / num_motifs}

@@ -1,32 +1,36 @@
-"""TernaryVQCodebook: learned code vectors of trits, found by exact look-up.
+"""TernaryVQCodebook: learned rows of trits, looked up by the vector that they are nearest to.
 
-Shape letters: M queries, C width of a code, R rows of a part, V width of a part.
+Shape letters: M positions, P parts, V rows of a part, K rows that may be drawn anew in a step, C width of a
+code, W width of a part (C / P).
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arbitor.errors import UserError
-from arbitor.ops.activations import normalize_and_quantize
-from arbitor.ops.codebook import codebook_nearest
+from arbitor.ops.codebook import MAX_WIDTH, codebook_nearest
 from arbitor.ops.trit_codec import trit_pack
 from arbitor.ternary.counters import IntegerCounters, RandomBits
 from arbitor.ternary.layers import TernaryEmbeddingTable
 
-REVIVE_AFTER = 100  # steps without use after which a row starts anew
-_MAX_IDLE = (1 << 31) - 1
+REVIVE_AFTER = 100
+REVIVE_AT_ONCE = 256  # rows of a part, in a step
+_ZERO_NIBBLES = 0x88  # two 4-bit momentum codes of 0
 
 
 class CodebookOutput(NamedTuple):
     """What a look-up returns.
 
     Attributes:
-        code: [..., C], the nearest code vectors; the gradient goes straight through to the input.
-        ids: int64 [...], their numbers.
-        loss: fp32 scalar: how far rows are from inputs, plus the commitment of inputs to rows.
+        code: [..., C] in the dtype of the input, the nearest rows themselves; the gradient goes straight
+            through to the input, as if they were it.
+        ids: int64 [...], the rows' numbers.
+        loss: scalar, at least fp32: mean of (row - input)^2, whose gradient pulls rows to inputs, plus
+            `commitment` times the same, whose gradient pulls inputs to rows.
     """
 
     code: Tensor
@@ -34,127 +38,215 @@ class CodebookOutput(NamedTuple):
     loss: Tensor
 
 
-class CodebookUsage(IntegerCounters):
-    """Steps since each row was used last, and rows that start anew.
+class _Uses(NamedTuple):
+    """What one forward used.
 
     Attributes:
-        idle: int32 [R].
+        ids: int64 [P, M], row of each part at each position.
+        met: bool [P, M], whether the row is what the position's numbers are rounded to.
+        trits: int8 [M, C], that rounding; of what is not finite some value, which no step that counts uses.
     """
 
-    idle: Tensor
-
-    def __init__(self, table: TernaryEmbeddingTable, device: torch.device | str | None = None) -> None:
-        super().__init__()
-        self.register_buffer("idle", torch.zeros(table.out_features, dtype=torch.int32, device=device))
-        self._table = [table]  # in a list, since the table is not this module's part
-        self._ids: list[Tensor] = []
-        self._inputs: Tensor | None = None
-
-    def note(self, ids_M: Tensor, inputs_MV: Tensor) -> None:
-        """Note rows that were used, and the inputs that found them."""
-        if self.noting:
-            self._ids.append(ids_M)
-            self._inputs = inputs_MV.detach()
-
-    def advance(self, ok: Tensor, random_bits: RandomBits) -> None:
-        """Count, and put inputs of the last forward into the rows that were idle for too long."""
-        if self._inputs is None:
-            return
-        rows = len(self.idle)
-        used = torch.zeros(rows + 1, dtype=torch.bool, device=self.idle.device)
-        used[torch.cat(self._ids)] = True
-        idle = torch.where(used[:rows], 0, (self.idle + 1).clamp_max(_MAX_IDLE))
-        revived = (idle > REVIVE_AFTER) & ok
-        table = self._table[0]
-        draws = random_bits("revival", rows).to(torch.int64) & 0x7FFFFFFF
-        drawn_RV = self._inputs[draws % len(self._inputs)]
-        trits_RV = (drawn_RV / _rms(drawn_RV)).clamp(-1, 1).round().to(torch.int8)
-        packed = torch.where(revived[:, None], trit_pack(trits_RV), table.T_packed)
-        table.T_packed.copy_(packed)
-        self.idle.copy_(torch.where(ok, torch.where(revived, 0, idle), self.idle))
-
-    def forget(self) -> None:
-        """Drop what was noted."""
-        self._ids = []
-        self._inputs = None
+    ids: Tensor
+    met: Tensor
+    trits: Tensor
 
 
-class TernaryVQCodebook(nn.Module):
-    """A codebook of `rows` code vectors, learned as in VQ-VAE (van den Oord et al. 2017).
+class _StraightThrough(torch.autograd.Function):
+    """The value of `code` with the gradient of `x`; x + (code - x) would round."""
 
-    With `parts` above 1 it is the product of as many codebooks of rows^(1/parts) rows, each for its share of
-    the width (Jegou et al. 2011, "Product quantization"): the distance is a sum over parts, so that the
-    nearest of a million rows is found exactly among two times a thousand.
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, code: Tensor) -> Tensor:
+        return code.to(x.dtype, copy=True)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return dy, None
+
+
+class TernaryVQCodebook(IntegerCounters):
+    """A codebook that is learned as in VQ-VAE (van den Oord et al. 2017, section 3.2).
+
+    With P parts its rows are all concatenations of one row of each part (Jegou et al. 2011, "Product
+    quantization for nearest neighbor search", section II.B; product keys of Lample et al. 2019). The squared
+    distance is the sum over the parts, so that the nearest of V^P rows is that of each part by itself: exact,
+    with P V comparisons. Rows are numbered with the first part's as the highest digit; of equally near rows
+    the one with the lowest number is taken.
+
+    A row of a part that no position has taken for `revive_after` steps starts anew as the trits of an input,
+    drawn from those that the part's rows do not meet exactly; at most 256 rows of a part in a step, the
+    longest unused first. Inputs should have an RMS near 1, as rows have when they start (exponent 0).
+
+    Attributes:
+        parts: P tables of V rows of width W.
+        unused: int32 buffer [P, V], steps since a row was taken last, saved with the weights.
 
     Args:
-        rows: code vectors; the `parts`-th power of an integer.
-        dim: C, a multiple of `parts`.
-        parts: codebooks that the vectors are made of.
+        num_rows: V^P.
+        dim: C.
+        parts: P.
         commitment: weight of the commitment term in the loss.
+        revive_after: steps without use after which a row is drawn anew; 0 never does so.
         device: where to make it.
 
     Raises:
         UserError: sizes that do not fit.
     """
 
+    unused: Tensor
+
     def __init__(
         self,
-        rows: int,
+        num_rows: int,
         dim: int,
         *,
         parts: int = 1,
         commitment: float = 0.25,
+        revive_after: int = REVIVE_AFTER,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        rows_of_part = round(rows ** (1 / parts))
-        if rows_of_part**parts != rows or dim % parts:
+        if num_rows < 1 or parts < 1 or not parts <= dim <= parts * MAX_WIDTH or dim % parts:
             raise UserError(
-                f"a codebook of {rows} rows of width {dim} cannot be the product of {parts}: rows must be a "
-                f"{parts}th power, the width a multiple of {parts}"
+                f"a codebook needs at least one row, and a width that is a multiple of its parts and at most "
+                f"{MAX_WIDTH} for each, not {num_rows} rows of width {dim} in {parts} parts"
             )
-        self.rows = rows
+        rows = round(num_rows ** (1 / parts))
+        if rows**parts != num_rows:
+            raise UserError(
+                f"a codebook of {parts} parts has as many rows as a number to the power of {parts}, such as "
+                f"{rows**parts}; {num_rows} is none"
+            )
+        self.num_rows = num_rows
+        self.rows_of_part = rows
         self.dim = dim
-        self.rows_of_part = rows_of_part
         self.commitment = commitment
-        self.tables = nn.ModuleList(
-            TernaryEmbeddingTable(rows_of_part, dim // parts, device=device) for _ in range(parts)
+        self.revive_after = revive_after
+        # Rows that were looked up vote one by one, whatever the size of the table: a row's step must not
+        # depend on how many others are in use.
+        self.parts = nn.ModuleList(
+            TernaryEmbeddingTable(rows, dim // parts, sparse=True, device=device) for _ in range(parts)
         )
-        self.usage = nn.ModuleList(CodebookUsage(table, device) for table in self._tables())
+        self.register_buffer("unused", torch.zeros((parts, rows), dtype=torch.int32, device=device))
+        self._noted: list[_Uses] = []
+
+    @property
+    def tables(self) -> list[TernaryEmbeddingTable]:
+        """The parts, typed."""
+        return list(self.parts)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> CodebookOutput:
-        """The nearest code vector of each input, float [..., C], brought to RMS 1 first."""
+        """The nearest row of each vector; notes what was used for the next step.
+
+        Args:
+            x: float [..., C].
+        """
+        if x.shape[-1] != self.dim:
+            raise ValueError(f"expected a last dimension of {self.dim}, got {tuple(x.shape)}")
         x_MC = x.reshape(-1, self.dim)
-        x_MC = x_MC / _rms(x_MC)
-        inputs = x_MC.detach().chunk(len(self.tables), dim=-1)
-        found = [self._nearest(table, part) for table, part in zip(self._tables(), inputs, strict=True)]
-        for usage, ids_M, part in zip(self.usage, found, inputs, strict=True):
-            assert isinstance(usage, CodebookUsage)
-            usage.note(ids_M, part)
-        code_MC = torch.cat([table(ids) for table, ids in zip(self._tables(), found, strict=True)], dim=-1)
-        loss = F.mse_loss(code_MC, x_MC.detach()) + self.commitment * F.mse_loss(x_MC, code_MC.detach())
-        straight_MC = x_MC + (code_MC - x_MC).detach()
-        ids_M = found[0]
-        for part_ids in found[1:]:
-            ids_M = ids_M * self.rows_of_part + part_ids
-        return CodebookOutput(straight_MC.view(x.shape), ids_M.view(x.shape[:-1]), loss)
+        trits_MC = x_MC.detach().clamp(-1, 1).round_().to(torch.int8)
+        ids_P, rows_P, met_P = [], [], []
+        for table, x_MW, trits_MW in zip(self.tables, self._split(x_MC), self._split(trits_MC), strict=True):
+            ids_M = codebook_nearest(x_MW.detach(), table.T_packed, table.E)
+            rows_MW = table(ids_M)
+            ids_P.append(ids_M)
+            rows_P.append(rows_MW)
+            met_P.append((rows_MW.detach() == trits_MW).all(dim=-1))
+        if self.noting:
+            self._noted.append(_Uses(torch.stack(ids_P), torch.stack(met_P), trits_MC))
+        code_MC = torch.cat(rows_P, dim=-1).to(torch.promote_types(x.dtype, torch.float32))
+        loss = F.mse_loss(code_MC, x_MC.detach().to(code_MC.dtype))
+        loss = loss + self.commitment * F.mse_loss(x_MC.to(code_MC.dtype), code_MC.detach())
+        code = _StraightThrough.apply(x, code_MC.detach().view(x.shape))
+        return CodebookOutput(code, self._joined(ids_P).view(x.shape[:-1]), loss)
 
-    def code_vectors(self, ids: Tensor) -> Tensor:
-        """Code vectors fp32 [..., C] of ids int64 [...], without a gradient."""
-        parts = []
-        for table in reversed(self._tables()):
-            parts.append(table._rows(ids % self.rows_of_part))
-            ids = ids // self.rows_of_part
-        return torch.cat(parts[::-1], dim=-1)
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows by number, int64 [...] -> fp32 [..., C], without gradient."""
+        rows_P = []
+        with torch.no_grad():
+            for table in reversed(self.tables):
+                rows_P.append(table(ids % self.rows_of_part))
+                ids = ids // self.rows_of_part
+        return torch.cat(rows_P[::-1], dim=-1)
 
-    def _nearest(self, table: TernaryEmbeddingTable, x_MV: Tensor) -> Tensor:
-        codes, scale, _ = normalize_and_quantize(x_MV.to(torch.float32), False, True)
-        return codebook_nearest(codes.to(torch.int8), scale, table.T_packed, table.E)
+    def _split(self, x_MC: Tensor) -> tuple[Tensor, ...]:
+        """What belongs to each part, [M, W]."""
+        return x_MC.chunk(len(self.parts), dim=-1)
 
-    def _tables(self) -> list[TernaryEmbeddingTable]:
-        return [table for table in self.tables if isinstance(table, TernaryEmbeddingTable)]
+    def _joined(self, ids_P: list[Tensor]) -> Tensor:
+        """Numbers of the rows whose parts have these numbers."""
+        ids = ids_P[0]
+        for digit in ids_P[1:]:
+            ids = ids * self.rows_of_part + digit
+        return ids
+
+    # -- state beside the weights ---------------------------------------------------------------------------
+
+    def advance(self, ok: Tensor, random_bits: RandomBits) -> None:
+        """Count the steps without use, and draw rows anew; with `ok` False everything stays as it is."""
+        if not self._noted:
+            return
+        ids_PM = torch.cat([uses.ids for uses in self._noted], dim=1)
+        met_PM = torch.cat([uses.met for uses in self._noted], dim=1)
+        trits_MC = torch.cat([uses.trits for uses in self._noted])
+        self.forget()
+        for part, trits_MW in enumerate(self._split(trits_MC)):
+            used_V = torch.zeros_like(self.unused[part], dtype=torch.bool).index_fill_(0, ids_PM[part], True)
+            unused_V = torch.where(used_V, 0, self.unused[part] + 1)
+            if self.revive_after:
+                bits_M = random_bits(f"part{part}", len(trits_MW))
+                self._revive(part, unused_V, trits_MW, met_PM[part], bits_M, ok)
+            self.unused[part] = torch.where(ok, unused_V, self.unused[part])
+
+    def _revive(
+        self, part: int, unused_V: Tensor, trits_MW: Tensor, met_M: Tensor, bits_M: Tensor, ok: Tensor
+    ) -> None:
+        """Put positions, each once and in random order, into the rows that are due; their counts become 0."""
+        count = min(REVIVE_AT_ONCE, len(unused_V), len(trits_MW))
+        # Keys without ties, so that every device chooses the same rows: the longest unused, then the first.
+        number_V = torch.arange(len(unused_V), device=unused_V.device)
+        row_K = (unused_V.to(torch.int64) * len(unused_V) - number_V).topk(count).indices
+        # Positions that their row meets exactly come last, and are not taken.
+        key_M = (met_M.to(torch.int64) << 32) | (bits_M.to(torch.int64) & 0xFFFFFFFF)
+        drawn_K = torch.argsort(key_M, stable=True)[:count]
+        due_K = (unused_V[row_K] >= self.revive_after) & ~met_M[drawn_K] & ok
+        unused_V[row_K] = torch.where(due_K, 0, unused_V[row_K])
+        table = self.tables[part]
+        _put_rows(table.T_packed.data, row_K, due_K, trit_pack(trits_MW[drawn_K]))
+        _put_rows(table.E.data, row_K, due_K, 0)
+        optimizer = None if table.optimizer_ref is None else table.optimizer_ref()
+        if optimizer is not None:
+            # What the row was about to become must not be added to what it is now.
+            for state in optimizer.state[table.T_packed].values():
+                _put_rows(state, row_K, due_K, _ZERO_NIBBLES if state.dtype == torch.uint8 else 0)
+
+    def forget(self) -> None:
+        """Drop what was noted."""
+        self._noted = []
+
+    def check(self) -> None:
+        """Raise UserError if a count is negative."""
+        if self.unused.device.type != "meta" and bool((self.unused < 0).any()):
+            raise UserError("unused holds a negative count: the data is damaged")
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        error_msgs: list[str] = args[-1]
+        given = state_dict.get(prefix + "unused")
+        if isinstance(given, Tensor) and given.dtype != self.unused.dtype:
+            # Copying would round floats to integers without a word.
+            error_msgs.append(f"{prefix}unused is {given.dtype}, expected {self.unused.dtype}")
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        try:
+            self.check()
+        except UserError as error:
+            error_msgs.append(f"{prefix.rstrip('.')}: {error}")
+
+    def extra_repr(self) -> str:
+        """Sizes."""
+        return f"num_rows={self.num_rows}, dim={self.dim}, parts={len(self.parts)}"
 
 
-def _rms(x: Tensor) -> Tensor:
-    """Root mean square over the last dimension, [..., 1]."""
-    return x.square().mean(dim=-1, keepdim=True).add(1e-6).sqrt()
+def _put_rows(tensor: Tensor, row_K: Tensor, due_K: Tensor, value: Tensor | int) -> None:
+    """tensor[row_K] = value [K, ...] where due, in place; no row comes twice."""
+    tensor[row_K] = torch.where(due_K[:, None], value, tensor[row_K])

@@ -1,41 +1,62 @@
-"""Finite scalar quantisation with three levels (Mentzer et al. 2023): a codebook of all 3^k trit vectors.
+"""Finite scalar quantisation with three levels: every number of a vector becomes a trit.
 
-Shape letters: K trits of a code.
+z = 1.001 tanh(x / rms(x)), code = round(z). Since tanh is monotone, a number's trit is its sign where
+(x / rms)^2 exceeds atanh(0.5 / 1.001)^2, and 0 elsewhere. Squares and sums are taken one column after the
+other, so that a code depends on nothing but its own vector, to the last bit and on every device.
+
+Shape letters: K trits of a code; `...` positions.
 """
+
+import math
 
 import torch
 from torch import Tensor
 
-MAX_TRITS = 15
-BOUND = 1.001  # tanh alone never reaches 1, and a trit of +-1 could not be met exactly
+from arbitor.ops.activations import RMS_EPS, compute_dtype, norm_backward
+
+LEVEL_SCALE = 1.001
+ZERO_BELOW = math.atanh(0.5 / LEVEL_SCALE) ** 2  # of (x / rms)^2
 
 
-def quantize(h: Tensor) -> tuple[Tensor, Tensor]:
-    """Nearest code of BOUND * tanh(h), found element by element.
-
-    Args:
-        h: float [..., K].
-
-    Returns:
-        trits int8 [..., K], and ids int64 [...], the base-3 number with digit n = trit n + 1.
-    """
-    # In fp64, since vectorised fp32 functions differ from scalar ones in the last bit.
-    trits = torch.tanh(h.to(torch.float64)).mul_(BOUND).round_().to(torch.int8)
-    return trits, pack_ids(trits)
+def smooth(x: Tensor) -> Tensor:
+    """z [..., K] ahead of rounding, in the compute dtype: what the gradient is taken of."""
+    x = x.to(compute_dtype(x))
+    return LEVEL_SCALE * torch.tanh(x * _rstd(x))
 
 
-def pack_ids(trits: Tensor) -> Tensor:
-    """Trits int8 [..., K] -> ids int64 [...]."""
-    powers = 3 ** torch.arange(trits.shape[-1], dtype=torch.int64, device=trits.device)
-    return ((trits.to(torch.int64) + 1) * powers).sum(dim=-1)
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and ids; see `arbitor.ops.fsq.fsq`."""
+    columns = x.to(compute_dtype(x)).unbind(dim=-1)
+    squares = [column * column for column in columns]
+    total = squares[0]
+    for square in squares[1:]:
+        total = total + square
+    limit = (total + len(columns) * RMS_EPS) * ZERO_BELOW
+    ids = torch.zeros(total.shape, dtype=torch.int64, device=x.device)
+    trits = []
+    for n, (column, square) in enumerate(zip(columns, squares, strict=True)):
+        far = square * len(columns) > limit
+        trit = (far & (column > 0)).to(torch.int8) - (far & (column < 0)).to(torch.int8)
+        trits.append(trit)
+        ids.add_(trit + 1, alpha=3**n)
+    # The difference is 0, or NaN where a number was not finite: comparisons alone would make such a code 0.
+    codes = torch.stack(trits, dim=-1) + (total - total)[..., None]
+    return codes.to(x.dtype), ids
 
 
-def trits_of(ids: Tensor, k: int) -> Tensor:
-    """Trits int8 [..., k] of ids int64 [...]; the inverse of the ids that `quantize` gives."""
-    powers = 3 ** torch.arange(k, dtype=torch.int64, device=ids.device)
-    return ((ids[..., None] // powers) % 3 - 1).to(torch.int8)
+def backward(dy: Tensor, x: Tensor) -> Tensor:
+    """Gradient of x, in its dtype, through `smooth`: rounding passes it straight through."""
+    wide = x.to(compute_dtype(x))
+    rstd = _rstd(wide)
+    slope = 1 - torch.tanh(wide * rstd).square()
+    return norm_backward(slope.mul_(dy).mul_(LEVEL_SCALE), wide, rstd).to(x.dtype)
 
 
-def slope(h: Tensor) -> Tensor:
-    """Derivative of BOUND * tanh(h), which stands for that of the rounded code."""
-    return (1 - torch.tanh(h).square()).mul_(BOUND)
+def trits(ids: Tensor, k: int) -> Tensor:
+    """int8 [..., K] of ids [...]."""
+    powers_K = 3 ** torch.arange(k, device=ids.device)
+    return (ids[..., None] // powers_K % 3 - 1).to(torch.int8)
+
+
+def _rstd(x: Tensor) -> Tensor:
+    return x.square().mean(dim=-1, keepdim=True).add_(RMS_EPS).rsqrt_()

@@ -5,17 +5,23 @@ import traceback
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from cyclopts import App, CycloptsError, Group, Parameter, UnusedCliTokensError
+from cyclopts import App, CycloptsError, Group, Parameter, Token, UnusedCliTokensError
 
 from arbitor import __version__
+from arbitor.config import MEMORY_ROWS
 from arbitor.errors import UserError
 
 USER_ERROR = 2
 BUG = 1
 
+# Settings that leave parts of the model out.
+NO_EXPERTS = {"num_experts": 0}
+NO_GRAPH = {"graph_edges": 0}
+NO_MOTIFS = {"motif_trits": 0, "codebook_rows": 0, **NO_GRAPH}
+
 app = App(
     name="arbitor",
-    help="Train models whose every weight is a trit times a power of two, in integer state throughout.",
+    help="Train models of trits times powers of two (byte tables: int8), in integer state throughout.",
     help_epilogue="`arbitor VERB --help` lists the flags of a verb; --debug shows the traceback of an error.",
     version=f"arbitor {__version__}",
     help_format="plaintext",
@@ -27,6 +33,16 @@ DATA = Group("Data", sort_key=1)
 TRAINING = Group("Model and training", sort_key=2)
 LOGGING = Group("Evaluation, saving, logging", sort_key=3)
 
+
+def whole(_: object, tokens: Sequence[Token]) -> int:
+    """An integer as it is written; without this, 1.5 steps would be 2."""
+    try:
+        return int(tokens[0].value)
+    except ValueError:
+        raise ValueError(f"{tokens[0].value!r} is no whole number") from None
+
+
+Count = Annotated[int, Parameter(converter=whole)]
 Device = Annotated[Literal["auto", "cpu", "cuda"], Parameter(help="Where to compute.")]
 Checkpoint = Annotated[
     str | None,
@@ -44,26 +60,32 @@ def train(
     reset: Annotated[bool, Parameter(group=RUN, show_default=False)] = False,
     preset: Annotated[str | None, Parameter(group=RUN)] = None,
     config: Annotated[str | None, Parameter(group=RUN)] = None,
-    data: Annotated[list[str] | None, Parameter(group=DATA)] = None,
+    data: Annotated[list[str] | None, Parameter(group=DATA, consume_multiple=True)] = None,
     held_out: Annotated[str | None, Parameter(group=DATA)] = None,
     field: Annotated[str | None, Parameter(group=DATA)] = None,
-    steps: Annotated[int | None, Parameter(group=TRAINING)] = None,
-    batch: Annotated[int | None, Parameter(group=TRAINING)] = None,
-    accum: Annotated[int | None, Parameter(group=TRAINING)] = None,
-    ctx: Annotated[int | None, Parameter(group=TRAINING)] = None,
+    steps: Annotated[int | None, Parameter(group=TRAINING, converter=whole)] = None,
+    batch: Annotated[int | None, Parameter(group=TRAINING, converter=whole)] = None,
+    accum: Annotated[int | None, Parameter(group=TRAINING, converter=whole)] = None,
+    ctx: Annotated[int | None, Parameter(group=TRAINING, converter=whole)] = None,
+    disable_moe: Annotated[bool, Parameter(group=TRAINING, show_default=False)] = False,
+    disable_vq: Annotated[bool, Parameter(group=TRAINING, show_default=False)] = False,
+    disable_graph: Annotated[bool, Parameter(group=TRAINING, show_default=False)] = False,
+    enable_memory: Annotated[bool, Parameter(group=TRAINING, show_default=False)] = False,
+    memory_rows: Annotated[int | None, Parameter(group=TRAINING, converter=whole)] = None,
+    max_moe_iters: Annotated[int | None, Parameter(group=TRAINING, converter=whole)] = None,
     state: Annotated[Literal["full", "compact", "lean"] | None, Parameter(group=TRAINING)] = None,
     rule: Annotated[Literal["spectral", "sinkhorn", "row", "sign"] | None, Parameter(group=TRAINING)] = None,
     lr: Annotated[float | None, Parameter(group=TRAINING)] = None,
-    accum_threshold: Annotated[int | None, Parameter(group=TRAINING)] = None,
-    e_accum_threshold: Annotated[int | None, Parameter(group=TRAINING)] = None,
+    accum_threshold: Annotated[int | None, Parameter(group=TRAINING, converter=whole)] = None,
+    e_accum_threshold: Annotated[int | None, Parameter(group=TRAINING, converter=whole)] = None,
     scale_lr: Annotated[float | None, Parameter(group=TRAINING)] = None,
-    seed: Annotated[int | None, Parameter(group=TRAINING)] = None,
+    seed: Annotated[int | None, Parameter(group=TRAINING, converter=whole)] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"] | None, Parameter(group=TRAINING)] = None,
-    eval_steps: Annotated[int | None, Parameter(group=LOGGING)] = None,
-    eval_interval: Annotated[int | None, Parameter(group=LOGGING)] = None,
-    save_interval: Annotated[int | None, Parameter(group=LOGGING)] = None,
+    eval_steps: Annotated[int | None, Parameter(group=LOGGING, converter=whole)] = None,
+    eval_interval: Annotated[int | None, Parameter(group=LOGGING, converter=whole)] = None,
+    save_interval: Annotated[int | None, Parameter(group=LOGGING, converter=whole)] = None,
     no_save: Annotated[bool, Parameter(group=LOGGING, show_default=False)] = False,
-    log_interval: Annotated[int | None, Parameter(group=LOGGING)] = None,
+    log_interval: Annotated[int | None, Parameter(group=LOGGING, converter=whole)] = None,
 ) -> int:
     """Train a model; without flags a tiny one on the Python standard library's sources.
 
@@ -76,11 +98,11 @@ def train(
     reset
         Delete the run of that name and start it anew.
     preset
-        Settings to start from: tiny (default), small or base.
+        Settings to start from: tiny (default), small, base, arb-small or arb-1b.
     config
         TOML file laid over the preset; flags override it.
     data
-        File, folder or glob to train on, repeatable; default the standard library's sources.
+        Files, folders or globs to train on; default the standard library's sources.
     held_out
         Path, or share of the data, to measure on.
     field
@@ -93,6 +115,18 @@ def train(
         Micro-batches per step.
     ctx
         Context length in bytes.
+    disable_moe
+        Leave the mixture of experts out.
+    disable_vq
+        Leave motifs out, and the graph with them.
+    disable_graph
+        Leave the motif graph out.
+    enable_memory
+        Add the n-gram memory.
+    memory_rows
+        Rows of each of the memory's hash tables.
+    max_moe_iters
+        Most iterations of the core.
     state
         What training keeps: full 2.3, compact 1.8 or lean 1.2 bytes a weight.
     rule
@@ -128,6 +162,8 @@ def train(
         "batch": batch,
         "accum": accum,
         "ctx": ctx,
+        "memory_rows": memory_rows,
+        "max_moe_iters": max_moe_iters,
         "state": state,
         "rule": rule,
         "lr": lr,
@@ -142,10 +178,15 @@ def train(
         "save": False if no_save else None,
         "log_interval": log_interval,
     }
+    settings = {name: value for name, value in given.items() if value is not None}
+    for off, without in ((disable_moe, NO_EXPERTS), (disable_vq, NO_MOTIFS), (disable_graph, NO_GRAPH)):
+        settings |= without if off else {}
+    if enable_memory:
+        settings.setdefault("memory_rows", MEMORY_ROWS)
     from arbitor.train.session import start_training
 
     return start_training(
-        {name: value for name, value in given.items() if value is not None},
+        settings,
         preset=preset,
         config_file=config,
         run=run,
@@ -160,11 +201,11 @@ def generate(
     /,
     *,
     prompt: Annotated[str, Parameter(allow_leading_hyphen=True)] = "",
-    max_bytes: Annotated[int, Parameter(name="--bytes")] = 400,
+    max_bytes: Annotated[int, Parameter(name="--bytes", converter=whole)] = 400,
     temperature: float = 0.8,
-    top_k: int = 0,
+    top_k: Count = 0,
     top_p: float = 1.0,
-    seed: int | None = None,
+    seed: Annotated[int | None, Parameter(converter=whole)] = None,
     device: Device = "auto",
 ) -> int:
     """Continue a text with a trained model, byte by byte.
@@ -203,7 +244,7 @@ def evaluate(
     checkpoint: Checkpoint = None,
     /,
     *,
-    data: list[str],
+    data: Annotated[list[str], Parameter(consume_multiple=True)],
     field: str = "text",
     device: Device = "auto",
 ) -> int:
@@ -212,7 +253,7 @@ def evaluate(
     Parameters
     ----------
     data
-        File, folder or glob to measure on, repeatable.
+        Files, folders or globs to measure on.
     field
         Field that holds the text in .jsonl files.
     """
@@ -227,6 +268,63 @@ def audit(checkpoint: Checkpoint = None, /) -> int:
     from arbitor.verbs import audit_tensors
 
     return audit_tensors(checkpoint)
+
+
+@app.command(sort_key=5)
+def smoke(
+    *,
+    preset: str = "arb-1b",
+    state: Literal["full", "compact", "lean"] | None = None,
+    seed: Count = 0,
+    device: Device = "auto",
+    ctx: Annotated[int | None, Parameter(converter=whole)] = None,
+    batch: Count = 1,
+    max_moe_iters: Annotated[int | None, Parameter(converter=whole)] = None,
+    no_vq: bool = False,
+    no_graph: bool = False,
+    backward: bool = False,
+) -> int:
+    """Build a model and run it twice on random bytes: weights, state, time, peak memory.
+
+    Parameters
+    ----------
+    preset
+        Settings to build from.
+    state
+        What training keeps; default by preset.
+    ctx
+        Context length in bytes.
+    batch
+        Windows.
+    max_moe_iters
+        Most iterations of the core.
+    no_vq
+        Leave motifs out, and the graph with them.
+    no_graph
+        Leave the motif graph out.
+    backward
+        Backward and optimizer step as well.
+    """
+    settings: dict[str, int] = {}
+    if ctx is not None:
+        settings["ctx"] = ctx
+    if max_moe_iters is not None:
+        settings["max_moe_iters"] = max_moe_iters
+    if no_vq:
+        settings |= NO_MOTIFS
+    if no_graph:
+        settings |= NO_GRAPH
+    from arbitor.smoke import run
+
+    return run(
+        preset=preset,
+        state=state,
+        seed=seed,
+        device=device,
+        settings=settings,
+        batch=batch,
+        backward=backward,
+    )
 
 
 @app.command(sort_key=4)

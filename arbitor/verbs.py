@@ -1,6 +1,7 @@
 """The verbs of the command line that use a trained model: generate, eval, audit."""
 
 import codecs
+import math
 import sys
 from collections.abc import Callable, Sequence
 
@@ -11,10 +12,11 @@ from arbitor.data.contents import open_contents
 from arbitor.data.sources import Skipped, find_sources
 from arbitor.data.store import Store
 from arbitor.data.stream import ByteStream
+from arbitor.errors import UserError
 from arbitor.evaluate import bits_per_byte
 from arbitor.generate import generate_stream
 from arbitor.ternary.audit import audit_checkpoint
-from arbitor.train.checkpoint import load
+from arbitor.train.checkpoint import load, load_checkpoint
 from arbitor.train.device import deterministic
 from arbitor.train.display import printable
 from arbitor.train.runs import find_checkpoint
@@ -38,6 +40,8 @@ def generate_text(
         model, prompt, max_bytes, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
     )
     print(f"{folder} on {model.device}", file=sys.stderr)
+    if sys.stdout is None:
+        raise UserError("stdout is closed; there is nowhere to write the text to")
     write = _terminal_writer() if sys.stdout.isatty() else _write_raw
     write(prompt)
     with deterministic(0, model.device):
@@ -55,6 +59,8 @@ def evaluate_data(checkpoint: str | None, data: Sequence[str], field: str, devic
     model = load(folder, device)
     with deterministic(0, model.device):
         result = bits_per_byte(model, stream.as_array(1_000_000), model.config.ctx)
+    if not math.isfinite(result.bits_per_byte):
+        raise UserError(f"{folder}: the model's logits are not finite, its training diverged")
     whole = len(stream)
     part = "all" if result.num_bytes == whole else f"the first {result.num_bytes:,}"
     print(f"{result.bits_per_byte:.4f} bits per byte")
@@ -66,6 +72,8 @@ def audit_tensors(checkpoint: str | None) -> int:
     """Print every tensor of a checkpoint; 1 if a float weight or float training state is among them."""
     folder = find_checkpoint(checkpoint)
     report = audit_checkpoint(folder)
+    if report.ok:
+        load_checkpoint(folder)  # what is damaged proves nothing
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 120  # of a pipe nothing is known, and names shall not be folded
@@ -78,7 +86,8 @@ def audit_tensors(checkpoint: str | None) -> int:
         table.add_row(row.name, row.role, row.dtype, shape, f"{row.bytes:,}")
     console.print(table)
     console.print(
-        f"{report.trit_weights:,} ternary weights; {report.bytes_per_weight:.3f} bytes a weight kept in all, "
+        f"{report.trit_weights:,} ternary weights and {report.trained_weights - report.trit_weights:,} int8 "
+        f"ones in tables and vectors; {report.bytes_per_weight:.3f} bytes a weight kept in all, "
         f"{report.trunk_bytes_per_weight:.3f} a ternary weight"
     )
     for violation in report.violations:

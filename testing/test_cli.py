@@ -116,7 +116,7 @@ def test_bad_settings(refused, workplace):
     refused([*TRAIN, "--steps", "0"], "steps")
     refused([*TRAIN, "--batch", "-1"], "batch")
     refused([*TRAIN, "--lr", "nan"], "lr")
-    refused([*TRAIN, "--ctx", "4"], "ctx")
+    refused([*TRAIN, "--ctx", "3"], "ctx")
     refused([*TRAIN, "--accum-threshold", "500"], "accum_threshold")
     (workplace / "typo.toml").write_text("[train]\nstpes = 3\n")
     refused(["train", "--config", "typo.toml"], "typo.toml", "stpes", "did you mean 'steps'?")
@@ -297,6 +297,37 @@ def test_audit_lists_the_tensors_and_fails_on_a_float(workplace, capsys):
     assert "layer.weight" in capsys.readouterr().out
 
 
+def test_audit_refuses_what_is_damaged_or_no_checkpoint(workplace, refused):
+    model = workplace / "runs" / "done" / "best" / "model.safetensors"
+    data = bytearray(model.read_bytes())
+    data[-1] ^= 1
+    model.write_bytes(data)
+    refused(["audit", "done"], "checksum")
+    refused(["audit", "data.txt"], "data.txt is no checkpoint")
+
+
+def test_several_data_files_follow_one_flag(workplace, refused):
+    (workplace / "more.txt").write_text("more text, " * 400)
+    assert main(["train", "--config", "small.toml", "--data", "data.txt", "more.txt", "--run", "two"]) == 0
+    assert "more.txt" in (workplace / "runs" / "two" / "config.toml").read_text()
+    refused([*TRAIN, "--steps", "1.5"], "'1.5' is no whole number")
+
+
+def test_a_model_that_diverged_says_so(workplace, capsys, monkeypatch):
+    from arbitor.model import ARBModel
+
+    forward = ARBModel.forward
+
+    def nowhere(self, *args, **rest):
+        output = forward(self, *args, **rest)
+        return type(output)(output.logits * float("nan"), None)
+
+    monkeypatch.setattr(ARBModel, "forward", nowhere)
+    for verb in (["generate", "done", "--prompt", "x"], ["eval", "done", "--data", "data.txt"]):
+        assert main(verb) == 2
+        assert "its training diverged" in capsys.readouterr().err
+
+
 def test_version_and_help(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"arbitor {arbitor.__version__}\n"
@@ -331,4 +362,4 @@ def test_modules_are_the_same_command(module, repository, tmp_path):
     command = [sys.executable, "-m", module, *verb, "--steps", "many"]
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr == 'arbitor: error: Invalid value for --steps: unable to convert "many" into int.\n'
+    assert done.stderr == "arbitor: error: Invalid value for --steps: 'many' is no whole number\n"

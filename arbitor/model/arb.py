@@ -10,7 +10,8 @@ Shape letters: B batch, L ids, N positions (L - 2 without a ledger), D dim, S vo
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from arbitor.model.memgram import MemGram
 from arbitor.model.router import MODALITIES, OutputRouter
 from arbitor.model.sequencer import WINDOW, TextSequencer
 from arbitor.model.vq import VQBridge
-from arbitor.ternary import Int8Embedding
+from arbitor.ternary import Int8Embedding, VoteOptimizer, runtime
 
 DEFAULT_PRESET = "arb-1b"
 ROUTER_WEIGHT = 0.01
@@ -71,6 +72,7 @@ class ARBModel(nn.Module):
     Attributes:
         config: the architecture.
         heads: heads of modalities other than bytes, by the modality's name.
+        ledgers: those that the model was called with and that are still alive.
     """
 
     def __init__(
@@ -110,6 +112,7 @@ class ARBModel(nn.Module):
         self.head = ByteHead(config, place)
         self.heads = nn.ModuleDict()
         self._metrics: dict[str, Tensor] = {}
+        self.ledgers: weakref.WeakSet[KVLedger] = weakref.WeakSet()
 
     @property
     def device(self) -> torch.device:
@@ -143,6 +146,7 @@ class ARBModel(nn.Module):
                 raise UserError(
                     "targets and a ledger were given; a loss needs the whole text without a ledger"
                 )
+            self.ledgers.add(ledger)
             with torch.no_grad():
                 start = ledger.num_positions
                 done = self._run(ledger.extend(ids_BL), start, ledger)
@@ -176,6 +180,21 @@ class ARBModel(nn.Module):
         positions with neighbours; `router_accuracy` (with targets).
         """
         return dict(self._metrics)
+
+    def prepare_ternary_backward(
+        self, loss_signal: Tensor | None = None, update_scales: bool = True
+    ) -> VoteOptimizer:
+        """Make sure that the coming backward is captured; see `arbitor.ternary.runtime`."""
+        return runtime.prepare_ternary_backward(self, loss_signal, update_scales)
+
+    def _ternary_update_memory(
+        self,
+        loss_signal: Tensor | None = None,
+        loss_components: Mapping[str, Tensor] | None = None,
+        update_scales: bool = True,
+    ) -> bool:
+        """Take a step from what backward captured; see `arbitor.ternary.runtime.ternary_update_memory`."""
+        return runtime.ternary_update_memory(self, loss_signal, loss_components, update_scales)
 
     def generate(
         self,

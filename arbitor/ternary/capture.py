@@ -7,17 +7,27 @@ gradient of a large table is kept as its touched rows.
 Shape letters: N tokens, I in, O out, E experts, D width of a table's row.
 """
 
+import weakref
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from arbitor.ops.expert_linear import grouped_outer
 
+if TYPE_CHECKING:
+    from arbitor.ternary.optimizer import VoteOptimizer
+
 
 class Capture:
-    """Sum of a weight's gradient over all its uses since the last step."""
+    """Sum of a weight's gradient over all its uses since the last step.
+
+    Attributes:
+        optimizer: weak reference to the optimizer that it is for, or None.
+    """
+
+    optimizer: "weakref.ref[VoteOptimizer] | None" = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """None: a copied model has no optimizer, so its layers capture nothing."""

@@ -214,7 +214,7 @@ class TernaryVQCodebook(IntegerCounters):
         table = self.tables[part]
         _put_rows(table.T_packed.data, row_K, due_K, trit_pack(trits_MW[drawn_K]))
         _put_rows(table.E.data, row_K, due_K, 0)
-        optimizer = None if table.optimizer_ref is None else table.optimizer_ref()
+        optimizer = table.optimizer
         if optimizer is not None:
             # What the row was about to become must not be added to what it is now.
             for state in optimizer.state[table.T_packed].values():

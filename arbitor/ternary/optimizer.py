@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from arbitor.errors import UserError
+from arbitor.ops.backend import requested_backend
 from arbitor.ops.momentum import GROUP
+from arbitor.ops.state_update import MAX_SCALE_EXPONENT, MIN_SCALE_EXPONENT
 from arbitor.ops.trit_codec import trit_unpack
 from arbitor.ternary.capture import Capture, ExpertCapture, GradientCapture, RowCapture
 from arbitor.ternary.counters import named_counters
@@ -72,7 +74,8 @@ class VoteOptimizer(torch.optim.Optimizer):
     accumulators start at zero. A second optimizer on the same model replaces the first.
 
     Args:
-        model: holds TernaryScaleTensor and Int8Embedding modules; everything else is left alone.
+        model: holds TernaryScaleTensor, Int8Embedding and Int8Vector modules, and counters; everything else
+            is left alone.
         lr: trits per step; None takes the state's own (full 0.05, compact 0.07, lean 0.15). Rule `sign` uses
             it for the byte tables only.
         rule: direction of the vote: spectral, sinkhorn, row or sign.
@@ -81,6 +84,9 @@ class VoteOptimizer(torch.optim.Optimizer):
         accum_threshold: accumulator value at which a trit flips; sets span and rail limit along with it.
         e_accum_threshold: votes that make a scale exponent move by one octave.
         scale_lr: strength of the votes on scale exponents, octaves per step; 0 freezes them.
+
+    Attributes:
+        update_scales: False keeps scale exponents in coming steps whatever `scale_lr` is.
 
     Raises:
         UserError: a name or value that is not allowed, or a model without ternary weights.
@@ -98,6 +104,7 @@ class VoteOptimizer(torch.optim.Optimizer):
         e_accum_threshold: int = 32,
         scale_lr: float = 0.0,
     ) -> None:
+        requested_backend()
         if state not in STATES:
             raise UserError(f"unknown state {state!r}; choose one of {', '.join(STATES)}")
         if lr is not None and not lr >= 0:
@@ -124,6 +131,7 @@ class VoteOptimizer(torch.optim.Optimizer):
         self._dropped = torch.zeros((), dtype=torch.int64, device=weights[0].device)
         self._last_ok = torch.ones((), dtype=torch.bool, device=weights[0].device)
         self._loss_ok: Tensor | None = None
+        self.update_scales = True
         self._flips: dict[str, Tensor] = {}
         for module in self._modules.values():
             self._attach(module)
@@ -171,6 +179,19 @@ class VoteOptimizer(torch.optim.Optimizer):
             scaled -= (scaled * trits - self.rail).clamp_(min=0) * trits
             accumulator.copy_(scaled.clamp_(-127, 127))
 
+    def apply_scale_steps(self, module: TernaryScaleTensor) -> int:
+        """Apply the whole steps that wait in a matrix's scale accumulator; how many exponents moved.
+
+        A step applies them itself; some wait only after the threshold was lowered.
+        """
+        accumulator = self.state[module.T_packed]["E_accum"]
+        whole = torch.div(accumulator, self.e_accum_threshold, rounding_mode="trunc")
+        before = module.E.clone()
+        with torch.no_grad():
+            module.E.copy_((module.E + whole).clamp_(MIN_SCALE_EXPONENT, MAX_SCALE_EXPONENT))
+            accumulator -= whole * self.e_accum_threshold
+        return int((before != module.E).sum())
+
     def _attach(self, module: IntegerModule) -> None:
         capture: Capture
         if isinstance(module, TernaryScaleTensor):
@@ -187,8 +208,8 @@ class VoteOptimizer(torch.optim.Optimizer):
             rows, columns = (1, *module.q.shape)[-2:]
             self.state[module.q] = self._new_momentum((rows,), columns, 8, module.q.device)
             capture = GradientCapture(rows, columns)
+        capture.optimizer = weakref.ref(self)
         module.capture = capture
-        module.optimizer_ref = weakref.ref(self)
 
     def _new_matrix_state(self, module: TernaryScaleTensor) -> dict[str, Tensor]:
         rows = (*module.leading_shape, module.out_features)
@@ -221,7 +242,6 @@ class VoteOptimizer(torch.optim.Optimizer):
         """Stop capturing: the model's layers keep no gradient any more."""
         for module in self._modules.values():
             module.capture = None
-            module.optimizer_ref = None
         for counters in self._counters.values():
             counters.forget()
             counters.attached = False
@@ -235,6 +255,16 @@ class VoteOptimizer(torch.optim.Optimizer):
                 module.capture.clear()
         for counters in self._counters.values():
             counters.forget()
+        self.forget_loss()
+
+    @property
+    def has_captures(self) -> bool:
+        """Whether a backward left a gradient for the coming step."""
+        captures = (module.capture for module in self._modules.values())
+        return any(capture is not None and not capture.empty for capture in captures)
+
+    def forget_loss(self) -> None:
+        """Drop the noted losses."""
         self._loss_ok = None
 
     def note_loss(self, loss: Tensor) -> None:
@@ -297,7 +327,7 @@ class VoteOptimizer(torch.optim.Optimizer):
             rail=self.rail,
             momentum_bits=self.kind.momentum_bits,
             beta=self.kind.beta,
-            scale_step=float(group["scale_lr"]) * self.e_accum_threshold,
+            scale_step=float(group["scale_lr"]) * self.e_accum_threshold if self.update_scales else 0.0,
             scale_threshold=self.e_accum_threshold,
             workspace_weights=self.kind.workspace_bytes // WORKSPACE_BYTES_PER_WEIGHT,
         )

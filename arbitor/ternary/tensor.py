@@ -2,7 +2,6 @@
 
 import enum
 import math
-import weakref
 from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -89,11 +88,15 @@ class IntegerModule(nn.Module):
 
     Attributes:
         capture: where backward leaves the gradient; None without an optimizer.
-        optimizer_ref: weak reference to the optimizer that is attached, or None.
     """
 
     capture: Capture | None = None
-    optimizer_ref: "weakref.ref[VoteOptimizer] | None" = None
+
+    @property
+    def optimizer(self) -> "VoteOptimizer | None":
+        """The optimizer that is attached."""
+        reference = None if self.capture is None else self.capture.optimizer
+        return None if reference is None else reference()
 
     @property
     def stored(self) -> nn.Parameter:
@@ -203,6 +206,14 @@ class TernaryScaleTensor(IntegerModule):
         """
         self.check()
         return ternary_decode(self.T_packed, self.E, self.in_features, self.group, dtype)
+
+    def update_E(self) -> int:
+        """Apply the whole steps that wait in the attached optimizer's scale accumulator.
+
+        Returns:
+            How many exponents moved; 0 without an optimizer.
+        """
+        return 0 if self.optimizer is None else self.optimizer.apply_scale_steps(self)
 
     def set_trits(self, trits: Tensor, exponent: Tensor) -> None:
         """Replace trits (int8 [*leading, out, in]) and exponents (int8, shape of E)."""

@@ -9,6 +9,7 @@ import torch
 from torch.utils import deterministic as torch_deterministic
 
 from arbitor.errors import UserError
+from arbitor.ops.backend import requested_backend
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,12 @@ def resolve_device(name: str) -> Device:
 
 
 def backend(device: torch.device) -> str:
-    """The implementation of the ternary operations that runs on `device`, and why."""
+    """The implementation of the ternary operations that runs on `device`, and why.
+
+    Raises:
+        UserError: `ARB_TERNARY_BACKEND` asks for one that there is not.
+    """
+    requested_backend()
     return f"torch: the reference operations, since this version has no kernels of its own for {device.type}"
 
 
@@ -81,11 +87,18 @@ def process_memory() -> int:
         with open("/proc/self/statm", encoding="ascii") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
-        import resource
-        import sys
+        return peak_memory(Device(torch.device("cpu"), "cpu", ""))
 
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
+
+def peak_memory(device: Device) -> int:
+    """Bytes at the peak: what torch allocated on a GPU, what the process held on the CPU."""
+    if device.is_cuda:
+        return torch.cuda.max_memory_allocated(device.device)
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 @contextlib.contextmanager

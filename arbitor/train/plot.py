@@ -51,13 +51,18 @@ def _smoothed(points: Sequence[Point]) -> list[Point]:
 
 def _draw(raw: list[Point], smooth: list[Point], held_out: list[Point], title: str) -> Image.Image:
     image = Image.new("RGB", (WIDTH * SCALE, HEIGHT * SCALE), "white")
-    canvas = _Canvas(image, [*smooth, *held_out])
+    # The raw line counts for the lower end only: its first peaks would leave no height for the rest.
+    lowest = [min(raw[len(raw) // 10 :], key=lambda point: point[1])] if raw else []
+    canvas = _Canvas(image, [*smooth, *held_out, *lowest])
     canvas.axes(title)
     canvas.line(raw, RAW, 1)
     canvas.line(smooth, SMOOTH, 2.5)
     canvas.line(held_out, HELD_OUT, 2)
     canvas.dots(held_out, HELD_OUT)
-    canvas.legend([("training, smoothed", SMOOTH), ("held out", HELD_OUT)], held_out)
+    entries = [("training, smoothed", SMOOTH)]
+    if held_out:
+        entries.append((f"held out, first windows {held_out[-1][1]:.3f}", HELD_OUT))
+    canvas.legend(entries)
     return image.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS)
 
 
@@ -102,11 +107,10 @@ class _Canvas:
             r = 4 * SCALE
             self.draw.ellipse((x - r, y - r, x + r, y + r), fill=colour, outline="white", width=SCALE)
 
-    def legend(self, entries: Sequence[tuple[str, tuple[int, int, int]]], held_out: Sequence[Point]) -> None:
+    def legend(self, entries: Sequence[tuple[str, tuple[int, int, int]]]) -> None:
         for row, (label, colour) in enumerate(entries):
             y = TOP + 16 + 22 * row
-            last = f" {held_out[-1][1]:.3f}" if held_out and label == "held out" else ""
-            self.text((WIDTH - RIGHT - 36, y), label + last, INK, 13, "rm")
+            self.text((WIDTH - RIGHT - 36, y), label, INK, 13, "rm")
             self.draw.line(
                 [((WIDTH - RIGHT - 28) * SCALE, y * SCALE), ((WIDTH - RIGHT - 4) * SCALE, y * SCALE)],
                 fill=colour,

@@ -14,6 +14,7 @@ RUNS = Path("runs")
 CONFIG_FILE = "config.toml"
 SUMMARY_FILE = "summary.json"
 METRICS_FILE = "metrics.jsonl"
+MODEL_FILE = "model.safetensors"
 CHECKPOINTS = ("best", "latest", "final")  # in the order in which a model is looked for
 
 
@@ -37,7 +38,7 @@ def list_runs() -> list[Path]:
 
 
 def existing_run(name: str | None) -> Path:
-    """The run of that name; without a name the newest.
+    """The run of that name; without a name the newest that can be resumed, or that is finished.
 
     Raises:
         UserError: there is none.
@@ -46,7 +47,7 @@ def existing_run(name: str | None) -> Path:
         runs = list_runs()
         if not runs:
             raise UserError(f"there is no run under ./{RUNS}; `arbitor train` makes one")
-        return runs[0]
+        return next((run for run in runs if is_finished(run) or _checkpoint_of(run)), runs[0])
     path = run_path(name)
     if not (path / CONFIG_FILE).is_file():
         raise UserError(f"there is no run {name!r} under ./{RUNS}{_suggestion(name)}")
@@ -136,8 +137,10 @@ def find_checkpoint(given: str | Path | None = None) -> Path:
     if is_name and (RUNS / name / CONFIG_FILE).is_file():
         path = RUNS / name
     if path.is_file():
+        if path.name != MODEL_FILE:
+            raise UserError(f"{given} is no checkpoint: give its folder, its {MODEL_FILE}, or a run")
         path = path.parent
-    if (path / "model.safetensors").exists():
+    if (path / MODEL_FILE).exists():
         return path
     if found := _checkpoint_of(path):
         return found
@@ -148,7 +151,7 @@ def find_checkpoint(given: str | Path | None = None) -> Path:
             f"the run {path} has no checkpoint (trained with --no-save, or stopped before its first)"
         )
     if path.exists():
-        raise UserError(f"{path} is neither a run nor a checkpoint: it holds no model.safetensors")
+        raise UserError(f"{path} is neither a run nor a checkpoint: it holds no {MODEL_FILE}")
     raise UserError(f"there is no run or checkpoint {name!r}{_suggestion(name)}")
 
 
@@ -170,4 +173,5 @@ def _suggestion(name: str) -> str:
     close = difflib.get_close_matches(name, names, n=1)
     if close:
         return f" (did you mean {close[0]!r}?)"
-    return f"; runs: {', '.join(names[:5])}" if names else "; `arbitor train` makes one"
+    more = ", ..." if len(names) > 5 else ""
+    return f"; runs: {', '.join(names[:5])}{more}" if names else "; `arbitor train` makes one"

@@ -14,6 +14,7 @@ from arbitor.config import RunConfig, dump_toml, load_config, override
 from arbitor.config import preset as preset_config
 from arbitor.data import ByteCorpus, open_corpus
 from arbitor.errors import UserError
+from arbitor.ternary.optimizer import SIGN_LR, SIGN_THRESHOLD, STATES
 from arbitor.train import report, runs, swap
 from arbitor.train.checkpoint import Checkpoint, load_checkpoint
 from arbitor.train.device import Device, deterministic, resolve_device, thread_count
@@ -68,7 +69,7 @@ def start_training(
         return _resume(folder, config, _open(config), device, console)
     if reset and run is None:
         raise UserError("--reset deletes a run and starts it anew: name it with --run")
-    config = _new_config(settings, preset, config_file)
+    config = _settled(_new_config(settings, preset, config_file))
     if run is not None and not reset:
         runs.refuse_existing(run)
     device = resolve_device(config.train.device)
@@ -87,6 +88,11 @@ def _resume(folder: Path, config: RunConfig, corpus: ByteCorpus, device: Device,
         for name in runs.CHECKPOINTS:
             swap.recover(folder / name, keep_previous=name == "latest")
         checkpoint = _newest_checkpoint(folder, console)
+        if checkpoint.config != config and checkpoint.model_config == config.model:
+            raise UserError(
+                f"{folder / runs.CONFIG_FILE} is not what {checkpoint.folder} was trained with; put it back "
+                f"from {checkpoint.folder / runs.CONFIG_FILE}, or start a new run"
+            )
         log.cut_after(int(checkpoint.state["step"]))
         threads = int(checkpoint.state["threads"])
         for line in _differences(checkpoint, device, threads):
@@ -100,6 +106,16 @@ def _new_config(settings: Mapping[str, Any], preset: str | None, config_file: st
     if config_file is not None:
         base = load_config(config_file, base)
     return override(base or preset_config("tiny"), **settings)
+
+
+def _settled(config: RunConfig) -> RunConfig:
+    """The configuration with the defaults of its state written out, so that a later version resumes alike."""
+    train = config.train
+    kind = STATES[train.state]
+    sign = train.rule == "sign"
+    lr = (SIGN_LR if sign else kind.lr) if train.lr is None else train.lr
+    threshold = (SIGN_THRESHOLD if sign else kind.threshold) if train.accum_threshold is None else None
+    return override(config, lr=lr, accum_threshold=threshold or train.accum_threshold)
 
 
 def _open(config: RunConfig) -> ByteCorpus:

@@ -57,10 +57,18 @@ class SignalGuard:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
                 if sys.stdout.isatty():
                     os.write(sys.stdout.fileno(), b"\x1b[?25h\n")  # the cursor that a progress bar hides
+            _say("stopped at once: what was trained since the last checkpoint is lost\n")
             os._exit(128 + number)
         self.received = number
+        _say("\nstopping after this step and saving; once more stops at once, without saving\n")
         if self._may_leave:
             raise Interrupted
+
+
+def _say(text: str) -> None:
+    """Write to stderr without a lock or a buffer, as a signal handler must."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.write(sys.stderr.fileno(), text.encode())

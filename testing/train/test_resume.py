@@ -182,7 +182,7 @@ def test_resume_refuses_what_contradicts_the_run(workplace, settings, interrupt)
     start_training(settings, run="cut")
     (workplace / "other.toml").write_text("[train]\nseed = 7\n")
     contradictions = [
-        ({"settings": {"lr": 0.5}}, r"--lr 0\.5 contradicts the run's lr = \(unset\)"),
+        ({"settings": {"lr": 0.5}}, r"--lr 0\.5 contradicts the run's lr = 0\.05"),
         ({"settings": {"steps": 13}}, "--steps 13 contradicts the run's steps = 12"),
         ({"settings": {"ctx": 32}}, "--ctx 32 contradicts"),
         ({"settings": {"data": ["else.txt"]}}, r"--data else\.txt contradicts the run's data = data\.txt"),
@@ -193,8 +193,36 @@ def test_resume_refuses_what_contradicts_the_run(workplace, settings, interrupt)
     for arguments, message in contradictions:
         with pytest.raises(UserError, match=message):
             start_training(**arguments, run="cut", resume=True)
-    agreeing = {"steps": 12, "data": ["data.txt"], "device": "cpu"}
+    agreeing = {"steps": 12, "data": ["data.txt"], "device": "cpu", "lr": 0.05}
     assert start_training(agreeing, preset="tiny", run="cut", resume=True) == 0
+
+
+def test_a_config_that_was_edited_is_refused(workplace, settings, interrupt):
+    interrupt("take_step", 2, lambda: signal.raise_signal(signal.SIGINT))
+    start_training(settings, run="cut")
+    config = RUNS / "cut" / "config.toml"
+    text = config.read_text()
+    config.write_text(text.replace("steps = 12", "steps = 6"))
+    with pytest.raises(UserError, match="config.toml is not what .*latest was trained with; put it back"):
+        start_training({}, run="cut", resume=True)
+    config.write_text(text)
+    assert start_training({}, run="cut", resume=True) == 0
+
+
+def test_defaults_of_the_state_are_written_out(workplace, settings):
+    start_training({**settings, "steps": 1, "state": "lean"}, run="lean")
+    text = (RUNS / "lean" / "config.toml").read_text()
+    assert "lr = 0.15" in text
+    assert "accum_threshold = 80" in text
+
+
+def test_the_newest_run_that_can_be_resumed_is_taken(workplace, settings, interrupt):
+    interrupt("take_step", 2, lambda: signal.raise_signal(signal.SIGINT))
+    start_training(settings, run="cut")
+    (RUNS / "empty").mkdir()
+    (RUNS / "empty" / "config.toml").write_text((RUNS / "cut" / "config.toml").read_text())
+    assert start_training({}, resume=True) == 0
+    assert (RUNS / "cut" / "summary.json").is_file()
 
 
 def test_the_thread_count_of_the_run_is_used(workplace, settings, interrupt, capsys):

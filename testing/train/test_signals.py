@@ -67,7 +67,7 @@ def test_a_signal_saves_and_leaves_with_the_conventional_code(start, number, cod
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == code
-    assert err == ""
+    assert err == "\nstopping after this step and saving; once more stops at once, without saving\n"
     run = Path("runs/tiny-1")
     step = load_checkpoint(run / "latest").state["step"]
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])

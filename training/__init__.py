@@ -1,0 +1,1 @@
+"""Runnable recipes, and the runtime functions that scripts import from here."""

@@ -8,7 +8,6 @@ from typing import Annotated, Literal
 from cyclopts import App, CycloptsError, Group, Parameter, Token, UnusedCliTokensError
 
 from arbitor import __version__
-from arbitor.config import MEMORY_ROWS
 from arbitor.errors import UserError
 
 USER_ERROR = 2
@@ -182,6 +181,8 @@ def train(
     for off, without in ((disable_moe, NO_EXPERTS), (disable_vq, NO_MOTIFS), (disable_graph, NO_GRAPH)):
         settings |= without if off else {}
     if enable_memory:
+        from arbitor.config import MEMORY_ROWS
+
         settings.setdefault("memory_rows", MEMORY_ROWS)
     from arbitor.train.session import start_training
 

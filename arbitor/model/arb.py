@@ -233,8 +233,7 @@ class ARBModel(nn.Module):
                 h_BND, motif_BN, commitment = self.vq(h_BND)
                 if commitment is not None:
                     losses["commitment"] = commitment
-                if hasattr(self.vq, "metrics"):
-                    metrics |= self.vq.metrics(motif_BN)
+                metrics |= self.vq.metrics(motif_BN)
             rotation = rotary.rotation(
                 start, h_BND.shape[1], self.config.rope_dim, self.config.rope_theta, device
             )

@@ -203,7 +203,7 @@ def test_a_config_that_was_edited_is_refused(workplace, settings, interrupt):
     config = RUNS / "cut" / "config.toml"
     text = config.read_text()
     config.write_text(text.replace("steps = 12", "steps = 6"))
-    with pytest.raises(UserError, match="config.toml is not what .*latest was trained with; put it back"):
+    with pytest.raises(UserError, match=r"config\.toml is not what .*latest was trained with; put it back"):
         start_training({}, run="cut", resume=True)
     config.write_text(text)
     assert start_training({}, run="cut", resume=True) == 0

@@ -18,6 +18,7 @@ from arbitor.config import ModelConfig
 from arbitor.model.graph import MotifGraph, Neighbours
 from arbitor.model.moe import MoE
 from arbitor.model.precision import sigmoid
+from arbitor.ops.rows import write_rows
 from arbitor.ternary import Int8Vector, TernaryLinear
 
 DECAY_FRACTION_BITS = 5
@@ -82,7 +83,7 @@ class _Select(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         # A copy, where autograd, which does not know that no row comes twice, would add.
         (index,) = ctx.saved_tensors
-        return dy.new_zeros(ctx.shape).index_copy_(0, index, dy), None
+        return write_rows(dy.new_zeros(ctx.shape), index, dy), None
 
 
 class _WeightedSum(torch.autograd.Function):
@@ -97,7 +98,7 @@ class _WeightedSum(torch.autograd.Function):
         ctx.save_for_backward(weight, state, *later)
         total = weight * state
         for w, s, index in _threes(later):
-            total.index_copy_(0, index, total[index] + w * s)
+            write_rows(total, index, total[index] + w * s)
         return total
 
     @staticmethod

@@ -21,6 +21,7 @@ from arbitor.ops.expert_linear import busy_experts
 from arbitor.ops.int8_table import int8_table_update
 from arbitor.ops.momentum import momentum_fold
 from arbitor.ops.random_bits import random_bits, skip, stream_keys
+from arbitor.ops.rows import write_rows
 from arbitor.ternary.capture import ExpertCapture, GradientCapture, RowCapture
 from arbitor.ternary.counters import IntegerCounters
 from arbitor.ternary.layers import Int8Weights, TernaryEmbeddingTable
@@ -161,10 +162,11 @@ class Step:
         total = torch.zeros((), dtype=torch.int64, device=device)
         size = self._batch_size(module)
         if capture.dense is not None:
-            for experts in torch.arange(capture.experts, device=device).split(size):
-                gradient = capture.dense.index_select(0, experts).to(torch.float32)
-                with self._of_experts(name, module, experts) as batch:
-                    total += self._update_formed(batch, gradient).sum()
+            for first in range(0, capture.experts, size):
+                experts = slice(first, min(first + size, capture.experts))
+                gradient = capture.dense[experts].to(torch.float32)
+                batch = self._of_experts(name, module, experts)
+                total += self._update_formed(batch, gradient).sum()
             return total
         activations, gradients, offsets = capture.sorted_rows()
         tokens = len(activations)
@@ -174,7 +176,7 @@ class Step:
         for experts in busy_experts(offsets, tokens)[0].split(size):
             mine = (owner == experts[:, None])[..., None]
             a, b = (mine * rows.to(torch.float32) for rows in (activations, gradients))
-            with self._of_experts(name, module, experts) as batch:
+            with self._of_some_experts(name, module, experts) as batch:
                 total += update_factored(batch, a, b, self.ok.to(device), self.constants).sum()
         return total
 
@@ -189,29 +191,46 @@ class Step:
             if first == last:
                 continue
             a, b = activations[first:last], gradients[first:last]
-            with self._of_experts(name, module, torch.tensor([expert], device=device)) as batch:
-                if self._may_stay_factored(module, last - first):
-                    factors = a.to(torch.float32)[None], b.to(torch.float32)[None]
-                    total += update_factored(batch, *factors, self.ok.to(device), self.constants).sum()
-                else:
-                    gradient = (b.t() @ a.to(b.dtype)).to(torch.float32)
-                    total += self._update_formed(batch, gradient[None]).sum()
+            batch = self._of_experts(name, module, slice(expert, expert + 1))
+            if self._may_stay_factored(module, last - first):
+                factors = a.to(torch.float32)[None], b.to(torch.float32)[None]
+                total += update_factored(batch, *factors, self.ok.to(device), self.constants).sum()
+            else:
+                gradient = (b.t() @ a.to(b.dtype)).to(torch.float32)
+                total += self._update_formed(batch, gradient[None]).sum()
         return total
 
+    def _of_experts(self, name: str, module: TernaryScaleTensor, experts: slice) -> MatrixBatch:
+        """The matrices of neighbouring experts with their state, as views."""
+        tensors = self._expert_tensors(module)
+        numbers = torch.arange(experts.start, experts.stop, device=module.T_packed.device)
+        return self._expert_batch(name, module, {k: t[experts] for k, t in tensors.items()}, numbers)
+
     @contextmanager
-    def _of_experts(self, name: str, module: TernaryScaleTensor, experts: Tensor) -> Iterator[MatrixBatch]:
+    def _of_some_experts(
+        self, name: str, module: TernaryScaleTensor, experts: Tensor
+    ) -> Iterator[MatrixBatch]:
         """The matrices of `experts`, int64 [n], with their state; written back at the end."""
-        tensors = {key: tensor.flatten(0, -3) for key, tensor in self._tensors(module).items()}
+        tensors = self._expert_tensors(module)
         parts = {key: tensor.index_select(0, experts) for key, tensor in tensors.items()}
-        keys, scale_keys = self._matrix_keys([name], experts.device)
-        yield _batch(
+        yield self._expert_batch(name, module, parts, experts)
+        for key, tensor in tensors.items():
+            write_rows(tensor, experts, parts[key])
+
+    def _expert_tensors(self, module: TernaryScaleTensor) -> dict[str, Tensor]:
+        """Weights and state by key, the leading dimensions as one."""
+        return {key: tensor.flatten(0, -3) for key, tensor in self._tensors(module).items()}
+
+    def _expert_batch(
+        self, name: str, module: TernaryScaleTensor, parts: Mapping[str, Tensor], numbers: Tensor
+    ) -> MatrixBatch:
+        keys, scale_keys = self._matrix_keys([name], numbers.device)
+        return _batch(
             parts,
             module.group,
-            skip(keys, experts * (module.out_features * module.in_features)),
-            skip(scale_keys, experts * tensors["E"][0].numel()),
+            skip(keys, numbers * (module.out_features * module.in_features)),
+            skip(scale_keys, numbers * parts["E"][0].numel()),
         )
-        for key, tensor in tensors.items():
-            tensor.index_copy_(0, experts, parts[key])
 
     # -- tables ---------------------------------------------------------------------------------------------
 
@@ -232,7 +251,7 @@ class Step:
         constants = dataclasses.replace(self.constants, rule=rule)
         flips = update_dense(batch, gradient[:, None].contiguous(), active, constants)
         for key, tensor in tensors.items():
-            tensor[ids] = parts[key][:, 0]  # what comes twice comes with equal values
+            write_rows(tensor, ids, parts[key][:, 0])
         distinct = torch.ones_like(ids, dtype=torch.bool)
         distinct[1:] = ids[1:] != ids[:-1]
         return (flips * distinct).sum()

@@ -18,8 +18,8 @@ from arbitor.ternary.optimizer import SIGN_LR, SIGN_THRESHOLD, STATES
 from arbitor.train import report, runs, swap
 from arbitor.train.checkpoint import Checkpoint, load_checkpoint
 from arbitor.train.device import Device, deterministic, resolve_device, thread_count
-from arbitor.train.display import Display
-from arbitor.train.loop import MAX_DROPPED_IN_A_ROW, Run, Trainer
+from arbitor.train.display import Display, format_bytes
+from arbitor.train.loop import HELD_OUT_BYTES, MAX_DROPPED_IN_A_ROW, Run, Trainer
 from arbitor.train.metrics import MetricsLog, refuse_busy
 from arbitor.train.plot import plot_loss
 from arbitor.train.signals import Interrupted, SignalGuard
@@ -251,6 +251,8 @@ def _train(
 def _finish(run: Run) -> tuple[dict[str, Any], bytes, bytes]:
     """Evaluate and sample the final weights, save `final`; summary, prompt and sample."""
     trainer = run.trainer
+    size = min(len(trainer.corpus.held_out), HELD_OUT_BYTES)
+    run.display.note(f"measuring on {format_bytes(size)} held out, then writing a sample")
     result = run.undisturbed(trainer.evaluate)
     prompt = report.sample_prompt(trainer)
     seed = trainer.config.train.seed

@@ -292,8 +292,8 @@ class TrainConfig:
         if self.accum_threshold is not None:
             _require_range(self, "accum_threshold", 2, 127)
         _require_range(self, "e_accum_threshold", 1, 127)
-        if not 0.0 <= self.scale_lr <= 100.0:
-            raise UserError(f"scale_lr must be between 0 and 100, got {self.scale_lr!r}")
+        if not 0.0 <= self.scale_lr <= 1.0:
+            raise UserError(f"scale_lr must be between 0 and 1 (octaves per step), got {self.scale_lr!r}")
         _require_name("device", self.device, DEVICES)
 
 

@@ -195,7 +195,7 @@ run_configs = st.builds(
     steps=st.integers(1, 1 << 31),
     lr=st.none() | st.floats(0.0, 100.0, exclude_min=True),
     warmup=st.floats(0.0, 1.0),
-    scale_lr=st.floats(0.0, 100.0),
+    scale_lr=st.floats(0.0, 1.0),
     seed=st.integers(0, (1 << 63) - 1),
     accum_threshold=st.none() | st.integers(2, 127),
     save=st.booleans(),

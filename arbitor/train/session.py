@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -254,6 +255,11 @@ def _finish(run: Run) -> tuple[dict[str, Any], bytes, bytes]:
     size = min(len(trainer.corpus.held_out), HELD_OUT_BYTES)
     run.display.note(f"measuring on {format_bytes(size)} held out, then writing a sample")
     result = run.undisturbed(trainer.evaluate)
+    if not math.isfinite(result.bits_per_byte):
+        raise UserError(
+            f"training diverged: the logits of the last step are not finite; {run.folder / 'best'} may be of "
+            "use, or start a new run with a lower --lr or --scale-lr"
+        )
     prompt = report.sample_prompt(trainer)
     seed = trainer.config.train.seed
     sample = run.undisturbed(lambda: trainer.model.generate(prompt, report.SAMPLE_BYTES, seed=seed))

@@ -1,7 +1,5 @@
 """The iterated core against adaptive computation time written out for one position after the other."""
 
-import math
-
 import pytest
 import torch
 from torch import nn
@@ -53,7 +51,7 @@ def motifs(batch=3, count=7):
 
 
 def bias_to(core, value):
-    core.halting.bias.q.fill_(round(value * 16))
+    core.halting.bias.q.fill_(round(value * 32))
 
 
 def rows_seen(core):
@@ -70,8 +68,8 @@ CASES = [  # bias, threshold, most iterations
     (1.0, 0.99, 4),
     (-1.5, 0.6, 7),
     (-0.5, 1.0, 3),
-    (4.0, 0.9, 4),
-    (-5.0, 0.99, 2),
+    (2.5, 0.9, 4),
+    (-2.9, 0.99, 2),
 ]
 
 
@@ -85,13 +83,15 @@ def test_equals_the_oracle_with_every_gradient(unrounded, bias, threshold, iters
     experts = {name.removeprefix("moe."): w for name, w in weights.items() if name.startswith("moe.")}
     # The vectors' values and what is made of the decay are fp32, so their gradients are exact to fp32 only.
     value = (core.decay.q.float() / 32).requires_grad_()
-    halt_bias = (core.halting.bias.q.float() / 16).requires_grad_()
+    halt_bias = (core.halting.bias.q.float() / 32).requires_grad_()
     decay = (1 - 2.0 ** -(3 + value)).double()
     results, counts, ponders = [], [], []
     for row in h.flatten(0, 1):
         result, count, remainder = oracles.halt(
             lambda s: s + oracles.moe(experts, [0] * 6, 2, s),
-            lambda s: torch.sigmoid(oracles.linear(weights["halting.linear"], s)[0] + halt_bias.double()[0]),
+            lambda s: torch.sigmoid(
+                oracles.linear(weights["halting.linear"], s)[0] / 2 + halt_bias[0].double()
+            ),
             decay,
             row,
             iters,
@@ -181,7 +181,7 @@ def test_the_most_iterations_may_be_lowered_later():
     assert torch.equal(core(stream()).state, one(stream()).state)
 
 
-@pytest.mark.parametrize(("bias", "expected"), [(5.9, [21]), (-5.9, [21] * 4)])
+@pytest.mark.parametrize(("bias", "expected"), [(2.9, [21]), (-2.9, [21] * 4)])
 def test_work_stops_when_all_have_halted(bias, expected):
     core = make(halt_threshold=0.9)
     core.halting.linear.set_trits(torch.zeros_like(core.halting.linear.trits()), core.halting.linear.E)
@@ -205,6 +205,7 @@ def test_equal_probabilities_halt_where_their_sum_reaches_the_threshold():
 @each_part
 def test_a_position_does_not_depend_on_the_others(part):
     core = make(part)
+    bias_to(core, 0.0)
     h, ids = stream(), motifs()
     rows = [] if core.moe is None else rows_seen(core)
     whole = core(h, ids, code_vectors).state
@@ -301,6 +302,7 @@ def test_repeats_bit_for_bit_under_deterministic_algorithms(part):
 
 def test_the_ponder_cost_alone_makes_positions_halt_earlier():
     core = make()
+    bias_to(core, -1.0)
     optimizer = VoteOptimizer(core, lr=0.02)
     h = stream(4, 20)
     iterations = []
@@ -309,5 +311,5 @@ def test_the_ponder_cost_alone_makes_positions_halt_earlier():
         output.ponder.backward()
         optimizer.step()
         iterations.append(float(output.metrics["mean_iterations"]))
-    assert iterations[-1] < iterations[0] - 0.3
-    assert math.isclose(iterations[-1], 1.0, abs_tol=0.9)
+    assert iterations[0] > 3
+    assert iterations[-1] <= 2

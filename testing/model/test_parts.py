@@ -220,14 +220,21 @@ def test_one_iteration_has_no_ponder_cost():
 @pytest.mark.parametrize("layers", [0, 1, 2])
 def test_the_memory_comes_after_the_first_block(layers):
     model = trained("moe+bytes+coda", num_prelude_layers=layers)
-    order = []
+    order, seen = [], {}
     watched = {"memory": model.memory, "core": model.core, "coda": model.coda[0]}
     watched |= {f"prelude {index}": block for index, block in enumerate(model.prelude)}
     for key, module in watched.items():
-        module.register_forward_hook(lambda *_, key=key: order.append(key))
+
+        def watch(_: object, args: tuple, output: object, key: str = key) -> None:
+            order.append(key)
+            seen[key] = args[0], output
+
+        module.register_forward_hook(watch)
     model(text())
     first, *others = [f"prelude {index}" for index in range(layers)] or [None]
     assert order == [*filter(None, [first]), "memory", *others, "core", "coda"]
+    h, memory = seen["memory"]
+    assert torch.equal(seen[order[order.index("memory") + 1]][0], h + memory)
 
 
 def test_the_ledger_keeps_the_last_two_motifs():

@@ -207,8 +207,14 @@ def build_model(
         if given.shape != tensor.shape or given.dtype != tensor.dtype:
             forms = f"{_form(given)}, not {_form(tensor)}"
             raise UserError(f"{path} does not hold the model it describes: tensor {name!r} is {forms}")
+    # A memory that stays on the host may be larger than what the device holds.
+    on_host = "memory.table." if config.memory_host else None
+    placed = {
+        name: tensor if on_host and name.startswith(on_host) else tensor.to(device)
+        for name, tensor in weights.items()
+    }
     try:
-        model.load_state_dict({name: tensor.to(device) for name, tensor in weights.items()}, assign=True)
+        model.load_state_dict(placed, assign=True)
     except RuntimeError as error:
         _, *faults = str(error).splitlines()  # the first line says only that there are some
         more = f" (and {len(faults) - 1} more faults)" if len(faults) > 1 else ""

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from arbitor.train.checkpoint import load, load_checkpoint
+from arbitor.train.checkpoint import build_model, load, load_checkpoint
 from arbitor.train.report import captured_bytes, describe_parts
 from arbitor.train.session import start_training
 
@@ -102,6 +102,14 @@ def test_a_checkpoint_alone_gives_the_model(make_trainer, tmp_path):
     trainer.save(tmp_path / "latest")
     ids = torch.from_numpy(trainer.sampler.next())
     assert torch.equal(load(tmp_path / "latest", "cpu")(ids).logits, trainer.model.eval()(ids).logits)
+
+
+def test_a_memory_of_the_host_is_not_loaded_onto_the_device(make_trainer, tmp_path):
+    make_trainer(1, memory_host=True, **PARTS).save(tmp_path / "latest")
+    checkpoint = load_checkpoint(tmp_path / "latest")
+    model = build_model(tmp_path, checkpoint.model_config, checkpoint.weights, "meta")
+    assert model.memory.key.T_packed.device.type == "meta"
+    assert torch.equal(model.memory.table.T_packed, checkpoint.weights["memory.table.T_packed"])
 
 
 def test_evaluation_changes_neither_state_nor_readings(make_trainer):

@@ -17,12 +17,14 @@ from torch import Tensor, nn
 
 from arbitor.config import ModelConfig
 from arbitor.model.norm import rms_norm
+from arbitor.model.precision import sigmoid
 from arbitor.model.vocab import PAD
 from arbitor.ops.ngram_hash import ngram_hash
-from arbitor.ops.trit_codec import ternary_decode
+from arbitor.ops.trit_codec import ternary_decode, trit_pack
 from arbitor.ternary import TernaryEmbeddingTable, TernaryLinear
 from arbitor.ternary.capture import RowCapture
 from arbitor.ternary.layers import root_of
+from arbitor.ternary.tensor import RESIDUAL_UNITS
 
 
 class _Fetch(torch.autograd.Function):
@@ -53,6 +55,9 @@ class _Fetch(torch.autograd.Function):
 class MemoryTable(TernaryEmbeddingTable):
     """The rows of all tables, one table after the other.
 
+    They start as zeros, so that an n-gram adds nothing until training has met its rows; their accumulators
+    start anywhere between two flips, so that even the first votes flip some of a row's trits.
+
     Args:
         num_embeddings, dim, tscale, device: as in `TernaryEmbeddingTable`.
         host: stay in host memory whatever device the model moves to.
@@ -65,6 +70,19 @@ class MemoryTable(TernaryEmbeddingTable):
             device = torch.device("cpu")
         super().__init__(num_embeddings, dim, tscale=tscale, sparse=True, device=device)
         self.host = host
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Rows of zeros, accumulators spread evenly over one trit, E = 0."""
+        if self.T_packed.is_meta:
+            return
+        self.T_packed.copy_(trit_pack(torch.zeros((1, self.in_features), dtype=torch.int8)))
+        self.E.zero_()
+        residual = torch.empty(
+            (self.out_features, self.in_features), dtype=torch.int8, device=self.T_packed.device
+        )
+        limit = RESIDUAL_UNITS // 2 - 1
+        self.T_residual = residual.random_(-limit, limit + 1)
 
     def fetch(self, rows: Tensor, device: torch.device) -> Tensor:
         """rows int64 [...] -> fp32 [..., W] on `device`; the gradient is captured by row."""
@@ -139,10 +157,7 @@ class MemGram(nn.Module):
         e_BNE = self.table.fetch(rows_BNT, h_BND.device).flatten(-2)
         key_BND, value_BND = self.key(e_BNE), self.value(e_BNE)
         match_BN1 = (rms_norm(h_BND) * rms_norm(key_BND.to(h_BND.dtype))).sum(-1, keepdim=True)
-        # In fp64 and rounded once: an fp32 sigmoid computed alone may differ in its last bit from one among
-        # others.
-        gate_BN1 = (match_BN1.double() * h_BND.shape[-1] ** -0.5).sigmoid().to(h_BND.dtype)
-        return gate_BN1 * value_BND
+        return sigmoid(match_BN1 * h_BND.shape[-1] ** -0.5) * value_BND
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -36,8 +36,11 @@ def settings(**overrides):
 
 
 def make(seed=0, host=False, device=None, **overrides):
+    """A memory with rows of random trits, as if it were trained."""
     torch.manual_seed(seed)
-    return MemGram(settings(**overrides), device, host=host)
+    memory = MemGram(settings(**overrides), device, host=host)
+    super(MemoryTable, memory.table).reset_parameters()
+    return memory
 
 
 def text(seed=0, batch=3, length=14):
@@ -134,6 +137,31 @@ def test_what_is_missing_ahead_of_a_text_is_no_motif_or_pad(over, start):
 
 def test_a_learned_codebook_has_its_own_start():
     assert make(motif_trits=0, codebook_rows=50, memory_over="motifs").start == 50
+
+
+def test_an_untrained_memory_adds_nothing_and_learns_from_its_first_step():
+    torch.manual_seed(0)
+    memory = MemGram(settings(memory_rows=500))
+    memory.table.check()
+    assert not memory.table.trits().any()
+    assert not memory(stream(), text()).any()
+    residual = memory.table.T_residual
+    counts = torch.bincount(residual.flatten().long() + 63, minlength=127).double()
+    assert len(counts) == 127
+    expected = residual.numel() / 127
+    chi_square = float(((counts - expected) ** 2 / expected).sum())
+    assert abs(chi_square - 126) < 6 * (2 * 126) ** 0.5
+    wanted = torch.randn(DIM, generator=torch.Generator().manual_seed(3))
+    optimizer = VoteOptimizer(memory, lr=0.1)
+    (memory(stream(), text()) * -wanted).sum().backward()
+    optimizer.step()
+    # Steps of 0.1 trits of RMS 1 flip a trit with a probability of 0.1 * 0.8.
+    used = ngram_hash(text(), HEADS, 500).unique()
+    assert 0.06 < float(memory.table.trits()[used].abs().float().mean()) < 0.1
+    assert (
+        not memory.table.trits().abs().sum(1)[[r for r in range(3000) if r not in set(used.tolist())]].any()
+    )
+    assert float((memory(stream(), text()).detach() * wanted).sum()) > 0
 
 
 # -- training -----------------------------------------------------------------------------------------------

@@ -74,8 +74,9 @@ class TernaryVQCodebook(IntegerCounters):
     the one with the lowest number is taken.
 
     A row of a part that no position has taken for `revive_after` steps starts anew as the trits of an input,
-    drawn from those that the part's rows do not meet exactly; at most 256 rows of a part in a step, the
-    longest unused first. Inputs should have an RMS near 1, as rows have when they start (exponent 0).
+    drawn from those that the part's rows do not meet exactly; at most 256 rows of a part in a step, all
+    different, the longest unused first. Inputs should have an RMS near 1, as rows have when they start
+    (exponent 0).
 
     Attributes:
         parts: P tables of V rows of width W.
@@ -201,7 +202,11 @@ class TernaryVQCodebook(IntegerCounters):
     def _revive(
         self, part: int, unused_V: Tensor, trits_MW: Tensor, met_M: Tensor, bits_M: Tensor, ok: Tensor
     ) -> None:
-        """Put positions, each once and in random order, into the rows that are due; their counts become 0."""
+        """Put positions in random order into the rows that are due; these rows' counts become 0.
+
+        No two rows become equal, since of those only the first would ever be taken: where a position's trits
+        are drawn again, the row waits for the next step.
+        """
         count = min(REVIVE_AT_ONCE, len(unused_V), len(trits_MW))
         # Keys without ties, so that every device chooses the same rows: the longest unused, then the first.
         number_V = torch.arange(len(unused_V), device=unused_V.device)
@@ -209,10 +214,11 @@ class TernaryVQCodebook(IntegerCounters):
         # Positions that their row meets exactly come last, and are not taken.
         key_M = (met_M.to(torch.int64) << 32) | (bits_M.to(torch.int64) & 0xFFFFFFFF)
         drawn_K = torch.argsort(key_M, stable=True)[:count]
-        due_K = (unused_V[row_K] >= self.revive_after) & ~met_M[drawn_K] & ok
+        trits_KW = trits_MW[drawn_K]
+        due_K = (unused_V[row_K] >= self.revive_after) & ~met_M[drawn_K] & ~_repeats(trits_KW) & ok
         unused_V[row_K] = torch.where(due_K, 0, unused_V[row_K])
         table = self.tables[part]
-        _put_rows(table.T_packed.data, row_K, due_K, trit_pack(trits_MW[drawn_K]))
+        _put_rows(table.T_packed.data, row_K, due_K, trit_pack(trits_KW))
         _put_rows(table.E.data, row_K, due_K, 0)
         optimizer = table.optimizer
         if optimizer is not None:
@@ -245,6 +251,15 @@ class TernaryVQCodebook(IntegerCounters):
     def extra_repr(self) -> str:
         """Sizes."""
         return f"num_rows={self.num_rows}, dim={self.dim}, parts={len(self.parts)}"
+
+
+def _repeats(trits_KW: Tensor) -> Tensor:
+    """bool [K]: whether a row of trits equals one ahead of it."""
+    values = trits_KW.to(torch.float32)
+    square_K = values.square().sum(dim=-1)
+    # Squared distances from sums of small integers, exact.
+    same_KK = square_K[:, None] + square_K - 2 * (values @ values.t()) == 0
+    return same_KK.tril(-1).any(dim=-1)
 
 
 def _put_rows(tensor: Tensor, row_K: Tensor, due_K: Tensor, value: Tensor | int) -> None:

@@ -77,7 +77,9 @@ def test_slices_and_other_queries_change_nothing(monkeypatch):
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-3, 1.0, 3e7])
 def test_the_grid_is_fine_and_its_sums_are_exact(scale):
-    x = queries(200, reference.MAX_WIDTH).double() * scale * 2.0 ** torch.arange(200)[:, None].remainder(9)
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(200, reference.MAX_WIDTH, generator=generator, dtype=torch.float64) * scale
+    x *= 2.0 ** torch.arange(200)[:, None].remainder(9)
     grid = reference._on_grid(x)
     largest = x.abs().amax(dim=-1, keepdim=True)
     assert bool(((grid - x).abs() <= largest * 2.0**-40).all())
@@ -97,6 +99,14 @@ def test_other_float_types(dtype):
     assert torch.equal(codebook_nearest(x, trit_pack(trits), exponent), expected)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(codebook_nearest(x, trit_pack(trits), exponent), expected)
+
+
+def test_fp64_queries_are_not_rounded_to_fp32():
+    rows = torch.tensor([[1, 0], [0, 1]], dtype=torch.int8)
+    x = torch.tensor([[0.5, 0.5], [0.5, 0.5 + 1e-10], [0.5 + 1e-10, 0.5]], dtype=torch.float64)
+    exponent = torch.zeros(2, 1, dtype=torch.int8)
+    assert codebook_nearest(x, trit_pack(rows), exponent).tolist() == [0, 1, 0]
+    assert codebook_nearest(x, trit_pack(rows.flip(0)), exponent).tolist() == [0, 0, 1]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -246,6 +246,34 @@ def test_inputs_that_are_met_are_not_drawn():
         assert book.unused[0].tolist() == [0 if row in (2, 4) else step for row in range(9)]
 
 
+def test_all_inputs_that_are_not_met_are_drawn_however_many_are():
+    book = make(9, DIM, 1, revive_after=1)
+    optimizer = VoteOptimizer(book, lr=0.0)
+    fresh = inputs(3)
+    x = torch.cat([book.rows(torch.arange(5)).repeat(8, 1), fresh])
+    output = book(x)
+    assert output.ids.unique().numel() <= 6
+    output.loss.backward()
+    optimizer.step()
+    assert torch.equal(book(fresh).code.detach(), fresh.clamp(-1, 1).round())
+
+
+def test_no_two_rows_are_drawn_equal():
+    book = make(40, DIM, 1, revive_after=1)
+    optimizer = VoteOptimizer(book, lr=0.0)
+    before = [tuple(row) for row in trit_unpack(book.parts[0].T_packed, DIM).tolist()]
+    kinds = inputs(4)
+    output = book(kinds.repeat_interleave(torch.tensor([1, 2, 30, 30]), dim=0))
+    output.loss.backward()
+    optimizer.step()
+    after = [tuple(row) for row in trit_unpack(book.parts[0].T_packed, DIM).tolist()]
+    drawn = [new for new, old in zip(after, before, strict=True) if new != old]
+    rounded = {tuple(row) for row in kinds.clamp(-1, 1).round().to(torch.int8).tolist()}
+    assert len(drawn) == len(set(drawn))
+    assert len(drawn) >= 2
+    assert set(drawn) <= rounded
+
+
 def test_the_longest_unused_come_first_and_no_more_than_there_is_room_for(monkeypatch):
     monkeypatch.setattr(codebook_module, "REVIVE_AT_ONCE", 3)
     book = make(30, DIM, 1, revive_after=2)
@@ -283,6 +311,10 @@ def test_uses_of_several_forwards_count_as_one_step():
     assert book.unused[0].tolist() == [0 if row in taken else 1 for row in range(16)]
     optimizer.step()
     assert int(book.unused.max()) == 1, "what was noted counts once"
+    book(inputs(3))
+    for _ in range(2):
+        book.advance(torch.tensor(True), lambda name, count: torch.zeros(count, dtype=torch.int32))
+    assert int(book.unused.max()) == 2
 
 
 def run(seed, steps=12):
@@ -297,6 +329,20 @@ def run(seed, steps=12):
 def test_runs_repeat_bit_for_bit_and_differ_by_seed():
     assert changed(run(0), run(0)) == []
     assert "parts.0.T_packed" in changed(run(0), run(1))
+
+
+def test_every_part_has_random_numbers_of_its_own():
+    book, asked = make(), []
+    VoteOptimizer(book)
+    book(inputs(3))
+
+    def bits(name, count):
+        asked.append((name, count))
+        return torch.zeros(count, dtype=torch.int32)
+
+    book.advance(torch.tensor(True), bits)
+    assert [count for _, count in asked] == [3, 3]
+    assert len({name for name, _ in asked}) == PARTS
 
 
 def test_under_deterministic_algorithms():

@@ -3,20 +3,18 @@
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Group, Parameter, Token, UnusedCliTokensError
 
 from arbitor import __version__
 from arbitor.errors import UserError
 
+if TYPE_CHECKING:
+    from arbitor.flags import PartFlags
+
 USER_ERROR = 2
 BUG = 1
-
-# Settings that leave parts of the model out.
-NO_EXPERTS = {"num_experts": 0}
-NO_GRAPH = {"graph_edges": 0}
-NO_MOTIFS = {"motif_trits": 0, "codebook_rows": 0, **NO_GRAPH}
 
 app = App(
     name="arbitor",
@@ -161,8 +159,6 @@ def train(
         "batch": batch,
         "accum": accum,
         "ctx": ctx,
-        "memory_rows": memory_rows,
-        "max_moe_iters": max_moe_iters,
         "state": state,
         "rule": rule,
         "lr": lr,
@@ -178,12 +174,16 @@ def train(
         "log_interval": log_interval,
     }
     settings = {name: value for name, value in given.items() if value is not None}
-    for off, without in ((disable_moe, NO_EXPERTS), (disable_vq, NO_MOTIFS), (disable_graph, NO_GRAPH)):
-        settings |= without if off else {}
-    if enable_memory:
-        from arbitor.config import MEMORY_ROWS
+    without = [
+        name for name, off in (("moe", disable_moe), ("vq", disable_vq), ("graph", disable_graph)) if off
+    ]
+    if without or enable_memory or memory_rows is not None or max_moe_iters is not None:
+        from arbitor.flags import PartFlags
 
-        settings.setdefault("memory_rows", MEMORY_ROWS)
+        parts = PartFlags(
+            without=without, memory=enable_memory, memory_rows=memory_rows, max_moe_iters=max_moe_iters
+        )
+        settings |= _part_settings(parts, preset, config, run, resume)
     from arbitor.train.session import start_training
 
     return start_training(
@@ -194,6 +194,30 @@ def train(
         resume=resume,
         reset=reset,
     )
+
+
+def _part_settings(
+    parts: "PartFlags", preset: str | None, config_file: str | None, run: str | None, resume: bool
+) -> dict[str, Any]:
+    """What the flags of parts set in a new run; those that contradict a resumed one are refused."""
+    from arbitor.flags import base_model
+
+    if resume:
+        from arbitor.config import load_config
+        from arbitor.train import runs
+
+        path = runs.existing_run(run) / runs.CONFIG_FILE
+        base = load_config(path).model
+        parts.refuse_contradiction(base, str(path))
+    else:
+        base = base_model(preset, config_file)
+        _print_notes(parts.notes(base))
+    return parts.settings(base)
+
+
+def _print_notes(lines: Sequence[str]) -> None:
+    for line in lines:
+        print(f"arbitor: note: {line}", file=sys.stderr)
 
 
 @app.command(sort_key=1)
@@ -275,56 +299,57 @@ def audit(checkpoint: Checkpoint = None, /) -> int:
 def smoke(
     *,
     preset: str = "arb-1b",
-    state: Literal["full", "compact", "lean"] | None = None,
+    state: Literal["full", "compact", "lean"] = "lean",
     seed: Count = 0,
     device: Device = "auto",
     ctx: Annotated[int | None, Parameter(converter=whole)] = None,
     batch: Count = 1,
     max_moe_iters: Annotated[int | None, Parameter(converter=whole)] = None,
-    no_vq: bool = False,
-    no_graph: bool = False,
-    backward: bool = False,
+    no_vq: Annotated[bool, Parameter(show_default=False)] = False,
+    no_graph: Annotated[bool, Parameter(show_default=False)] = False,
+    backward: Annotated[bool, Parameter(show_default=False)] = False,
+    json: Annotated[bool, Parameter(show_default=False)] = False,
 ) -> int:
     """Build a model and run it twice on random bytes: weights, state, time, peak memory.
 
     Parameters
     ----------
     preset
-        Settings to build from.
+        Settings to build from: tiny, small, base, arb-small or arb-1b.
     state
-        What training keeps; default by preset.
+        What training keeps.
+    seed
+        Seed of weights, bytes and rounding.
     ctx
-        Context length in bytes.
+        Context length in bytes; default by preset.
     batch
         Windows.
     max_moe_iters
-        Most iterations of the core.
+        Most iterations of the core; default by preset.
     no_vq
         Leave motifs out, and the graph with them.
     no_graph
         Leave the motif graph out.
     backward
         Backward and optimizer step as well.
+    json
+        Print one line of JSON, sizes in bytes and times in seconds.
     """
-    settings: dict[str, int] = {}
-    if ctx is not None:
-        settings["ctx"] = ctx
-    if max_moe_iters is not None:
-        settings["max_moe_iters"] = max_moe_iters
-    if no_vq:
-        settings |= NO_MOTIFS
-    if no_graph:
-        settings |= NO_GRAPH
+    from arbitor.flags import PartFlags
     from arbitor.smoke import run
 
+    without = [name for name, off in (("vq", no_vq), ("graph", no_graph)) if off]
     return run(
         preset=preset,
         state=state,
         seed=seed,
         device=device,
-        settings=settings,
+        ctx=ctx,
         batch=batch,
+        parts=PartFlags(without=without, verb="no", max_moe_iters=max_moe_iters),
         backward=backward,
+        as_json=json,
+        note=lambda line: _print_notes([line]),
     )
 
 

@@ -1,116 +1,269 @@
 """`arbitor smoke` (`python -m arbitor.smoke`): build a model, run it twice, and tell time and memory."""
 
+import dataclasses
+import json
+import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
-from arbitor.config import ModelConfig, override
+from arbitor import __version__
+from arbitor.config import RunConfig, override
 from arbitor.config import preset as preset_config
-from arbitor.errors import UserError
+from arbitor.flags import PartFlags
 from arbitor.model import ARBModel
 from arbitor.ternary import VoteOptimizer
 from arbitor.ternary.audit import audit
 from arbitor.train.device import Device, backend, deterministic, peak_memory, resolve_device
-from arbitor.train.report import print_rows
+from arbitor.train.report import describe_parts, print_rows
 
 MB = 1e6
 FAILED = 1
+WORDS_AT_ONCE = 1 << 18  # of 8 bytes; the temporaries of a fingerprint must not show in the peak
 
 Result = TypeVar("Result")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Pass:
+    """One pass over one batch.
+
+    Attributes:
+        forward_seconds: until the loss was there.
+        update_seconds: backward and optimizer step; None if there were none.
+        loss: in nats; None if it was not finite.
+        problem: what went wrong; empty if nothing did.
+    """
+
+    forward_seconds: float
+    update_seconds: float | None
+    loss: float | None
+    problem: str
+
+    @property
+    def seconds(self) -> float:
+        """Of all of it."""
+        return self.forward_seconds + (self.update_seconds or 0.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Smoke:
+    """What was measured; sizes in bytes, times in seconds.
+
+    `state_bytes` is everything kept between steps, weights included. Peaks are what torch allocated on a GPU,
+    and of the whole process on the CPU. `bytes_per_second` is the text of the second pass over its time.
+    """
+
+    preset: str
+    state: str
+    seed: int
+    batch: int
+    ctx: int
+    parts: str
+    device: str
+    back_end: str
+    trit_weights: int
+    state_bytes: int
+    bytes_per_weight: float
+    build_seconds: float
+    build_peak_bytes: int
+    first: Pass
+    second: Pass
+    peak_bytes: int
+    bytes_per_second: float
+    torch: str = str(torch.__version__)
+    version: str = __version__
+
+    @property
+    def problems(self) -> list[str]:
+        """What went wrong, a line each."""
+        passes = {"first": self.first, "second": self.second}
+        return [f"{name} run: {done.problem}" for name, done in passes.items() if done.problem]
 
 
 def run(
     *,
     preset: str,
-    state: str | None,
+    state: str,
     seed: int,
     device: str,
-    settings: dict[str, Any],
+    ctx: int | None,
     batch: int,
+    parts: PartFlags,
     backward: bool,
-    console: Console | None = None,
+    as_json: bool = False,
+    note: Callable[[str], None],
 ) -> int:
-    """Build the preset, run two passes, print what they took.
+    """Build a preset, run two passes, print what they took.
 
     Args:
         preset: name of the preset.
-        state: training state; None takes the preset's.
+        state: training state: full, compact or lean.
         seed: of weights, ids and rounding.
         device: auto, cpu or cuda.
-        settings: fields of `ModelConfig` that replace the preset's.
+        ctx: context in bytes; None takes the preset's.
         batch: windows.
+        parts: what is left out of the preset, or changed.
         backward: whether a pass takes an optimizer step as well.
-        console: where to print; None is stdout.
+        as_json: one line of JSON instead of a table.
+        note: is given lines about what the flags do.
 
     Returns:
-        Exit code: 0, or 1 if a loss was not finite or a step was dropped.
+        Exit code: 0, or 1 if a loss was not finite, an update changed nothing, or a forward something.
+
+    Raises:
+        UserError: a setting that cannot be used.
     """
-    console = console or Console(highlight=False)
-    if batch < 1:
-        raise UserError(f"--batch is {batch}; it must be at least 1")
-    config = override(preset_config(preset), **settings, **({"state": state} if state else {}))
+    base = preset_config(preset)
+    own = {} if ctx is None else {"ctx": ctx}
+    config = override(base, state=state, seed=seed, batch=batch, **own, **parts.settings(base.model))
     place = resolve_device(device)
-    if place.is_cuda:
-        torch.cuda.reset_peak_memory_stats(place.device)
-    with deterministic(seed, place.device):
-        model, build_seconds = _timed(place, lambda: ARBModel(config=config.model, device=place.device))
-        optimizer = VoteOptimizer(model, state=config.train.state, seed=seed)
+    for line in parts.notes(base.model):
+        note(line)
+    measured = measure(config, place, backward)
+    if as_json:
+        print(json.dumps(dataclasses.asdict(measured), allow_nan=False))
+    else:
+        print_rows(Console(highlight=False), _rows(measured, place))
+    for problem in measured.problems:
+        print(f"arbitor: error: {problem}", file=sys.stderr)
+    return FAILED if measured.problems else 0
+
+
+def measure(config: RunConfig, device: Device, backward: bool) -> Smoke:
+    """Build the model of `config` with its optimizer and run two passes over random bytes.
+
+    Nothing but the two passes and the build is within the times; the device is idle at their ends.
+    """
+    train, ctx = config.train, config.model.ctx
+    if device.is_cuda:
+        torch.cuda.reset_peak_memory_stats(device.device)
+    with deterministic(train.seed, device.device):
+        model, build_seconds = _timed(device, lambda: ARBModel(config=config.model, device=device.device))
+        build_peak = peak_memory(device)
+        optimizer = VoteOptimizer(model, state=train.state, seed=train.seed)
         report = audit(model, optimizer)
-        rows = {
-            "model": f"{preset}: {report.trit_weights / 1e6:,.2f} M trit weights{_parts(config.model)}",
-            "device": f"{place.name}: {place.reason}",
-            "back end": backend(place.device),
-            "state": f"{config.train.state}: {report.total_bytes / MB:,.1f} MB "
-            f"({report.bytes_per_weight:.3f} bytes a weight)",
-            "build": f"{build_seconds:.3f} s, peak {peak_memory(place) / MB:,.1f} MB",
-        }
-        failed = False
-        for number in ("first", "second"):
-            ids = torch.randint(0, 256, (batch, config.model.ctx))
-            losses, forward_seconds = _timed(place, partial(_forward, model, ids, backward))
-            text = f"forward {forward_seconds:.4f} s"
-            if backward:
-                _, seconds = _timed(place, partial(_step, optimizer, losses))
-                text += f", backward + update {seconds:.4f} s"
-                failed |= not optimizer.last_step_applied
-            failed |= not bool(torch.isfinite(losses))
-            rows[f"{number} run"] = f"{text}, loss {float(losses.detach()):.4f}"
-    rows["peak"] = f"{peak_memory(place) / MB:,.1f} MB" + ("" if place.is_cuda else " of the whole process")
-    print_rows(console, rows)
-    if failed:
-        print("arbitor: error: a loss was not finite, or its step was dropped", file=sys.stderr)
-    return FAILED if failed else 0
+        runner = _Runner(model, optimizer, device, backward)
+        batches = [torch.randint(0, 256, (train.batch, ctx)) for _ in range(2)]
+        first, second = (runner.run_pass(ids_BL) for ids_BL in batches)
+    return Smoke(
+        preset=config.preset,
+        state=train.state,
+        seed=train.seed,
+        batch=train.batch,
+        ctx=ctx,
+        parts=describe_parts(config.model),
+        device=device.name,
+        back_end=backend(device.device),
+        trit_weights=report.trit_weights,
+        state_bytes=report.total_bytes,
+        bytes_per_weight=report.bytes_per_weight,
+        build_seconds=build_seconds,
+        build_peak_bytes=build_peak,
+        first=first,
+        second=second,
+        peak_bytes=peak_memory(device),
+        bytes_per_second=train.batch * ctx / second.seconds,
+    )
 
 
-def _parts(config: ModelConfig) -> str:
-    """The parts beyond the trunk, in words."""
-    named = {
-        f"{config.num_experts} experts, top {config.num_active_experts}": config.num_experts,
-        f"at most {config.max_moe_iters} iterations": config.has_core,
-        f"motifs of {config.motif_trits} trits": config.motif_trits,
-        f"graph of {config.graph_edges:,} edges": config.graph_edges,
-        "n-gram memory": config.memory_rows,
+class _Runner:
+    """Runs passes, and looks whether what they should change did change."""
+
+    def __init__(self, model: ARBModel, optimizer: VoteOptimizer, device: Device, backward: bool) -> None:
+        self._model = model
+        self._optimizer = optimizer
+        self._device = device
+        self._backward = backward
+        self._known = self._fingerprint()
+
+    def run_pass(self, ids_BL: Tensor) -> Pass:
+        """Forward, and backward and step if they are wanted; ids int64 [B, L] on the CPU."""
+        loss, forward_seconds = _timed(self._device, partial(self._forward, ids_BL))
+        update_seconds = None
+        if self._backward:
+            _, update_seconds = _timed(self._device, partial(self._update, loss))
+        value = float(loss.detach())
+        return Pass(
+            forward_seconds=forward_seconds,
+            update_seconds=update_seconds,
+            loss=value if math.isfinite(value) else None,
+            problem=self._problem(value),
+        )
+
+    def _problem(self, loss: float) -> str:
+        before, self._known = self._known, self._fingerprint()
+        changed = self._known != before
+        if not math.isfinite(loss):
+            return f"the loss is {loss}"
+        if self._backward and not self._optimizer.last_step_applied:
+            return "the step was dropped, since a gradient was not finite"
+        if changed != self._backward:
+            return "the update changed nothing" if self._backward else "a forward changed weights or state"
+        return ""
+
+    def _forward(self, ids_BL: Tensor) -> Tensor:
+        with torch.set_grad_enabled(self._backward):
+            loss = self._model(ids_BL, targets=ids_BL).loss
+        assert loss is not None
+        return loss
+
+    def _update(self, loss: Tensor) -> None:
+        self._optimizer.note_loss(loss)
+        loss.backward()
+        self._optimizer.step()
+
+    def _fingerprint(self) -> list[int]:
+        return fingerprint([*self._model.state_dict().values(), *self._optimizer.named_state().values()])
+
+
+def fingerprint(tensors: Iterable[Tensor]) -> list[int]:
+    """An integer for each tensor that any change of one of its 8-byte words changes, made where it lies.
+
+    It is the sum of the words, each times an odd number of its place, modulo 2^64.
+    """
+    sums = []
+    for tensor in tensors:
+        flat = tensor.detach().reshape(-1).view(torch.uint8)
+        whole = len(flat) // 8 * 8
+        total = torch.zeros((), dtype=torch.int64, device=flat.device)
+        for words in (flat[:whole].view(torch.int64), flat[whole:]):
+            for part in words.split(WORDS_AT_ONCE):
+                odd = torch.arange(len(part), device=flat.device).mul_(2).add_(1)
+                # The place of the part counts as well: parts must not be interchangeable.
+                total = total * 1_000_003 + odd.mul_(part).sum()
+        sums.append(total)
+    return [int(total) for total in sums]
+
+
+def _rows(measured: Smoke, device: Device) -> dict[str, str]:
+    """Labels and texts of the table."""
+    m = measured
+    passes = {f"{name} run": _pass_text(done) for name, done in (("first", m.first), ("second", m.second))}
+    return {
+        "model": f"{m.preset}: {m.trit_weights / 1e6:,.2f} M trit weights",
+        **({"parts": m.parts} if m.parts else {}),
+        "batch": f"{m.batch} x {m.ctx} bytes, seed {m.seed}",
+        "device": f"{m.device}: {device.reason}",
+        "back end": m.back_end,
+        "state": f"{m.state}: {m.state_bytes / MB:,.1f} MB ({m.bytes_per_weight:.3f} bytes a weight)",
+        "build": f"{m.build_seconds:.3f} s, peak {m.build_peak_bytes / MB:,.1f} MB",
+        **passes,
+        "speed": f"{m.bytes_per_second:,.1f} bytes/s in the second run",
+        "peak": f"{m.peak_bytes / MB:,.1f} MB" + ("" if device.is_cuda else " of the whole process"),
     }
-    parts = [name for name, on in named.items() if on]
-    return f" ({', '.join(parts)}; context {config.ctx})" if parts else f" (context {config.ctx})"
 
 
-def _forward(model: ARBModel, ids: torch.Tensor, backward: bool) -> torch.Tensor:
-    with torch.set_grad_enabled(backward):
-        loss = model(ids, targets=ids).loss
-    assert loss is not None
-    return loss
-
-
-def _step(optimizer: VoteOptimizer, loss: torch.Tensor) -> None:
-    optimizer.note_loss(loss)
-    loss.backward()
-    optimizer.step()
+def _pass_text(done: Pass) -> str:
+    update = "" if done.update_seconds is None else f", backward + update {done.update_seconds:.4f} s"
+    loss = "not finite" if done.loss is None else f"{done.loss:.4f}"
+    return f"forward {done.forward_seconds:.4f} s{update}, loss {loss}"
 
 
 def _timed(device: Device, work: Callable[[], Result]) -> tuple[Result, float]:

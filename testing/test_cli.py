@@ -1,6 +1,7 @@
 """The command line: verbs, help, and every kind of bad input as one line and exit code 2."""
 
 import json
+import re
 import shutil
 import struct
 import subprocess
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 
 import arbitor
 from arbitor.cli import main
+from arbitor.config import PRESETS, load_config, preset
 
 TOML = """
 [model]
@@ -137,6 +139,10 @@ def test_bad_command_lines(refused):
     refused(["train", "tiny"], "unexpected argument 'tiny'")
     refused(["train", "--state", "ful"], "--state", 'Did you mean "full"?')
     refused(["train", "--resume=3"], "--resume")
+    refused(["train", "--enable-vision"], "--enable-vision")
+    refused(["train", "--enable-memory", "--memory-rows", "0"], "--enable-memory", "--memory-rows 0")
+    refused([*TRAIN, "--memory-rows", "-5"], "memory_rows must be between 0")
+    refused([*TRAIN, "--max-moe-iters", "0"], "max_moe_iters must be between 1")
     refused(["--bogus"], "--bogus")
     refused(["eval"], "--data")
 
@@ -148,6 +154,8 @@ def test_bad_names_of_runs(refused):
     refused([*TRAIN, "--run", "done", "--reset", "--resume"], "--resume", "--reset")
     refused(["train", "--resume", "--run", "don"], "did you mean 'done'?")
     refused(["train", "--resume", "--lr", "0.5"], "--lr 0.5 contradicts")
+    refused(["train", "--resume", "--enable-memory"], "--enable-memory contradicts", "memory_rows = 0")
+    refused(["train", "--resume", "--run", "don", "--disable-vq"], "did you mean 'done'?")
     refused(["generate", "don"], "did you mean 'done'?")
     refused(["eval", "nowhere", "--data", "data.txt"], "nowhere")
     refused(["audit", "nowhere"], "nowhere")
@@ -201,6 +209,16 @@ def test_a_gpu_that_is_not_there(refused):
     refused(["eval", "--data", "data.txt", "--device", "cuda"], "--device cuda")
 
 
+@pytest.mark.parametrize(
+    ("value", "words"), [("tritn", "must be one of auto, triton, torch"), ("triton", "no Triton kernels")]
+)
+def test_a_back_end_that_is_not_there(refused, monkeypatch, value, words):
+    monkeypatch.setenv("ARB_TERNARY_BACKEND", value)
+    verbs = (TRAIN, ["generate", "done"], ["eval", "done", "--data", "data.txt"], ["smoke"], ["doctor"])
+    for verb in verbs:
+        refused(verb, f"ARB_TERNARY_BACKEND is '{value}'", words)
+
+
 def test_bad_sampling_settings(refused):
     refused(["generate", "done", "--temperature", "-1"], "temperature")
     refused(["generate", "done", "--top-p", "2"], "top_p")
@@ -233,13 +251,38 @@ def test_a_bug_is_told_as_one(workplace, capsys, monkeypatch):
 
 def test_flags_override_the_file_which_overrides_the_preset(workplace):
     assert main([*TRAIN, "--steps", "2", "--seed", "5", "--run", "mine", "--no-save"]) == 0
-    from arbitor.config import load_config, preset
-
     config = load_config(workplace / "runs" / "mine" / "config.toml")
     assert (config.train.steps, config.train.seed, config.train.save) == (2, 5, False)
     assert config.train.batch == 4
     assert config.train.rule == preset("tiny").train.rule
     assert config.data.data == ("data.txt",)
+
+
+def test_the_back_end_in_use_is_shown(workplace, capsys, monkeypatch):
+    assert main([*TRAIN, "--run", "usual", "--no-save"]) == 0
+    assert "back end  torch: the reference operations, since this version" in capsys.readouterr().out
+    monkeypatch.setenv("ARB_TERNARY_BACKEND", "torch")
+    assert main([*TRAIN, "--run", "asked", "--no-save"]) == 0
+    assert "asked for by ARB_TERNARY_BACKEND" in capsys.readouterr().out
+
+
+def test_flags_of_parts_make_a_run_and_may_be_repeated_to_resume_it(workplace, capsys):
+    toml = TOML.replace(
+        "[train]", "motif_trits = 3\ngraph_edges = 8\ngraph_heads = 2\nmemory_dim = 8\n[train]"
+    )
+    (workplace / "parts.toml").write_text(toml)
+    command = ["train", "--data", "data.txt", "--config", "parts.toml", "--run", "parts"]
+    parts = ["--enable-memory", "--memory-rows", "9", "--disable-vq"]
+    assert main([*command, *parts]) == 0
+    model = load_config(workplace / "runs" / "parts" / "config.toml").model
+    assert (model.memory_rows, model.motif_trits, model.graph_edges) == (9, 0, 0)
+    note = "arbitor: note: --disable-vq leaves the graph out as well: it links motifs\n"
+    assert capsys.readouterr().err == note
+    for repeated in (parts, ["--enable-memory"], ["--disable-graph", "--disable-moe"]):
+        assert main(["train", "--resume", "--run", "parts", *repeated]) == 0
+        captured = capsys.readouterr()
+        assert "'parts' is finished" in captured.out
+        assert captured.err == ""
 
 
 def test_runs_are_numbered_and_reset(workplace, capsys):
@@ -339,11 +382,15 @@ def test_version_and_help(capsys):
     printed = capsys.readouterr().out
     flags = (
         "preset data held-out field steps batch accum ctx state rule lr seed device config run resume reset",
+        "disable-moe disable-vq disable-graph enable-memory memory-rows max-moe-iters",
         "eval-steps eval-interval save-interval no-save log-interval",
         "accum-threshold e-accum-threshold scale-lr",
     )
     for flag in " ".join(flags).split():
         assert f"--{flag} " in printed
+    for name in PRESETS:
+        assert re.search(rf"[ ,]{name}[ ,.]", printed), f"--preset does not list {name}"
+    assert "enable-vision" not in printed
 
 
 def test_help_is_quick_and_loads_no_torch(repository):

@@ -1,6 +1,9 @@
 """Names that scripts of the earlier system use, each tried for what is said of it."""
 
+import contextlib
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -62,6 +65,85 @@ def test_the_loop_of_the_earlier_system():
         assert model._ternary_update_memory(loss_signal=loss) is True
         assert changed(before, snapshot(model)) != []
     assert attached_optimizer(model).state_name == "lean"
+
+
+def test_a_loop_that_prepares_with_the_loss_that_it_has():
+    model = small()
+    taken = []
+    configure_ternary_training(model)
+    for step in range(2):
+        loss = model(ids(step), targets=ids(step)).loss
+        model.prepare_ternary_backward(loss_signal=loss, update_scales=False)
+        loss.backward()
+        taken.append(model._ternary_update_memory(loss_signal=loss, loss_components={"text": loss}))
+    assert taken == [True, True]
+
+
+def test_a_loop_that_configures_nothing_begins_with_its_second_step():
+    model = small()
+    before = snapshot(model)
+    taken = []
+    for step in range(2):
+        loss = model(ids(step), targets=ids(step)).loss
+        with (
+            pytest.warns(UserWarning, match="before an optimizer") if step == 0 else contextlib.nullcontext()
+        ):
+            model.prepare_ternary_backward(loss_signal=loss)
+        loss.backward()
+        taken.append(model._ternary_update_memory(loss_signal=loss))
+        assert (changed(before, snapshot(model)) != []) is taken[-1]
+    assert taken == [False, True]
+
+
+def test_a_loss_by_components_trains_as_their_sum_does():
+    states = []
+    for components in (False, True):
+        model = small()
+        model.prepare_ternary_backward()
+        output = model(ids(), targets=ids())
+        weighted = {
+            "text": output.losses["text"],
+            "ponder": model.config.ponder_weight * output.losses["ponder"],
+        }
+        assert model._ternary_update_memory(
+            *((None, weighted) if components else (weighted["text"] + weighted["ponder"],))
+        )
+        states.append(snapshot(model))
+    assert changed(*states) == []
+
+
+def test_a_model_that_nobody_trains_is_left_alone():
+    model = small()
+    before = snapshot(model)
+    loss = model(ids(), targets=ids()).loss
+    assert model._ternary_update_memory(loss_signal=loss) is False
+    assert attached_optimizer(model) is None
+    assert changed(before, snapshot(model)) == []
+
+
+def test_pending_steps_of_scales_are_applied_by_hand():
+    model = small()
+    configure_ternary_training(model, e_accum_threshold=32)
+    layer = model.prelude[0].ffn.up
+    start = layer.E.clone()
+    attached_optimizer(model).state[layer.T_packed]["E_accum"].fill_(20)
+    assert layer.update_E() == 0
+    configure_ternary_training(model, e_accum_threshold=16)
+    assert layer.update_E() == layer.E.numel()
+    assert torch.equal(layer.E, start + 1)
+    assert (attached_optimizer(model).state[layer.T_packed]["E_accum"] == 4).all()
+
+
+def test_scripts_import_the_runtime_from_a_checkout(repository):
+    code = (
+        "from training.ternary_runtime import configure_ternary_training, reset_runtime_state; "
+        "from arbitor import ARBModel; model = ARBModel('tiny'); reset_runtime_state(model); "
+        "print(configure_ternary_training(model, accum_threshold=20))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, check=False
+    )
+    assert (done.stdout, done.stderr) == ("20\n", "")
 
 
 def test_the_update_runs_backward_itself_if_nobody_did():

@@ -9,7 +9,7 @@ import torch
 from torch.utils import deterministic as torch_deterministic
 
 from arbitor.errors import UserError
-from arbitor.ops.backend import requested_backend
+from arbitor.ops.backend import VARIABLE, requested_backend
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +45,9 @@ def resolve_device(name: str) -> Device:
     """The device that `auto`, `cpu` or `cuda` means on this machine.
 
     Raises:
-        UserError: `cuda` without a usable GPU, or an unknown name.
+        UserError: `cuda` without a usable GPU, an unknown name, or a back end that there is not.
     """
+    requested_backend()
     if name not in ("auto", "cpu", "cuda"):
         raise UserError(f"unknown device {name!r}; choose auto, cpu or cuda")
     if name == "cpu":
@@ -68,7 +69,8 @@ def backend(device: torch.device) -> str:
     Raises:
         UserError: `ARB_TERNARY_BACKEND` asks for one that there is not.
     """
-    requested_backend()
+    if requested_backend() == "torch":
+        return f"torch: the reference operations, asked for by {VARIABLE}"
     return f"torch: the reference operations, since this version has no kernels of its own for {device.type}"
 
 

@@ -1,5 +1,9 @@
 """The entry points of the earlier system, on a model that knows nothing of it."""
 
+import gc
+import warnings
+import weakref
+
 import pytest
 import torch
 
@@ -34,8 +38,6 @@ def test_prepare_keeps_the_optimizer_that_is_there():
 
 
 def test_the_attached_optimizer_stays_alive_and_is_no_part_of_the_model():
-    import gc
-
     net = fresh()
     prepare_ternary_backward(net)
     gc.collect()
@@ -118,6 +120,96 @@ def test_nothing_stale_survives_a_step_that_was_skipped():
     assert ternary_update_memory(net)
     assert optimizer.dropped_steps == 0
     assert optimizer.update_scales is True
+
+
+@pytest.mark.parametrize("form", ["no loss", "a value", "a graph without the model's weights"])
+def test_an_update_that_takes_no_step_forgets_what_was_noted(form):
+    losses = {"no loss": None, "a value": torch.tensor(1.0), "a graph without the model's weights": None}
+    if form.startswith("a graph"):
+        losses[form] = torch.ones(1, requires_grad=True).sum() * float("inf")
+    net, optimizer = make()
+    before = snapshot(net, optimizer)
+    prepare_ternary_backward(net, torch.tensor(float("nan")), update_scales=False)
+    assert ternary_update_memory(net, losses[form]) is False
+    assert changed(before, snapshot(net, optimizer)) == []
+    assert optimizer.step_count == 0
+    assert optimizer.update_scales is True
+    backward(net)
+    optimizer.step()
+    assert optimizer.last_step_applied
+
+
+def test_a_backward_that_fails_leaves_nothing_for_the_next_step():
+    net, optimizer = make()
+    loss = loss_of(net, batch()) * float("nan")
+    loss.backward()
+    optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match="second time"):
+        ternary_update_memory(net, loss, update_scales=False)
+    backward(net)
+    optimizer.step()
+    assert optimizer.last_step_applied
+    assert optimizer.update_scales is True
+
+
+def test_micro_batches_that_are_each_prepared_add_up():
+    net, optimizer = make()
+    for seed in range(2):
+        backward(net, batch(seed))
+    optimizer.step()
+    expected = snapshot(net, optimizer)
+    net, optimizer = make()
+    for seed in range(2):
+        prepare_ternary_backward(net)
+        backward(net, batch(seed))
+    assert ternary_update_memory(net)
+    assert changed(expected, snapshot(net, optimizer)) == []
+
+
+def test_a_bad_micro_batch_is_not_forgotten_when_the_next_is_prepared():
+    net, optimizer = make()
+    for value in (float("inf"), 1.0):
+        prepare_ternary_backward(net, torch.tensor(value))
+        backward(net)
+    assert ternary_update_memory(net)
+    assert optimizer.dropped_steps == 1
+
+
+def test_a_loss_from_before_the_optimizer_trains_nothing_and_says_so():
+    net = fresh()
+    before = snapshot(net)
+    loss = loss_of(net, batch())
+    with pytest.warns(UserWarning, match="ahead of the first forward"):
+        prepare_ternary_backward(net, loss)
+    loss.backward()
+    assert ternary_update_memory(net, loss) is False
+    assert changed(before, snapshot(net)) == []
+    loss = loss_of(net, batch())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prepare_ternary_backward(net, loss)
+    loss.backward()
+    assert ternary_update_memory(net, loss) is True
+    assert changed(before, snapshot(net)) != []
+
+
+def test_values_alone_raise_no_warning():
+    net, _ = make()
+    value = torch.tensor(1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prepare_ternary_backward(net, value)
+        prepare_ternary_backward(fresh())
+    assert not value.requires_grad
+
+
+def test_an_optimizer_that_takes_over_frees_the_one_before():
+    net = fresh()
+    first = weakref.ref(prepare_ternary_backward(net))
+    second = VoteOptimizer(net)
+    assert prepare_ternary_backward(net) is second
+    gc.collect()
+    assert first() is None
 
 
 def test_a_loss_signal_is_kept_without_its_graph():

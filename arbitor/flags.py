@@ -1,0 +1,104 @@
+"""What the flags of the model's parts mean as settings: `--disable-vq`, `--enable-memory` and their like."""
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import Any
+
+from arbitor.config import MEMORY_ROWS, ModelConfig, load_config
+from arbitor.config import preset as preset_config
+from arbitor.errors import UserError
+
+# The graph links motifs, so it goes with them.
+OFF: dict[str, dict[str, Any]] = {
+    "moe": {"num_experts": 0},
+    "vq": {"motif_trits": 0, "codebook_rows": 0, "graph_edges": 0},
+    "graph": {"graph_edges": 0},
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PartFlags:
+    """The flags that were given.
+
+    Attributes:
+        without: parts that are left out, of `OFF`.
+        verb: how their flags begin: `disable` for `--disable-vq`, `no` for `--no-vq`.
+        memory: whether the n-gram memory is asked for.
+        memory_rows: rows of each of its tables.
+        max_moe_iters: most iterations of the core.
+    """
+
+    without: Collection[str] = ()
+    verb: str = "disable"
+    memory: bool = False
+    memory_rows: int | None = None
+    max_moe_iters: int | None = None
+
+    def by_flag(self, base: ModelConfig) -> dict[str, dict[str, Any]]:
+        """Fields of `ModelConfig` by the flag that sets them, as the user wrote it.
+
+        Args:
+            base: what the flags are laid over; a memory that it has keeps its size.
+
+        Raises:
+            UserError: flags that contradict each other.
+        """
+        if self.memory and self.memory_rows == 0:
+            raise UserError(
+                "--enable-memory asks for a memory and --memory-rows 0 for none: give one of them"
+            )
+        given = {f"--{self.verb}-{part}": OFF[part] for part in OFF if part in self.without}
+        if self.memory and self.memory_rows is None:
+            given["--enable-memory"] = {"memory_rows": base.memory_rows or MEMORY_ROWS}
+        for name, value in (("memory_rows", self.memory_rows), ("max_moe_iters", self.max_moe_iters)):
+            if value is not None:
+                given[f"--{name.replace('_', '-')} {value}"] = {name: value}
+        return given
+
+    def settings(self, base: ModelConfig) -> dict[str, Any]:
+        """Fields of `ModelConfig` that replace those of `base`.
+
+        Raises:
+            UserError: flags that contradict each other.
+        """
+        return {name: value for fields in self.by_flag(base).values() for name, value in fields.items()}
+
+    def notes(self, base: ModelConfig) -> list[str]:
+        """What the flags do to `base` that a user might not expect, a line each."""
+        lines = []
+        config = replace(base, **self.settings(base))
+        if base.graph_edges and "vq" in self.without and "graph" not in self.without:
+            lines.append(f"--{self.verb}-vq leaves the graph out as well: it links motifs")
+        if self.max_moe_iters is not None and not config.has_core:
+            lines.append(
+                f"--max-moe-iters {self.max_moe_iters} has no effect: the model has neither experts nor a "
+                "graph to iterate"
+            )
+        return lines
+
+    def refuse_contradiction(self, config: ModelConfig, where: str) -> None:
+        """Raise UserError, naming the flag, if one asks for another model than that of a run.
+
+        Args:
+            config: the run's.
+            where: file that says so.
+        """
+        for flag, fields in self.by_flag(config).items():
+            for name, value in fields.items():
+                if (own := getattr(config, name)) != value:
+                    raise UserError(
+                        f"{flag} contradicts the run's {name} = {own} in {where}; leave it out to resume, or "
+                        "start a new run"
+                    )
+
+
+def base_model(preset: str | None, config_file: str | None) -> ModelConfig:
+    """The architecture of a new run before any flag.
+
+    Raises:
+        UserError: an unknown preset, or a file that cannot be used.
+    """
+    base = None if preset is None else preset_config(preset)
+    if config_file is not None:
+        base = load_config(config_file, base)
+    return (base or preset_config("tiny")).model

@@ -1,0 +1,27 @@
+"""Input side of a linear on integer weights: RMS norm without gain and int8 codes per token."""
+
+from arbitor.ops.activations.reference import (
+    CODE_SCALE,
+    RMS_EPS,
+    compute_dtype,
+    exact_matmul,
+    linear,
+    linear_backward,
+    linear_outputs,
+    norm_backward,
+    normalize_and_quantize,
+    weight_dtype,
+)
+
+__all__ = [
+    "CODE_SCALE",
+    "RMS_EPS",
+    "compute_dtype",
+    "exact_matmul",
+    "linear",
+    "linear_backward",
+    "linear_outputs",
+    "norm_backward",
+    "normalize_and_quantize",
+    "weight_dtype",
+]

@@ -1,0 +1,99 @@
+"""Triton kernels around a linear on integer weights: input norm and int8 codes, and the norm's gradient.
+
+A program takes one token. Shape letters: N tokens, I in.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from arbitor.ops.activations.reference import CODE_SCALE, RMS_EPS
+from arbitor.ops.triton_functions import round_even
+
+MAX_BLOCK = 8192
+
+
+@triton.jit
+def _quantize_kernel(
+    x, codes, scale, rstd, columns, eps, code_scale, smallest, NORM: tl.constexpr, BLOCK: tl.constexpr
+):
+    token = tl.program_id(0).to(tl.int64)
+    here = x + token * columns
+    square = tl.zeros((BLOCK,), dtype=tl.float32)
+    largest = tl.zeros((BLOCK,), dtype=tl.float32)
+    for first in range(0, columns, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        value = tl.load(here + column, mask=column < columns, other=0.0).to(tl.float32)
+        square += value * value
+        largest = tl.maximum(largest, tl.abs(value))
+    absmax = tl.maximum(tl.max(largest, axis=0), smallest)
+    inverse = 1.0
+    if NORM:
+        mean = tl.sum(square, axis=0) / columns + eps
+        # The difference is 0, or NaN where the square overflowed: rsqrt alone would make such a token 0.
+        inverse = 1.0 / tl.sqrt(mean) + (mean - mean)
+    factor = code_scale / absmax
+    for first in range(0, columns, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        used = column < columns
+        value = tl.load(here + column, mask=used, other=0.0).to(tl.float32)
+        tl.store(codes + token * columns + column, round_even(value * factor).to(tl.int8), mask=used)
+    tl.store(scale + token, absmax * inverse / code_scale)
+    tl.store(rstd + token, inverse)
+
+
+@triton.jit
+def _norm_backward_kernel(dxn, x, rstd, dx, columns, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    row = token * columns
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for first in range(0, columns, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        used = column < columns
+        gradient = tl.load(dxn + row + column, mask=used, other=0.0).to(tl.float32)
+        value = tl.load(x + row + column, mask=used, other=0.0).to(tl.float32)
+        total += gradient * value
+    inverse = tl.load(rstd + token)
+    coefficient = tl.sum(total, axis=0) * (inverse * inverse * inverse / columns)
+    for first in range(0, columns, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        used = column < columns
+        gradient = tl.load(dxn + row + column, mask=used, other=0.0).to(tl.float32)
+        value = tl.load(x + row + column, mask=used, other=0.0).to(tl.float32)
+        result = gradient * inverse - value * coefficient
+        tl.store(dx + row + column, result.to(dx.dtype.element_ty), mask=used)
+
+
+def quantize(x: Tensor, input_norm: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """As `reference.normalize_and_quantize` of x [N, I] in fp32 or bf16; the codes are int8."""
+    tokens, columns = x.shape
+    codes = torch.empty((tokens, columns), dtype=torch.int8, device=x.device)
+    scale, rstd = (torch.empty((tokens, 1), dtype=torch.float32, device=x.device) for _ in range(2))
+    if tokens:
+        smallest = torch.finfo(torch.float32).tiny * CODE_SCALE
+        _quantize_kernel[(tokens,)](
+            x.contiguous(), codes, scale, rstd, columns, RMS_EPS, CODE_SCALE, smallest,
+            NORM=input_norm, BLOCK=_block(columns), num_warps=_warps(columns), enable_fp_fusion=False,
+        )  # fmt: skip
+    return codes, scale, rstd
+
+
+def norm_backward(dxn: Tensor, x: Tensor, rstd: Tensor) -> Tensor:
+    """Gradient [N, I] of x, in its dtype, from that of x * rstd(x)."""
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    tokens, columns = x.shape
+    if tokens:
+        _norm_backward_kernel[(tokens,)](
+            dxn.contiguous(), x.contiguous(), rstd, dx, columns,
+            BLOCK=_block(columns), num_warps=_warps(columns),
+        )  # fmt: skip
+    return dx
+
+
+def _block(columns: int) -> int:
+    return min(MAX_BLOCK, max(16, triton.next_power_of_2(columns)))
+
+
+def _warps(columns: int) -> int:
+    return min(16, max(1, _block(columns) // 256))

@@ -1,0 +1,53 @@
+"""Functions that several Triton kernels share. Imported by `triton.py` files only.
+
+Kernels that must equal the reference bit for bit are launched with `enable_fp_fusion=False`: a fused
+multiply-add would round once where the reference rounds twice.
+"""
+
+import triton
+import triton.language as tl
+
+CODE_SCALE = tl.constexpr(126.99)
+
+
+@triton.jit
+def shift_right(x, count: tl.constexpr):
+    """Logical shift of int32."""
+    return (x.to(tl.uint32, bitcast=True) >> count).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def random_word(index, key_a, key_b):
+    """32 random bits of element `index` (int32) of the stream of two int32 keys; see ops/random_bits."""
+    x = index + key_a
+    x = (x ^ shift_right(x, 16)) * 0x7FEB352D
+    x = x ^ key_b
+    x = x ^ shift_right(x, 15)
+    x = x * -2073254261  # 0x846CA68B
+    return x ^ shift_right(x, 16)
+
+
+@triton.jit
+def round_even(x):
+    """fp32 rounded to the nearest integer, halves to even, without a library call."""
+    magic = tl.where(x < 0, -8388608.0, 8388608.0)  # 2^23: above it every fp32 is an integer
+    return tl.where(tl.abs(x) < 8388608.0, (x + magic) - magic, x)
+
+
+@triton.jit
+def exp2_int(exponent):
+    """2^exponent as fp32 for int32 exponents in [-126, 127]."""
+    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def stochastic_floor(value, factor, word):
+    """floor(factor * value + uniform[0, 1)) as int32, `factor` being times 2^16 already."""
+    fixed = round_even(tl.minimum(tl.maximum(value * factor, -1073741824.0), 1073741824.0)).to(tl.int32)
+    return (fixed + (word & 0xFFFF)) >> 16
+
+
+@triton.jit
+def digit(byte, power: tl.constexpr):
+    """Base-3 digit of a packed byte (int32): `power` is 3^n for digit n."""
+    return (((byte * power) & 255) * 3) >> 8

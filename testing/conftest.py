@@ -1,6 +1,7 @@
 """What all tests share: the folder with test data, GPU tests skipped where there is no GPU."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,11 @@ from hypothesis import settings
 # Tests work on small tensors, which a second thread slows down; set before torch is first imported, and
 # inherited by the commands that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Where there is no GPU, Triton's kernels are tested under its interpreter, which Triton must know before it
+# is first imported.
+if shutil.which("nvidia-smi") is None:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Examples are the same on every machine and every run, however slow the machine is.
 settings.register_profile("arbitor", deadline=None, derandomize=True)

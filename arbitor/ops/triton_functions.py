@@ -6,6 +6,7 @@ multiply-add would round once where the reference rounds twice.
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 CODE_SCALE = tl.constexpr(126.99)
 
@@ -51,3 +52,8 @@ def stochastic_floor(value, factor, word):
 def digit(byte, power: tl.constexpr):
     """Base-3 digit of a packed byte (int32): `power` is 3^n for digit n."""
     return (((byte * power) & 255) * 3) >> 8
+
+
+def dense_rows(x: Tensor) -> Tensor:
+    """x [n, O, I] with every matrix dense in memory; copied where it is not (slices of rows are)."""
+    return x if x.stride(-1) == 1 and x.stride(-2) == x.shape[-1] else x.contiguous()

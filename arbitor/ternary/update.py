@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from arbitor.ops.exponent import exp2_int
-from arbitor.ops.momentum import momentum_fold
+from arbitor.ops.momentum import momentum_fold_drawn
 from arbitor.ops.random_bits import random_bits, skip
-from arbitor.ops.state_update import scale_update, state_update
+from arbitor.ops.state_update import scale_update, state_update_drawn
 from arbitor.ops.trit_codec import trit_unpack
 from arbitor.ternary import rules
 
@@ -86,11 +86,9 @@ class MatrixBatch:
         for first in range(0, rows, size):
             yield slice(first, min(first + size, rows))
 
-    def bits(self, rows: slice) -> Tensor:
-        """Random bits int32 [n, rows, I] of these rows."""
-        count = (rows.stop - rows.start) * self.in_features
-        bits = random_bits(skip(self.keys, rows.start * self.in_features), count)
-        return bits.view(len(self.keys), -1, self.in_features)
+    def keys_of(self, rows: slice) -> Tensor:
+        """int32 [n, 2], random streams of these rows."""
+        return skip(self.keys, rows.start * self.in_features) if rows.start else self.keys
 
 
 def update_dense(
@@ -212,11 +210,11 @@ def _fold(
     """Momentum of some rows, in place; their gradient becomes the direction."""
     assert batch.momentum is not None
     codes, exponent = (state[:, rows] for state in batch.momentum)
-    direction[:, rows] = momentum_fold(
+    direction[:, rows] = momentum_fold_drawn(
         direction[:, rows],
         codes,
         exponent,
-        batch.bits(rows),
+        batch.keys_of(rows),
         _of_rows(active, rows),
         constants.momentum_bits,
         constants.beta,
@@ -228,11 +226,11 @@ def _vote(
     batch: MatrixBatch, direction: Tensor, rows: slice, active: Tensor, constants: VoteConstants
 ) -> Tensor:
     """Votes and flips of some rows [n, rows, I], in place; flips int64 [n]."""
-    return state_update(
+    return state_update_drawn(
         batch.packed[:, rows],
         batch.accumulator[:, rows],
         direction,
-        batch.bits(rows),
+        batch.keys_of(rows),
         active,
         constants.step,
         constants.span,

@@ -6,6 +6,8 @@ Shape letters: N tokens, I in, O out.
 import torch
 from torch import Tensor
 
+from arbitor.ops.backend import uses_triton
+
 RMS_EPS = 1e-6
 # Codes of the largest element of a token. Not 127: activations are small integers times one scale, so half
 # the largest would land on 63.5, where the last bit of an earlier rounding would choose the code.
@@ -28,11 +30,15 @@ def normalize_and_quantize(x: Tensor, input_norm: bool, quantize: bool) -> tuple
         quantize: round to codes in [-127, 127] with one scale a token; else codes are the normalised floats.
 
     Returns:
-        codes: [N, I] integers in the compute dtype (or the normalised floats).
+        codes: [N, I] integers in the compute dtype, or int8 (without `quantize`: the normalised floats).
         scale: [N, 1] compute dtype, what one code unit is worth.
         rstd: [N, 1] compute dtype, 1 / rms(x), or ones.
     """
     dtype = compute_dtype(x)
+    if quantize and dtype == torch.float32 and uses_triton(x):
+        from arbitor.ops.activations import triton
+
+        return triton.quantize(x, input_norm)
     if input_norm:
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
         mean_square = norm.square_().div_(x.shape[-1]).add_(RMS_EPS)
@@ -76,7 +82,7 @@ def exact_matmul(codes: Tensor, weight: Tensor, quantized: bool) -> Tensor:
     number of tokens. On CUDA the operands are bf16, which holds both exactly.
 
     Args:
-        codes: [N, I], on CUDA int8 when `quantized`, else the compute dtype.
+        codes: [N, I], int8 or the compute dtype.
         weight: [O, I], on CUDA bf16 when `quantized`, else the compute dtype.
         quantized: codes are integers.
 
@@ -85,7 +91,7 @@ def exact_matmul(codes: Tensor, weight: Tensor, quantized: bool) -> Tensor:
     """
     if quantized and codes.is_cuda:
         return torch.mm(codes.to(torch.bfloat16), weight.t(), out_dtype=torch.float32)
-    return codes @ weight.t()
+    return codes.to(weight.dtype) @ weight.t()
 
 
 def weight_dtype(x: Tensor, quantized: bool) -> torch.dtype:
@@ -130,8 +136,14 @@ def linear_backward(dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, input_n
         [N, I] in the dtype of x.
     """
     with _no_autocast(x):
-        dxn = (dy.to(weight.dtype) @ weight).to(compute_dtype(x))
-    return (norm_backward(dxn, x, rstd) if input_norm else dxn).to(x.dtype)
+        dxn = dy.to(weight.dtype) @ weight
+    if not input_norm:
+        return dxn.to(x.dtype)
+    if compute_dtype(x) == torch.float32 and uses_triton(x):
+        from arbitor.ops.activations import triton
+
+        return triton.norm_backward(dxn, x, rstd)
+    return norm_backward(dxn.to(compute_dtype(x)), x, rstd).to(x.dtype)
 
 
 def linear_outputs(

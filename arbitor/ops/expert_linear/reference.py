@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from arbitor.ops import activations
-from arbitor.ops.trit_codec import reference as trit_codec
+from arbitor.ops import activations, trit_codec
 
 WORKSPACE_BYTES = 16 << 20  # of decoded weights, or as many as the activations take, if that is more
 MULTIPLE = 8  # elements that the library's grouped matmul wants rows to be a multiple of (16 bytes in bf16)

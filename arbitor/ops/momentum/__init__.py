@@ -3,11 +3,13 @@
 import torch
 from torch import Tensor
 
+from arbitor.ops.backend import uses_triton
 from arbitor.ops.momentum import reference
 from arbitor.ops.momentum.reference import GROUP, code_max
+from arbitor.ops.random_bits import random_bits
 from arbitor.ops.registry import register
 
-__all__ = ["GROUP", "code_max", "momentum_fold"]
+__all__ = ["GROUP", "code_max", "momentum_fold", "momentum_fold_drawn"]
 
 
 def momentum_fold(
@@ -39,6 +41,25 @@ def momentum_fold(
         fp32 [..., I], meaningless where not active.
     """
     return _fold(gradient, codes, exponent, random_bits, active, bits, beta, lookahead)
+
+
+def momentum_fold_drawn(
+    gradient: Tensor,
+    codes: Tensor,
+    exponent: Tensor,
+    keys: Tensor,
+    active: Tensor,
+    bits: int,
+    beta: float,
+    lookahead: float,
+) -> Tensor:
+    """`momentum_fold` of n matrices [n, O, I] with bits drawn from random streams, keys int32 [n, 2]."""
+    if uses_triton(gradient):
+        from arbitor.ops.momentum import triton
+
+        return triton.fold(gradient, codes, exponent, keys, active, bits, beta, lookahead)
+    random = random_bits(keys, gradient[0].numel()).view(gradient.shape)
+    return momentum_fold(gradient, codes, exponent, random, active, bits, beta, lookahead)
 
 
 _fold = register(

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from arbitor.ops.momentum import reference
-from arbitor.ops.triton_functions import exp2_int, random_word, round_even, shift_right
+from arbitor.ops.triton_functions import dense_rows, exp2_int, random_word, round_even, shift_right
 
 GROUPS = 16
 
@@ -61,6 +61,7 @@ def _fold_kernel(
     groups,
     width,
     gradient_stride,
+    direction_stride,
     codes_stride,
     exponents_stride,
     active_matrix_stride,
@@ -86,7 +87,8 @@ def _fold_kernel(
     odd_used = inside[:, None] & (odd < columns)
     even_element = row[:, None] * columns + even
     odd_element = even_element + 1
-    moves = tl.load(active + matrix * active_matrix_stride + row * active_row_stride, mask=inside, other=0) != 0
+    flag = active + matrix * active_matrix_stride + row * active_row_stride
+    moves = tl.load(flag, mask=inside, other=0) != 0
 
     here = gradient + matrix * gradient_stride
     even_g = tl.load(here + even_element, mask=even_used, other=0.0)
@@ -122,7 +124,7 @@ def _fold_kernel(
         byte = (even_new + 8) | ((odd_new + 8) << 4)
         tl.store(code_row + even // 2, byte.to(tl.uint8), mask=even_used & change)
     tl.store(exponent_at, exponent.to(tl.int16), mask=inside & moves)
-    there = direction + matrix * gradient_stride
+    there = direction + matrix * direction_stride
     tl.store(there + even_element, even_m * lookahead + even_g * one_minus_lookahead, mask=even_used)
     tl.store(there + odd_element, odd_m * lookahead + odd_g * one_minus_lookahead, mask=odd_used)
 
@@ -149,9 +151,12 @@ def fold(
     lookahead: float,
 ) -> Tensor:
     """As `reference.fold` of bits drawn from `keys`, on [n, O, I]."""
+    assert codes.stride(-2) == codes.shape[-1]
+    assert exponent.stride(-2) == exponent.shape[-1]
+    gradient = dense_rows(gradient)
     matrices, rows, columns = gradient.shape
     groups = exponent.shape[-1]
-    direction = torch.empty_like(gradient)
+    direction = torch.empty(gradient.shape, dtype=torch.float32, device=gradient.device)
     if gradient.numel() == 0:
         return direction
     active = active.expand(matrices, active.shape[-2] if active.shape[-2] == 1 else rows, 1)
@@ -170,6 +175,7 @@ def fold(
         groups,
         codes.shape[-1],
         gradient.stride(0),
+        direction.stride(0),
         codes.stride(0),
         exponent.stride(0),
         active.stride(0),

@@ -6,11 +6,13 @@ Shape letters: O out, I in, P packed bytes a row, G groups; `...` leading dimens
 import torch
 from torch import Tensor
 
+from arbitor.ops.backend import uses_triton
+from arbitor.ops.random_bits import random_bits
 from arbitor.ops.registry import register
 from arbitor.ops.state_update import reference
 from arbitor.ops.state_update.reference import MAX_SCALE_EXPONENT, MIN_SCALE_EXPONENT
 
-__all__ = ["MAX_SCALE_EXPONENT", "MIN_SCALE_EXPONENT", "scale_update", "state_update"]
+__all__ = ["MAX_SCALE_EXPONENT", "MIN_SCALE_EXPONENT", "scale_update", "state_update", "state_update_drawn"]
 
 
 def state_update(
@@ -48,6 +50,37 @@ def state_update(
         int64 [...]: flips in each matrix.
     """
     return _update(packed, accumulator, direction, bits, active, step, span, threshold, rail, reset)
+
+
+def state_update_drawn(
+    packed: Tensor,
+    accumulator: Tensor,
+    direction: Tensor,
+    keys: Tensor,
+    active: Tensor,
+    step: float,
+    span: int,
+    threshold: int,
+    rail: int,
+    reset: bool,
+) -> Tensor:
+    """`state_update` of n matrices, its bits drawn from their random streams.
+
+    Args:
+        packed, accumulator, direction: [n, O, ...] as in `state_update`; slices of rows of larger matrices
+            are fine.
+        keys: int32 [n, 2], whose element 0 belongs to the first weight.
+        active, step, span, threshold, rail, reset: as in `state_update`.
+
+    Returns:
+        int64 [n]: flips.
+    """
+    if uses_triton(packed):
+        from arbitor.ops.state_update import triton
+
+        return triton.update(packed, accumulator, direction, keys, active, step, span, threshold, rail, reset)
+    bits = random_bits(keys, direction[0].numel()).view(direction.shape)
+    return state_update(packed, accumulator, direction, bits, active, step, span, threshold, rail, reset)
 
 
 def scale_update(

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from arbitor.ops.triton_functions import digit, random_word, stochastic_floor
+from arbitor.ops.triton_functions import dense_rows, digit, random_word, stochastic_floor
 
 BYTES = 512
 
@@ -45,7 +45,8 @@ def _update_kernel(
     within = byte % width
     column = (within // 32) * 160 + within % 32
     key_a, key_b = tl.load(keys + 2 * matrix), tl.load(keys + 2 * matrix + 1)
-    moves = tl.load(active + matrix * active_matrix_stride + row * active_row_stride, mask=inside, other=0) != 0
+    flag = active + matrix * active_matrix_stride + row * active_row_stride
+    moves = tl.load(flag, mask=inside, other=0) != 0
     here = packed + matrix * packed_stride + byte
     code = tl.load(here, mask=inside, other=0).to(tl.int32)
     value = tl.zeros((BYTES,), dtype=tl.int32)
@@ -95,6 +96,9 @@ def update(
     reset: bool,
 ) -> Tensor:
     """As `reference.update` of bits drawn from `keys`; see `arbitor.ops.state_update.state_update`."""
+    assert packed.stride(-2) == packed.shape[-1]
+    assert accumulator.stride(-2) == accumulator.shape[-1]
+    direction = dense_rows(direction)
     matrices, rows, columns = direction.shape
     width = packed.shape[-1]
     flips = torch.zeros(matrices, dtype=torch.int64, device=packed.device)

@@ -6,8 +6,7 @@ Shape letters: N tokens, I in, O out, P packed bytes a row, G groups.
 import torch
 from torch import Tensor
 
-from arbitor.ops import activations
-from arbitor.ops.trit_codec import reference as trit_codec
+from arbitor.ops import activations, trit_codec
 
 
 def forward(

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from arbitor.ops.backend import uses_triton
 from arbitor.ops.registry import register
 from arbitor.ops.trit_codec import reference
 from arbitor.ops.trit_codec.reference import BLOCK, ILLEGAL, PLANE, legal_bytes, packed_width
@@ -11,6 +12,7 @@ __all__ = [
     "BLOCK",
     "ILLEGAL",
     "PLANE",
+    "decode",
     "legal_bytes",
     "packed_width",
     "ternary_decode",
@@ -36,6 +38,15 @@ def ternary_decode(
     return _decode(packed, exponent, in_features, group, dtype)
 
 
+def decode(packed: Tensor, exponent: Tensor, in_features: int, group: int, dtype: torch.dtype) -> Tensor:
+    """What `ternary_decode` computes, for use inside other operations."""
+    if dtype in (torch.float32, torch.bfloat16) and uses_triton(packed):
+        from arbitor.ops.trit_codec import triton
+
+        return triton.decode(packed, exponent, in_features, group, dtype)
+    return reference.decode(packed, exponent, in_features, group, dtype)
+
+
 _pack = register(
     "trit_pack(Tensor trits) -> Tensor",
     reference.pack,
@@ -48,7 +59,7 @@ _unpack = register(
 )
 _decode = register(
     "ternary_decode(Tensor packed, Tensor exponent, int in_features, int group, ScalarType dtype) -> Tensor",
-    reference.decode,
+    decode,
     lambda packed, exponent, in_features, group, dtype: packed.new_empty(
         (*packed.shape[:-1], in_features), dtype=dtype
     ),

@@ -1,7 +1,6 @@
 """Triton kernel of `ternary_decode`: trits times powers of two as floats, in one pass.
 
-A program takes some packed bytes; digit d of a byte is one of five weights that stand 32 apart. Shape letters:
-R rows (of all matrices), I in, P packed bytes a row, G scale groups.
+A program takes some packed bytes; digit d of a byte is one of five weights that stand 32 apart.
 """
 
 import torch

@@ -69,9 +69,14 @@ def backend(device: torch.device) -> str:
     Raises:
         UserError: `ARB_TERNARY_BACKEND` asks for one that there is not.
     """
-    if requested_backend() == "torch":
+    requested = requested_backend()
+    if requested == "torch":
         return f"torch: the reference operations, asked for by {VARIABLE}"
-    return f"torch: the reference operations, since this version has no kernels of its own for {device.type}"
+    if requested == "auto":
+        return "torch: the reference operations, since which kernels are faster has not been measured"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise UserError(f"{VARIABLE} is 'triton', which needs a CUDA GPU; use auto or torch")
+    return f"triton: kernels around torch's matrix products, asked for by {VARIABLE}"
 
 
 def _why_no_cuda() -> str | None:

@@ -228,7 +228,8 @@ class RowCapture(Capture):
             ids int64 [N] and fp32 [N, D].
         """
         ids = torch.cat([ids for ids, _ in self._uses])
-        gradient = torch.cat([gradient for _, gradient in self._uses])
+        # A table in host memory may be looked up for another device; its gradients come over only here.
+        gradient = torch.cat([gradient for _, gradient in self._uses]).to(ids.device)
         ids, order = torch.sort(ids, stable=True)
         begins = torch.ones_like(ids)
         begins[1:] = ids[1:] != ids[:-1]

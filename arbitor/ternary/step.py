@@ -237,6 +237,22 @@ class Step:
     def _update_table_rows(self, name: str, module: TernaryScaleTensor, capture: RowCapture) -> Tensor:
         """The rows of a large table that were looked up, each as a matrix of its own; their flips."""
         ids, gradient = capture.touched()
+        total = torch.zeros((), dtype=torch.int64, device=ids.device)
+        size = max(1, self.constants.workspace_weights // module.in_features)
+        first_place = torch.searchsorted(ids, ids)
+        for start in range(0, len(ids), size):
+            part = slice(start, start + size)
+            # The last row comes again and again; it has moved if it was in an earlier part.
+            fresh = first_place[part] >= start
+            flips = self._update_some_rows(name, module, ids[part], gradient[part], fresh)
+            places = torch.arange(start, start + len(flips), device=ids.device)
+            total += (flips * (first_place[part] == places)).sum()
+        return total.to(self.ok.device)
+
+    def _update_some_rows(
+        self, name: str, module: TernaryScaleTensor, ids: Tensor, gradient: Tensor, fresh: Tensor
+    ) -> Tensor:
+        """Rows `ids`, where those that come twice come with equal values; flips int64 [n]."""
         tensors = self._tensors(module)
         parts = {key: tensor[ids][:, None] for key, tensor in tensors.items()}
         keys, scale_keys = self._matrix_keys([name], ids.device)
@@ -246,15 +262,13 @@ class Step:
             skip(keys, ids * module.in_features),
             skip(scale_keys, ids * module.E.shape[-1]),
         )
-        active = gradient.any(dim=-1)[:, None, None] & self.ok.to(ids.device)
+        active = (gradient.any(dim=-1) & fresh)[:, None, None] & self.ok.to(ids.device)
         rule = "sign" if self.constants.rule == "sign" else "row"
         constants = dataclasses.replace(self.constants, rule=rule)
         flips = update_dense(batch, gradient[:, None].contiguous(), active, constants)
         for key, tensor in tensors.items():
             write_rows(tensor, ids, parts[key][:, 0])
-        distinct = torch.ones_like(ids, dtype=torch.bool)
-        distinct[1:] = ids[1:] != ids[:-1]
-        return (flips * distinct).sum()
+        return flips
 
     # -- common ---------------------------------------------------------------------------------------------
 

@@ -1,5 +1,4 @@
-"""Precision of what stands between the linears: functions whose result for an element does not
-depend on where in a tensor it stands.
+"""Functions between the linears whose result for an element does not depend on where in a tensor it stands.
 
 Vectorised fp32 functions differ in the last bit from the scalar ones that handle the end of a tensor. Where a
 threshold or a comparison follows, that would let a position depend on how many others there are; computed in
@@ -10,11 +9,6 @@ import torch
 from torch import Tensor
 
 
-def at_least_fp32(x: Tensor) -> Tensor:
-    """bf16 and fp16 as fp32; fp32 and fp64 as they are."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def sigmoid(x: Tensor) -> Tensor:
     """Logistic function, in fp32 (fp64 for fp64)."""
-    return torch.sigmoid(x.to(torch.float64)).to(at_least_fp32(x).dtype)
+    return torch.sigmoid(x.to(torch.float64)).to(torch.promote_types(x.dtype, torch.float32))

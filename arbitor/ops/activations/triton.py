@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from arbitor.ops.activations.reference import CODE_SCALE, RMS_EPS
-from arbitor.ops.triton_functions import round_even
+from arbitor.ops.triton import round_even
 
 MAX_BLOCK = 8192
 

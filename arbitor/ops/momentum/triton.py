@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from arbitor.ops.momentum import reference
-from arbitor.ops.triton_functions import dense_rows, exp2_int, random_word, round_even, shift_right
+from arbitor.ops.triton import dense_rows, exp2_int, random_word, round_even, shift_right
 
 GROUPS = 16
 

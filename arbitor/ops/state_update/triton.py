@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from arbitor.ops.triton_functions import dense_rows, digit, random_word, stochastic_floor
+from arbitor.ops.triton import dense_rows, digit, random_word, stochastic_floor
 
 BYTES = 512
 

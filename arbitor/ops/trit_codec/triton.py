@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from arbitor.ops.triton_functions import digit, exp2_int
+from arbitor.ops.triton import digit, exp2_int
 
 BYTES = 1024
 

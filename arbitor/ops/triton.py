@@ -1,4 +1,4 @@
-"""Functions that several Triton kernels share. Imported by `triton.py` files only.
+"""Functions that several Triton kernels share; imported by the operations' `triton.py` only.
 
 Kernels that must equal the reference bit for bit are launched with `enable_fp_fusion=False`: a fused
 multiply-add would round once where the reference rounds twice.

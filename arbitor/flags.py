@@ -37,6 +37,8 @@ class PartFlags:
     def by_flag(self, base: ModelConfig) -> dict[str, dict[str, Any]]:
         """Fields of `ModelConfig` by the flag that sets them, as the user wrote it.
 
+        Where two flags set the same field, the later one in this mapping counts.
+
         Args:
             base: what the flags are laid over; a memory that it has keeps its size.
 
@@ -48,7 +50,7 @@ class PartFlags:
                 "--enable-memory asks for a memory and --memory-rows 0 for none: give one of them"
             )
         given = {f"--{self.verb}-{part}": OFF[part] for part in OFF if part in self.without}
-        if self.memory and self.memory_rows is None:
+        if self.memory:
             given["--enable-memory"] = {"memory_rows": base.memory_rows or MEMORY_ROWS}
         for name, value in (("memory_rows", self.memory_rows), ("max_moe_iters", self.max_moe_iters)):
             if value is not None:

@@ -9,6 +9,7 @@ import argparse
 import io
 import itertools
 import json
+import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,7 +52,9 @@ def render(run: Path, picture: Path, command: str = "arbitor train") -> None:
         )
     )
     picture.parent.mkdir(parents=True, exist_ok=True)
-    picture.write_text(console.export_svg(title="arbitor", unique_id="arbitor"))
+    svg = console.export_svg(title="arbitor", unique_id="arbitor")
+    # Without the fonts that it would fetch from elsewhere: whoever looks at the picture has a monospaced one.
+    picture.write_text(re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL))
 
 
 def _progress(metrics: Sequence[dict[str, Any]]) -> RenderableType:

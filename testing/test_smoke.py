@@ -81,6 +81,22 @@ def test_a_seed_repeats_the_losses_and_a_step_changes_the_second(capsys):
     without = losses("--seed", "1")
     assert without[0] == with_steps[0]
     assert without[1] != with_steps[1]
+    assert without[0] != without[1], "the second batch is another one"
+
+
+@pytest.mark.parametrize("flags", [[], ["--backward"]])
+def test_a_graph_is_recorded_only_for_backward(capsys, monkeypatch, flags):
+    forward = ARBModel.forward
+    recorded = []
+
+    def watched(self, ids, targets=None):
+        output = forward(self, ids, targets)
+        recorded.append(output.loss.requires_grad)
+        return output
+
+    monkeypatch.setattr(ARBModel, "forward", watched)
+    measured(capsys, *flags)
+    assert recorded == [bool(flags)] * 2
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The entry points of the earlier system, on a model that knows nothing of it."""
 
+import copy
 import gc
 import warnings
 import weakref
@@ -210,6 +211,49 @@ def test_an_optimizer_that_takes_over_frees_the_one_before():
     assert prepare_ternary_backward(net) is second
     gc.collect()
     assert first() is None
+
+
+@pytest.mark.parametrize("form", ["signal", "components"])
+def test_a_loss_given_to_the_update_drops_the_step_if_it_is_not_finite(form):
+    bad = torch.tensor(float("inf"))
+    net, optimizer = make()
+    backward(net)
+    before = snapshot(net, optimizer)
+    assert (
+        ternary_update_memory(net, bad) if form == "signal" else ternary_update_memory(net, None, {"a": bad})
+    )
+    assert not optimizer.last_step_applied
+    assert changed(before, snapshot(net, optimizer)) == []
+
+
+def test_a_signal_with_a_graph_goes_before_components():
+    net, optimizer = make()
+    backward(net)
+    optimizer.step()
+    expected = snapshot(net, optimizer)
+    net, optimizer = make()
+    assert ternary_update_memory(net, loss_of(net, batch()), {"other": loss_of(net, batch(1)) * 100})
+    assert changed(expected, snapshot(net, optimizer)) == []
+
+
+def test_scales_that_prepare_froze_stay_frozen():
+    net, _ = make(scale_lr=1.0)
+    before = net.up[0].E.clone()
+    for seed in range(3):
+        prepare_ternary_backward(net, update_scales=False)
+        backward(net, batch(seed))
+        assert ternary_update_memory(net)
+    assert torch.equal(net.up[0].E, before)
+
+
+def test_a_copy_of_the_model_does_not_keep_the_optimizer_alive():
+    net = fresh()
+    optimizer = weakref.ref(prepare_ternary_backward(net))
+    other = copy.deepcopy(net)
+    del net
+    gc.collect()
+    assert optimizer() is None
+    assert attached_optimizer(other) is None
 
 
 def test_a_loss_signal_is_kept_without_its_graph():

@@ -161,7 +161,7 @@ def audit(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> A
     entries = [_entry(name, tensor, False) for name, tensor in _saved_tensors(model)]
     entries += [_entry(name, tensor, True) for name, tensor in _optimizer_tensors(model, optimizer)]
     rows = _rows(entries, {name: module.numel() for name, module in named_ternary(model)})
-    sizes = {row.weights for row in rows if row.weights}
+    sizes = {row.weights for row in rows if row.weights > 1}  # a scalar is neither a matrix nor a table
     hidden = [
         AuditRow(
             name=name,

@@ -4,7 +4,9 @@ It obeys the same law as weights: a forward only notes what it saw, and `VoteOpt
 place that changes anything.
 """
 
+import copy
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +30,15 @@ class IntegerCounters(nn.Module):
     def noting(self) -> bool:
         """Whether a forward shall note what it sees: in training mode, with gradients, with an optimizer."""
         return self.attached and self.training and torch.is_grad_enabled()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "IntegerCounters":
+        """A copy without an optimizer, which therefore notes nothing."""
+        twin = self.__class__.__new__(self.__class__)
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        twin.attached = False
+        twin.forget()
+        return twin
 
     def advance(self, ok: Tensor, random_bits: RandomBits) -> None:
         """Apply what was noted since the last step.

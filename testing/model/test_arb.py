@@ -9,6 +9,7 @@ from arbitor.config import MEMORY_ROWS, ModelConfig, preset
 from arbitor.errors import UserError
 from arbitor.model import ARBModel
 from arbitor.ternary import TernaryLinear, VoteOptimizer, named_ternary
+from arbitor.ternary.audit import audit
 
 
 def test_logits_are_fp32_of_all_positions(make_model, make_ids):
@@ -207,3 +208,14 @@ def test_parts_are_left_out_by_their_settings():
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(UserError, match=message):
         ARBModel(**arguments)
+
+
+def test_a_live_model_with_all_parts_passes_the_audit(make_ids):
+    torch.manual_seed(0)
+    model = ARBModel("arb-small", dim=32, ffn_dim=64, expert_dim=64, kv_latent_dim=32, graph_edges=64)
+    optimizer = VoteOptimizer(model)
+    ids = make_ids(2, 12)
+    model(ids, targets=ids).loss.backward()
+    optimizer.step()
+    report = audit(model, optimizer)
+    assert report.ok, report.violations

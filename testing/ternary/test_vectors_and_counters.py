@@ -1,5 +1,7 @@
 """Vectors of fixed-point numbers, integer counters, and large tables of which only touched rows move."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -121,6 +123,17 @@ def test_counters_note_nothing_in_evaluation_or_without_gradients():
     optimizer.detach()
     net(torch.randn(3, 8))
     assert net.counter.noted == 0
+
+
+def test_a_copy_of_counters_has_no_optimizer_and_notes_nothing():
+    net = Net()
+    VoteOptimizer(net)
+    net(torch.randn(3, 8)).sum().backward()
+    twin = copy.deepcopy(net)
+    twin(torch.randn(3, 8))
+    assert (twin.counter.attached, twin.counter.noted) == (False, 0)
+    assert (net.counter.attached, net.counter.noted) == (True, 3)
+    assert twin.counter.count.data_ptr() != net.counter.count.data_ptr()
 
 
 def test_counters_stay_in_a_dropped_step():

@@ -47,7 +47,7 @@ def bits_per_byte(
     *,
     max_windows: int | None = None,
     max_bytes: int | None = 1_000_000,
-    batch: int = 16,
+    batch: int | None = None,
 ) -> Evaluation:
     """Measures a model on data; changes nothing in the model, and no random number is drawn.
 
@@ -57,11 +57,13 @@ def bits_per_byte(
         ctx: length of a window, at least 4.
         max_windows: use the first windows only; None is no limit.
         max_bytes: use the first bytes only; None is no limit.
-        batch: windows at a time; has no influence on the result beyond the last bits of a float.
+        batch: windows at a time, by default 16, or 2048 bytes of them if that is more; has no influence on
+            the result beyond the last bits of a float.
 
     Raises:
         UserError: no data, data of another type, or a number outside its range.
     """
+    batch = max(16, 2048 // max(ctx, 1)) if batch is None else batch
     _check(data, ctx, max_windows, max_bytes, batch)
     if max_bytes is not None:
         data = data[:max_bytes]

@@ -49,9 +49,9 @@ def stochastic_floor(value, factor, word):
 
 
 @triton.jit
-def digit(byte, power: tl.constexpr):
-    """Base-3 digit of a packed byte (int32): `power` is 3^n for digit n."""
-    return (((byte * power) & 255) * 3) >> 8
+def digit(byte, plane: tl.constexpr):
+    """Base-3 digit number `plane` of a packed byte (int32)."""
+    return (((byte * 3**plane) & 255) * 3) >> 8
 
 
 def dense_rows(x: Tensor) -> Tensor:

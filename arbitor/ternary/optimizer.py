@@ -188,7 +188,7 @@ class VoteOptimizer(torch.optim.Optimizer):
         whole = torch.div(accumulator, self.e_accum_threshold, rounding_mode="trunc")
         before = module.E.clone()
         with torch.no_grad():
-            module.E.copy_((module.E + whole).clamp_(MIN_SCALE_EXPONENT, MAX_SCALE_EXPONENT))
+            module.E.copy_((module.E.to(torch.int16) + whole).clamp_(MIN_SCALE_EXPONENT, MAX_SCALE_EXPONENT))
             accumulator -= whole * self.e_accum_threshold
         return int((before != module.E).sum())
 
@@ -360,7 +360,8 @@ class VoteOptimizer(torch.optim.Optimizer):
     def flip_rate(self) -> float:
         """Share of all trits that flipped in the last step (synchronises the device)."""
         total = sum(m.numel() for m in self._matrices.values())
-        return float(torch.stack(list(self._flips.values())).sum()) / total if self._flips else 0.0
+        flips = [count.to(self._dropped.device) for count in self._flips.values()]
+        return float(torch.stack(flips).sum()) / total if flips else 0.0
 
     def layer_metrics(self) -> dict[str, dict[str, float]]:
         """For each matrix: flip_rate of the last step, zero_share (T = 0) and rail_share (held at a rail)."""

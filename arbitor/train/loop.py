@@ -29,6 +29,7 @@ from arbitor.train.signals import Interrupted, SignalGuard
 
 LN2 = math.log(2.0)
 HELD_OUT_BYTES = 1_000_000  # what the evaluation at the end reads at most
+LAST_WINDOWS_PER_TRAINED = 10  # and windows, for each one trained on: a run of one step must not take hours
 MAX_DROPPED_IN_A_ROW = 20
 
 
@@ -125,6 +126,12 @@ class Trainer:
     def next_lr(self) -> float:
         """Learning rate of the coming step, trits."""
         return learning_rate(self.step, self.config.train.steps, self.peak_lr, self.config.train.warmup)
+
+    @property
+    def last_windows(self) -> int:
+        """Held-out windows that the evaluation at the end reads at most."""
+        train = self.config.train
+        return max(train.eval_steps, LAST_WINDOWS_PER_TRAINED * train.steps * train.batch * train.accum)
 
     def evaluate(self, *, max_windows: int | None = None) -> Evaluation:
         """Bits per byte of the held-out data, up to 1 MB of it."""

@@ -22,7 +22,7 @@ from arbitor.ternary import (
 from arbitor.ternary.audit import audit
 from arbitor.train.device import backend
 from arbitor.train.display import format_bytes, format_seconds, printable
-from arbitor.train.loop import HELD_OUT_BYTES, Trainer
+from arbitor.train.loop import Trainer
 from arbitor.train.runs import existing_run
 
 EMBEDDED_PROMPT = b"def "
@@ -118,6 +118,7 @@ def summarise(trainer: Trainer, bits_per_byte: float, held_out_bytes: int, secon
     return {
         "held_out_bits_per_byte": bits_per_byte,
         "held_out_bytes": held_out_bytes,
+        "held_out_whole": held_out_bytes == len(trainer.corpus.held_out),
         "best_bits_per_byte": None if trainer.best is None else trainer.best["bits_per_byte"],
         "best_step": None if trainer.best is None else trainer.best["step"],
         "bytes_per_weight": report.bytes_per_weight,
@@ -139,7 +140,7 @@ def show_end(
     console: Console, config: RunConfig, run: Path, summary: Mapping[str, Any], prompt: bytes, sample: bytes
 ) -> None:
     """Print the result, the sample and what to do with it."""
-    whole = "" if summary["held_out_bytes"] < HELD_OUT_BYTES else "first "
+    whole = "" if summary["held_out_whole"] else "first "
     rows = {
         "held out": f"{summary['held_out_bits_per_byte']:.4f} bits per byte "
         f"(on the {whole}{format_bytes(summary['held_out_bytes'])} held out)",

@@ -252,9 +252,9 @@ def _train(
 def _finish(run: Run) -> tuple[dict[str, Any], bytes, bytes]:
     """Evaluate and sample the final weights, save `final`; summary, prompt and sample."""
     trainer = run.trainer
-    size = min(len(trainer.corpus.held_out), HELD_OUT_BYTES)
-    run.display.note(f"measuring on {format_bytes(size)} held out, then writing a sample")
-    result = run.undisturbed(trainer.evaluate)
+    size = min(len(trainer.corpus.held_out), HELD_OUT_BYTES, trainer.last_windows * trainer.config.model.ctx)
+    run.display.note(f"measuring on up to {format_bytes(size)} held out, then writing a sample")
+    result = run.undisturbed(lambda: trainer.evaluate(max_windows=trainer.last_windows))
     if not math.isfinite(result.bits_per_byte):
         raise UserError(
             f"training diverged: the logits of the last step are not finite; {run.folder / 'best'} may be of "

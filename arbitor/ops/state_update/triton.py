@@ -52,7 +52,6 @@ def _update_kernel(
     value = tl.zeros((BYTES,), dtype=tl.int32)
     count = tl.zeros((BYTES,), dtype=tl.int32)
     for plane in tl.static_range(5):
-        power: tl.constexpr = (1, 3, 9, 27, 81)[plane]
         col = column + 32 * plane
         used = inside & (col < columns)
         element = row * columns + col
@@ -60,7 +59,7 @@ def _update_kernel(
         u = tl.load(direction + matrix * direction_stride + offset, mask=used, other=0.0)
         votes = stochastic_floor(u, factor, random_word(element, key_a, key_b))
         votes = tl.where(moves & used, votes, 0)
-        trit = digit(code, power) - 1
+        trit = digit(code, plane) - 1
         state = accumulator + matrix * accumulator_stride + offset
         total = votes + tl.load(state, mask=used, other=0).to(tl.int32)
         flip = tl.where((total >= threshold) & (trit < 1), 1, 0) - tl.where(

@@ -25,11 +25,10 @@ def _decode_kernel(packed, exponents, weights, rows, columns, width, group, grou
     value = (code * 243) >> 8
     legal = ((value * 256 + 242) // 243 == code) | (((value + 1) * 256 + 242) // 243 == code)
     for plane in tl.static_range(5):
-        power: tl.constexpr = (1, 3, 9, 27, 81)[plane]
         col = column + 32 * plane
         used = inside & (col < columns)
         exponent = tl.load(exponents + row * groups + col // group, mask=used, other=0).to(tl.int32)
-        weight = (digit(code, power) - 1).to(tl.float32) * exp2_int(exponent)
+        weight = (digit(code, plane) - 1).to(tl.float32) * exp2_int(exponent)
         weight = tl.where(legal, weight, float("nan"))
         tl.store(weights + row * columns + col, weight.to(weights.dtype.element_ty), mask=used)
 

@@ -171,9 +171,9 @@ class Recorder:
 
 def forbid_weight_gradients(monkeypatch):
     for owner, name in (
-        (capture, "_outer"),
         (capture.GradientCapture, "add_linear"),
         (capture.GradientCapture, "add_dense"),
+        (capture.GradientCapture, "_product"),
     ):
         monkeypatch.setattr(owner, name, Recorder())
     monkeypatch.setattr(torch.ops.aten, "embedding_dense_backward", Recorder())
@@ -294,11 +294,69 @@ def test_non_reentrant_checkpoints_capture_the_same_bits(needs_grad):
         assert torch.equal(x.grad, plain_dx)
 
 
-def test_reentrant_checkpoints_are_refused_with_the_way_out():
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("needs_grad", [True, False], ids=["x-needs-grad", "x-needs-none"])
+def test_reentrant_checkpoints_are_refused_with_the_way_out(training, needs_grad):
     net, _ = make()
-    x = torch.randn(5, 20, requires_grad=True)
+    net.train(training)
+    x = torch.randn(5, 20, requires_grad=needs_grad)
     with pytest.raises(RuntimeError, match=r"reentrant activation checkpointing .*use_reentrant=False"):
         checkpoint(block, net, x, use_reentrant=True)
+
+
+def test_reentrant_checkpoints_of_a_frozen_model_are_allowed():
+    net, optimizer = make()
+    optimizer.detach()
+    x = torch.randn(5, 20, requires_grad=True)
+    checkpoint(block, net, x, use_reentrant=True).sum().backward()
+    assert x.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("ask", ["grad", "inputs"])
+def test_asking_for_the_gradient_of_an_input_alone_captures_nothing(ask):
+    net, optimizer = make()
+    embedded = net.embed(batch()[0]).detach().requires_grad_()
+    before = snapshot(net, optimizer)
+
+    def loss():
+        vector = net.position(torch.zeros(1, dtype=torch.int64))
+        return net.head.logits(block(net, embedded + vector)).square().sum()
+
+    loss().backward()
+    expected, expected_dx = gradients(net), embedded.grad
+    assert expected.keys() == {"position", "up.0", "down.0", "head"}
+    optimizer.zero_grad()
+    embedded.grad = None
+
+    if ask == "grad":
+        (dx,) = torch.autograd.grad(loss(), embedded)
+    else:
+        loss().backward(inputs=[embedded])
+        dx = embedded.grad
+    assert torch.equal(dx, expected_dx)
+    assert is_empty(net)
+    assert not optimizer.has_captures
+    optimizer.step()
+    assert changed(before, snapshot(net, optimizer)) == []
+
+    loss().backward()
+    actual = gradients(net)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+def test_half_precision_backward_beyond_its_range_is_captured():
+    # Without a norm the codes' scale is 600 here, and 600 * 200 is beyond fp16.
+    layer = TernaryLinear(8, 6, input_norm=False)
+    VoteOptimizer(layer)
+    x = torch.full((3, 8), 600 * 126.99, dtype=torch.float32)
+    with torch.autocast("cpu", torch.float16):
+        y = layer(x)
+    assert y.dtype == torch.float16
+    y.backward(torch.full_like(y, 200.0))
+    expected = torch.full((6, 8), 3 * 200 * 600 * 126.99)
+    torch.testing.assert_close(layer.capture.gradient(), expected, rtol=1 / 126, atol=0)
+    assert all(m.isfinite().all() for m in layer.capture.magnitudes())
 
 
 def test_gradients_off_outside_a_checkpoint_is_no_error():

@@ -22,7 +22,7 @@ from arbitor.model.vocab import PAD
 from arbitor.ops.ngram_hash import ngram_hash
 from arbitor.ops.trit_codec import ternary_decode, trit_pack
 from arbitor.ternary import TernaryEmbeddingTable, TernaryLinear
-from arbitor.ternary.capture import RowCapture
+from arbitor.ternary.capture import RowCapture, wants_weights
 from arbitor.ternary.layers import root_of
 from arbitor.ternary.tensor import RESIDUAL_UNITS
 
@@ -47,7 +47,7 @@ class _Fetch(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[None, ...]:
         (rows,) = ctx.saved_tensors
         capture = ctx.table.capture
-        if isinstance(capture, RowCapture):
+        if isinstance(capture, RowCapture) and wants_weights(ctx):
             capture.add_rows(rows.flatten(), dy.flatten(0, -2))
         return None, None, None, None
 

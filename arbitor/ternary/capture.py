@@ -1,14 +1,15 @@
 """What a backward pass leaves for the optimizer: the gradient of one weight, in the smallest of its forms.
 
 A use of a linear arrives as the pair (activations A [N, I], output gradients B [N, O]) with dW = B^T A. Pairs
-are kept as they are while they take fewer bytes than dW; from then on only dW is kept, in the dtype of B. The
-gradient of a large table is kept as its touched rows.
+are kept as they are while they take fewer bytes than dW; from then on only dW is kept, in the dtype of B
+(fp32 where that is fp16). The gradient of a large table is kept as its touched rows.
 
 Shape letters: N tokens, I in, O out, E experts, D width of a table's row.
 """
 
+import math
 import weakref
-from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,10 @@ from arbitor.ops.expert_linear import grouped_outer
 
 if TYPE_CHECKING:
     from arbitor.ternary.optimizer import VoteOptimizer
+
+NARROW_ADDITIONS = 3  # sums in bf16, each of which may lose 2^-9 of the sum so far
+# On bounds, for rounding in the sums: of the bound and of dW over N tokens N * 2^-24 each, and to bf16 2^-9.
+ROUNDING_MARGIN = 1 + 2**-4
 
 
 class Capture:
@@ -46,14 +51,94 @@ class Capture:
         raise NotImplementedError
 
 
-class GradientCapture(Capture):
+class MatrixCapture(Capture):
+    """What the captures of a matrix and of experts share: pairs while they are smaller, then dW.
+
+    A few uses add up in the dtype of their output gradients, which is what one batch costs even if a loop
+    uses the weight again and again; more add up in fp32, since in bf16 the small gradient of a micro-batch
+    is rounded away beside the sum of the others.
+
+    Args:
+        rows, columns: O and I.
+        shape: of dW, `(..., O, I)`.
+    """
+
+    def __init__(self, rows: int, columns: int, shape: tuple[int, ...]) -> None:
+        self.rows = rows
+        self.columns = columns
+        self._shape = shape
+        self._pairs: list[tuple[Tensor, ...]] = []
+        self._dense: Tensor | None = None
+        self._additions = 0
+
+    def _add_pair(self, *pair: Tensor) -> None:
+        """Add a use: A, B, and what else `_product` needs; without tokens it adds nothing."""
+        activations, output_gradient, *rest = pair
+        if not len(activations):
+            return
+        if output_gradient.dtype == torch.float16:  # whose range a product with codes soon exceeds
+            output_gradient = output_gradient.to(torch.float32)
+        self._pairs.append((activations, output_gradient, *rest))
+        size = math.prod(self._shape) * output_gradient.element_size()
+        if self._dense is not None or sum(a.nbytes + b.nbytes for a, b, *_ in self._pairs) >= size:
+            gradient, self._pairs = self._product(), []
+            self.add_dense(gradient)
+
+    def _product(self) -> Tensor:
+        """dW of all pairs together, in the dtype of their output gradients."""
+        raise NotImplementedError
+
+    def add_dense(self, gradient: Tensor) -> None:
+        """Add a gradient [..., O, I] that is already formed; the capture owns it from here on."""
+        gradient = gradient.view(self._shape)
+        if self._dense is None:
+            self._dense = gradient.to(torch.float32) if gradient.dtype == torch.float16 else gradient
+            return
+        self._additions += 1
+        dtype = torch.promote_types(self._dense.dtype, gradient.dtype)
+        if self._additions > NARROW_ADDITIONS:
+            dtype = torch.promote_types(dtype, torch.float32)
+        # In place where the dtype stays.
+        self._dense = self._dense.to(dtype).add_(gradient)
+
+    @property
+    def empty(self) -> bool:
+        """True when nothing was captured since the last `clear`."""
+        return self._dense is None and not self._pairs
+
+    @property
+    def dense(self) -> Tensor | None:
+        """dW, if it is kept in this form."""
+        return self._dense
+
+    def magnitudes(self) -> list[Tensor]:
+        """Tensors that show whether the gradient is finite: where they are, it is.
+
+        With pairs it is one bound for each row o of dW, fp32 [O]: the sum over all pairs of
+        max |A| * sum |B[:, o]| over their tokens, and the largest dense element. So products and sums that
+        overflow show before they are formed.
+        """
+        if not self._pairs:
+            return [] if self._dense is None else [self._dense]
+        bound = sum(_bound(a, b) for a, b, *_ in self._pairs)
+        assert isinstance(bound, Tensor)
+        if self._dense is not None:
+            dense = self._dense.view(-1, self.rows, self.columns)
+            bound = bound + torch.linalg.vector_norm(dense, math.inf, dim=(0, 2), dtype=_wide(dense))
+        return [bound * ROUNDING_MARGIN]
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._pairs = []
+        self._dense = None
+        self._additions = 0
+
+
+class GradientCapture(MatrixCapture):
     """Gradient of one matrix, or of a table or vector that is small enough to have it dense."""
 
     def __init__(self, rows: int, columns: int) -> None:
-        self.rows = rows
-        self.columns = columns
-        self._pairs: list[tuple[Tensor, Tensor]] = []
-        self._dense: Tensor | None = None
+        super().__init__(rows, columns, (rows, columns))
 
     def add_linear(self, activations: Tensor, output_gradient: Tensor) -> None:
         """Add one use of a linear.
@@ -62,27 +147,7 @@ class GradientCapture(Capture):
             activations: [N, I], int8 codes or floats.
             output_gradient: [N, O] float, with the codes' per-token scale already multiplied in.
         """
-        if self._dense is None:
-            pairs = [*self._pairs, (activations, output_gradient)]
-            if _nbytes(pairs) < self.rows * self.columns * output_gradient.element_size():
-                self._pairs = pairs
-                return
-            for a, b in self._pairs:
-                self.add_dense(_outer(a, b))
-            self._pairs = []
-        self.add_dense(_outer(activations, output_gradient))
-
-    def add_dense(self, gradient: Tensor) -> None:
-        """Add a gradient [O, I] that is already formed; the capture owns it from here on."""
-        if self._dense is None:
-            self._dense = gradient
-        else:
-            self._dense += gradient
-
-    @property
-    def empty(self) -> bool:
-        """True when nothing was captured since the last `clear`."""
-        return self._dense is None and not self._pairs
+        self._add_pair(activations, output_gradient)
 
     @property
     def num_tokens(self) -> int | None:
@@ -91,44 +156,33 @@ class GradientCapture(Capture):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """All pairs as one: activations fp32 [N, I] and output gradients fp32 [N, O]."""
-        return (
-            torch.cat([a for a, _ in self._pairs]).to(torch.float32),
-            torch.cat([b for _, b in self._pairs]).to(torch.float32),
-        )
+        activations, output_gradient = self._joined()
+        return activations.to(torch.float32), output_gradient.to(torch.float32)
+
+    def _joined(self) -> tuple[Tensor, Tensor]:
+        return _cat([a for a, _ in self._pairs]), _cat([b for _, b in self._pairs])
+
+    def _product(self) -> Tensor:
+        activations, output_gradient = self._joined()
+        with outside_autocast(output_gradient.device):
+            return output_gradient.t() @ activations.to(output_gradient.dtype)
 
     def gradient(self) -> Tensor:
         """dW as a float tensor [O, I]; valid until the next `add_*` or `clear`."""
-        total = self._dense
-        for a, b in self._pairs:
-            total = _outer(a, b) if total is None else total + _outer(a, b)
-        if total is None:
-            raise ValueError("nothing was captured")
-        return total
-
-    def magnitudes(self) -> list[Tensor]:
-        """Tensors that show whether the gradient is finite: where they are, it is.
-
-        For pairs it is the bound max |A| * sum |B| over the tokens, so that a product that overflows shows
-        before it is formed.
-        """
-        bounds = [_bound(a, b) for a, b in self._pairs]
-        return bounds if self._dense is None else [self._dense, *bounds]
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self._pairs = []
-        self._dense = None
+        if not self._pairs:
+            if self._dense is None:
+                raise ValueError("nothing was captured")
+            return self._dense
+        product = self._product()
+        return product if self._dense is None else self._dense.to(_wide(self._dense)) + product
 
 
-class ExpertCapture(Capture):
-    """Gradients of one matrix for each expert, from rows that are sorted by expert."""
+class ExpertCapture(MatrixCapture):
+    """Gradients of one matrix for each expert [E, O, I], from rows that are sorted by expert."""
 
     def __init__(self, experts: int, rows: int, columns: int) -> None:
+        super().__init__(rows, columns, (experts, rows, columns))
         self.experts = experts
-        self.rows = rows
-        self.columns = columns
-        self._pairs: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._dense: Tensor | None = None
 
     def add_experts(self, activations: Tensor, output_gradient: Tensor, offsets: Tensor) -> None:
         """Add one use.
@@ -138,36 +192,7 @@ class ExpertCapture(Capture):
             output_gradient: [N, O] float, with the codes' per-token scale already multiplied in.
             offsets: int32 [E], the end of each expert's rows.
         """
-        if not len(activations):
-            return
-        use = (activations, output_gradient, offsets)
-        if self._dense is None:
-            size = self.experts * self.rows * self.columns * output_gradient.element_size()
-            if _nbytes((a, b) for a, b, _ in [*self._pairs, use]) < size:
-                self._pairs.append(use)
-                return
-            for pair in self._pairs:
-                self.add_dense(_outer_by_expert(*pair))
-            self._pairs = []
-        self.add_dense(_outer_by_expert(*use))
-
-    def add_dense(self, gradient: Tensor) -> None:
-        """Add gradients [..., O, I] that are already formed; the capture owns them from here on."""
-        gradient = gradient.view(self.experts, self.rows, self.columns)
-        if self._dense is None:
-            self._dense = gradient
-        else:
-            self._dense += gradient
-
-    @property
-    def empty(self) -> bool:
-        """True when nothing was captured since the last `clear`."""
-        return self._dense is None and not self._pairs
-
-    @property
-    def dense(self) -> Tensor | None:
-        """dW of all experts [E, O, I], if it is kept in this form."""
-        return self._dense
+        self._add_pair(activations, output_gradient, offsets)
 
     def sorted_rows(self) -> tuple[Tensor, Tensor, Tensor]:
         """All pairs as one, sorted by expert: activations [N, I], output gradients [N, O], offsets int32 [E].
@@ -175,7 +200,8 @@ class ExpertCapture(Capture):
         The order of rows within an expert is that of the uses.
         """
         if len(self._pairs) == 1:
-            return self._pairs[0]
+            activations, gradients, offsets = self._pairs[0]
+            return activations, gradients, offsets
         experts = torch.arange(self.experts, device=self._pairs[0][2].device)
         owner = torch.cat(
             [
@@ -189,15 +215,11 @@ class ExpertCapture(Capture):
         gradients = torch.cat([b for _, b, _ in self._pairs])
         return activations[order], gradients[order], offsets
 
-    def magnitudes(self) -> list[Tensor]:
-        """As in `GradientCapture`, over the rows of all experts together."""
-        bounds = [_bound(a, b) for a, b, _ in self._pairs]
-        return bounds if self._dense is None else [self._dense, *bounds]
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self._pairs = []
-        self._dense = None
+    def _product(self) -> Tensor:
+        """Zero for an expert without rows."""
+        activations, output_gradient, offsets = self.sorted_rows()
+        with outside_autocast(output_gradient.device):
+            return grouped_outer(output_gradient, activations.to(output_gradient.dtype), offsets)
 
 
 class RowCapture(Capture):
@@ -229,7 +251,8 @@ class RowCapture(Capture):
         """
         ids = torch.cat([ids for ids, _ in self._uses])
         # A table in host memory may be looked up for another device; its gradients come over only here.
-        gradient = torch.cat([gradient for _, gradient in self._uses]).to(ids.device)
+        # In fp32 they add up without loss.
+        gradient = torch.cat([gradient.to(ids.device, torch.float32) for _, gradient in self._uses])
         ids, order = torch.sort(ids, stable=True)
         begins = torch.ones_like(ids)
         begins[1:] = ids[1:] != ids[:-1]
@@ -237,33 +260,53 @@ class RowCapture(Capture):
         sums = torch.ops.aten.embedding_dense_backward(gradient[order], segment, len(ids), -1, False)
         slot = torch.minimum(torch.arange(len(ids), device=ids.device), segment[-1])
         first = torch.searchsorted(segment, slot)
-        return ids[first], sums[slot].to(torch.float32)
+        return ids[first], sums[slot]
 
     def magnitudes(self) -> list[Tensor]:
-        """The gradients themselves."""
-        return [gradient for _, gradient in self._uses]
+        """For each column the sum of all look-ups' magnitudes, fp32 [D]: a bound on every row's sum."""
+        bound = sum(_bound(None, gradient) for _, gradient in self._uses)
+        return [bound * ROUNDING_MARGIN] if isinstance(bound, Tensor) else []
 
     def clear(self) -> None:
         """Forget everything."""
         self._uses = []
 
 
-def _nbytes(pairs: Iterable[tuple[Tensor, Tensor]]) -> int:
-    return sum(a.nbytes + b.nbytes for a, b in pairs)
+def _wide(tensor: Tensor) -> torch.dtype:
+    """fp32, or fp64 for what is fp64."""
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _bound(activations: Tensor, output_gradient: Tensor) -> Tensor:
-    largest = 127 if activations.dtype == torch.int8 else activations.abs().amax()
-    return largest * torch.linalg.vector_norm(output_gradient, 1, dim=0)
+def _cat(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _outer(activations: Tensor, output_gradient: Tensor) -> Tensor:
-    return output_gradient.t() @ activations.to(output_gradient.dtype)
+def _bound(activations: Tensor | None, output_gradient: Tensor) -> Tensor:
+    """max |A| * sum |B| over the tokens, [O] in fp32 or fp64; without activations they count as 1."""
+    total = torch.linalg.vector_norm(output_gradient, 1, dim=0, dtype=_wide(output_gradient))
+    if activations is None:
+        return total
+    return total * (127 if activations.dtype == torch.int8 else activations.abs().amax())
 
 
-def _outer_by_expert(activations: Tensor, output_gradient: Tensor, offsets: Tensor) -> Tensor:
-    """[E, O, I]; zero for an expert without rows."""
-    return grouped_outer(output_gradient, activations.to(output_gradient.dtype), offsets)
+def outside_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which products keep the dtype of their operands even inside an autocast context."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def wants_weights(ctx: Any) -> bool:
+    """Whether a backward that is under way shall leave gradients of weights, as `loss.backward()` does.
+
+    `torch.autograd.grad(loss, x)` and `loss.backward(inputs=[x])` ask for the gradient of x alone: like the
+    `.grad` of float parameters, captures stay as they are.
+
+    Args:
+        ctx: of an autograd function whose first input is the root.
+    """
+    node = ctx.next_functions[0][0]
+    return node is not None and torch._C._will_engine_execute_node(node)
 
 
 def refuse_reentrant_checkpoint() -> None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from arbitor.ops.expert_linear import expert_linear, expert_linear_backward
-from arbitor.ternary.layers import output_dtype, root_of
+from arbitor.ternary.capture import wants_weights
+from arbitor.ternary.layers import output_dtype, root_of, scaled_gradient
 from arbitor.ternary.tensor import TernaryScaleTensor, TScaleType
 
 
@@ -40,8 +41,8 @@ class _ExpertMatmul(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, offsets, rstd, packed, exponent, codes, scale = ctx.saved_tensors
         module = ctx.module
-        if module.capture is not None and codes is not None:
-            module.capture.add_experts(codes, torch.mul(dy, scale, out=torch.empty_like(dy)), offsets)
+        if module.capture is not None and codes is not None and wants_weights(ctx):
+            module.capture.add_experts(codes, scaled_gradient(dy, scale), offsets)
         dx = None
         if ctx.needs_input_grad[1]:
             dx = expert_linear_backward(

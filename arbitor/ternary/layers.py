@@ -19,6 +19,7 @@ from arbitor.ternary.capture import (
     RowCapture,
     needs_root,
     refuse_reentrant_checkpoint,
+    wants_weights,
 )
 from arbitor.ternary.tensor import (
     INIT_CLAMP,
@@ -36,7 +37,7 @@ def root_of(module: IntegerModule) -> Tensor | None:
     """The leaf that makes autograd record a forward of `module`, or None if nothing is to be captured."""
     if needs_root(module.capture):
         return _ROOT
-    if module.capture is not None and module.training:
+    if module.capture is not None:
         refuse_reentrant_checkpoint()
     return None
 
@@ -47,8 +48,14 @@ def output_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
+def scaled_gradient(dy: Tensor, scale: Tensor) -> Tensor:
+    """dy [N, O] times the codes' scale [N, 1]; in the dtype of dy, but fp32 for fp16, which may overflow."""
+    dtype = torch.float32 if dy.dtype == torch.float16 else dy.dtype
+    return torch.mul(dy, scale, out=torch.empty_like(dy, dtype=dtype))
+
+
 def _capture_linear(capture: GradientCapture, codes: Tensor, scale: Tensor, dy: Tensor) -> None:
-    capture.add_linear(codes, torch.mul(dy, scale, out=torch.empty_like(dy)))
+    capture.add_linear(codes, scaled_gradient(dy, scale))
 
 
 class _TernaryMatmul(torch.autograd.Function):
@@ -77,7 +84,7 @@ class _TernaryMatmul(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, rstd, packed, exponent, codes, scale = ctx.saved_tensors
         module = ctx.module
-        if module.capture is not None and codes is not None:
+        if module.capture is not None and codes is not None and wants_weights(ctx):
             _capture_linear(module.capture, codes, scale, dy)
         dx = None
         if ctx.needs_input_grad[1]:
@@ -146,7 +153,7 @@ class _Gather(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[None, None, None]:
         (ids,) = ctx.saved_tensors
-        capture = ctx.module.capture
+        capture = ctx.module.capture if wants_weights(ctx) else None
         if isinstance(capture, RowCapture):
             capture.add_rows(ids.flatten(), dy.flatten(0, -2))
         elif capture is not None:
@@ -225,7 +232,7 @@ class _TableMatmul(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, rstd, q, exponent, codes, scale = ctx.saved_tensors
-        if ctx.module.capture is not None and codes is not None:
+        if ctx.module.capture is not None and codes is not None and wants_weights(ctx):
             _capture_linear(ctx.module.capture, codes, scale, dy)
         dx = int8_linear_backward(dy, x, rstd, q, exponent) if ctx.needs_input_grad[1] else None
         return None, dx, None, None, None
@@ -269,7 +276,7 @@ class _VectorValue(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[None, None]:
-        if ctx.module.capture is not None:
+        if ctx.module.capture is not None and wants_weights(ctx):
             ctx.module.capture.add_dense(dy[None].clone())
         return None, None
 

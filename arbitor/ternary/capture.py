@@ -9,7 +9,8 @@ Shape letters: N tokens, I in, O out, E experts, D width of a table's row.
 
 import math
 import weakref
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -164,7 +165,7 @@ class GradientCapture(MatrixCapture):
 
     def _product(self) -> Tensor:
         activations, output_gradient = self._joined()
-        with outside_autocast(output_gradient.device):
+        with outside_autocast():
             return output_gradient.t() @ activations.to(output_gradient.dtype)
 
     def gradient(self) -> Tensor:
@@ -218,7 +219,7 @@ class ExpertCapture(MatrixCapture):
     def _product(self) -> Tensor:
         """Zero for an expert without rows."""
         activations, output_gradient, offsets = self.sorted_rows()
-        with outside_autocast(output_gradient.device):
+        with outside_autocast():
             return grouped_outer(output_gradient, activations.to(output_gradient.dtype), offsets)
 
 
@@ -289,11 +290,14 @@ def _bound(activations: Tensor | None, output_gradient: Tensor) -> Tensor:
     return total * (127 if activations.dtype == torch.int8 else activations.abs().amax())
 
 
-def outside_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """A context in which products keep the dtype of their operands even inside an autocast context."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
+@contextmanager
+def outside_autocast() -> Iterator[None]:
+    """Products keep the dtype of their operands even inside an autocast context."""
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 def wants_weights(ctx: Any) -> bool:

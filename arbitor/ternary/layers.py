@@ -26,6 +26,7 @@ from arbitor.ternary.tensor import (
     IntegerModule,
     TernaryScaleTensor,
     TScaleType,
+    check_exponents,
 )
 
 # There is no float parameter, so this leaf makes autograd record a forward whose input needs no gradient.
@@ -140,6 +141,23 @@ class TernaryLinear(TernaryScaleTensor):
         return y_NO.view(*x.shape[:-1], self.out_features)
 
 
+def _row_ids(ids: Tensor, rows: int) -> Tensor:
+    """ids as int64, checked: uint8 ids would index as a mask, negative ones from the end.
+
+    On CUDA the range is not checked, since the host would have to wait for the device.
+
+    Raises:
+        UserError: a dtype that is no integer, or an id outside 0...rows - 1.
+    """
+    if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
+        raise UserError(f"ids of a table must be integers, got {ids.dtype}")
+    if type(ids) is Tensor and ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
+        low, high = (int(end) for end in ids.aminmax())
+        if low < 0 or high >= rows:
+            raise UserError(f"the table has rows 0...{rows - 1}, got the id {low if low < 0 else high}")
+    return ids.to(torch.int64)
+
+
 class _Gather(torch.autograd.Function):
     """Rows of a table by id; the gradient of the table goes to the capture."""
 
@@ -206,8 +224,8 @@ class TernaryEmbeddingTable(TernaryScaleTensor):
         return rows.view(*ids.shape, self.in_features)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """ids int64 [...] -> fp32 [..., dim]."""
-        return _Gather.apply(root_of(self), ids, self)
+        """ids int [...] -> fp32 [..., dim]; UserError for an id that is no row (not checked on CUDA)."""
+        return _Gather.apply(root_of(self), _row_ids(ids, self.out_features), self)
 
 
 class _TableMatmul(torch.autograd.Function):
@@ -256,13 +274,12 @@ class Int8Weights(IntegerModule):
         """Logical weights."""
         return self.q.numel()
 
-    def check(self, name: str = "") -> None:
-        """Raise UserError, naming the tensor, for a code outside [-95, 95]."""
-        if self.q.device.type == "meta":
-            return
-        if bool((self.q.to(torch.int16).abs() > Q_MAX).any()):
-            where = f"{name}." if name else ""
-            raise UserError(f"{where}q holds a code outside -{Q_MAX}...{Q_MAX}: the data is damaged")
+    def _check_values(self, key: str, values: Tensor, where: str) -> None:
+        """Codes outside [-95, 95] and illegal exponents."""
+        if key == "E":
+            check_exponents(values, where)
+        elif key == "q" and bool((values.to(torch.int16).abs() > Q_MAX).any()):
+            raise UserError(f"{where} holds a code outside -{Q_MAX}...{Q_MAX}: the data is damaged")
 
 
 class _VectorValue(torch.autograd.Function):
@@ -363,21 +380,12 @@ class Int8Embedding(Int8Weights):
         self.q.copy_(u.mul_(64).round_())
         self.E.fill_(0 if self.kind == "embedding" else round(math.log2(self.dim**-0.5)))
 
-    def check(self, name: str = "") -> None:
-        """Raise UserError, naming the tensor, for a code outside [-95, 95] or an illegal exponent."""
-        super().check(name)
-        if self.q.device.type == "meta":
-            return
-        where = f"{name}." if name else ""
-        if bool(((self.E < -62) | (self.E > 31)).any()):
-            raise UserError(f"{where}E holds an exponent outside -62...31: the data is damaged")
-
     def _rows(self, ids: Tensor) -> Tensor:
         return int8_gather(self.q, self.E, ids)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """ids int64 [...] -> fp32 [..., dim]."""
-        return _Gather.apply(root_of(self), ids, self)
+        """ids int [...] -> fp32 [..., dim]; UserError for an id that is no row (not checked on CUDA)."""
+        return _Gather.apply(root_of(self), _row_ids(ids, self.num_embeddings), self)
 
     def logits(self, x: Tensor, quantize: bool = True) -> Tensor:
         """The table as an output layer: x float [..., dim] -> [..., num_embeddings]."""

@@ -1,10 +1,12 @@
 """VoteOptimizer: integer training state and the one place where weights change."""
 
+import copy
 import math
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
 import torch
@@ -15,21 +17,18 @@ from arbitor.ops.backend import requested_backend
 from arbitor.ops.momentum import GROUP
 from arbitor.ops.state_update import MAX_SCALE_EXPONENT, MIN_SCALE_EXPONENT
 from arbitor.ops.trit_codec import trit_unpack
-from arbitor.ternary.capture import Capture, ExpertCapture, GradientCapture, RowCapture
+from arbitor.ternary.capture import Capture, ExpertCapture, GradientCapture, RowCapture, outside_autocast
 from arbitor.ternary.counters import named_counters
 from arbitor.ternary.layers import Int8Weights, TernaryEmbeddingTable
 from arbitor.ternary.rules import get_rule
 from arbitor.ternary.step import Step
-from arbitor.ternary.tensor import (
-    RESIDUAL_UNITS,
-    IntegerModule,
-    TernaryScaleTensor,
-    named_ternary,
-)
+from arbitor.ternary.tensor import RESIDUAL_UNITS, IntegerModule, TernaryScaleTensor, named_ternary
+from arbitor.ternary.tied import untied
 from arbitor.ternary.update import VoteConstants
 
 TABLE_STEP = 32  # table units (1/64 of a weight) a trit of learning rate: lr / 2 * 64
 SIGN_THRESHOLD = 32
+_NO_MOMENTUM = 0x88  # two 4-bit codes of 0
 WORKSPACE_BYTES_PER_WEIGHT = 40  # transient, of the weights that are worked on at once
 
 
@@ -69,9 +68,13 @@ SIGN_LR = STATES["full"].lr  # of the tables, when matrices vote by sign
 class VoteOptimizer(torch.optim.Optimizer):
     """Trains ternary matrices and int8 tables by integer votes.
 
-    Gradients are captured during backward and accumulate until `step()`, which alone changes weights and
-    state. Attaching takes over the residuals that initialisation left; on a model loaded from a file the
-    accumulators start at zero. A second optimizer on the same model replaces the first.
+    Gradients are captured by `loss.backward()` and accumulate until `step()`, which alone changes weights
+    and state; `torch.autograd.grad(loss, x)` and `backward(inputs=...)` leave nothing. Attaching takes over
+    the residuals that initialisation left; on a model loaded from a file the accumulators start at zero. A
+    second optimizer on the same model replaces the first. Modules that share their parameters vote once.
+
+    Loading weights into the model keeps the state, as with any torch optimizer: load the state that belongs
+    to them too, in any order, or call `reset_state()`.
 
     Args:
         model: holds TernaryScaleTensor, Int8Embedding and Int8Vector modules, and counters; everything else
@@ -79,7 +82,8 @@ class VoteOptimizer(torch.optim.Optimizer):
         lr: trits per step; None takes the state's own (full 0.05, compact 0.07, lean 0.15). Rule `sign` uses
             it for the byte tables only.
         rule: direction of the vote: spectral, sinkhorn, row or sign.
-        state: full (int8 momentum), compact (4-bit) or lean (none).
+        state: full (int8 momentum), compact (4-bit) or lean (none). With rule `sign` matrices have no
+            momentum in any of them.
         seed: of the stochastic rounding.
         accum_threshold: accumulator value at which a trit flips; sets span and rail limit along with it.
         e_accum_threshold: votes that make a scale exponent move by one octave.
@@ -107,15 +111,17 @@ class VoteOptimizer(torch.optim.Optimizer):
         requested_backend()
         if state not in STATES:
             raise UserError(f"unknown state {state!r}; choose one of {', '.join(STATES)}")
-        if lr is not None and not lr >= 0:
-            raise UserError(f"the learning rate must not be negative, got {lr}")
-        self.direction = get_rule(rule)
+        get_rule(rule)
         self.rule = rule
         self.state_name = state
         self.kind = STATES[state]
+        if rule == "sign":
+            self.kind = replace(self.kind, momentum_bits=0, beta=0.0, lr=SIGN_LR)
+        rates = {"lr": self.kind.lr if lr is None else lr, "scale_lr": scale_lr}
+        _refuse_bad_rates(rates)
         self.seed = seed
         self.step_count = 0
-        self._modules: dict[str, IntegerModule] = dict(named_ternary(model))
+        self._modules, self._tied = untied(named_ternary(model))
         self._counters = dict(named_counters(model))
         if not self._modules:
             raise UserError(
@@ -123,11 +129,7 @@ class VoteOptimizer(torch.optim.Optimizer):
             )
         self._set_thresholds(accum_threshold, e_accum_threshold)
         weights = [module.stored for module in self._modules.values()]
-        default_lr = SIGN_LR if rule == "sign" else self.kind.lr
-        super().__init__(
-            weights,
-            {"lr": default_lr if lr is None else lr, "scale_lr": scale_lr},
-        )
+        super().__init__(weights, rates)
         self._dropped = torch.zeros((), dtype=torch.int64, device=weights[0].device)
         self._last_ok = torch.ones((), dtype=torch.bool, device=weights[0].device)
         self._loss_ok: Tensor | None = None
@@ -135,6 +137,8 @@ class VoteOptimizer(torch.optim.Optimizer):
         self._flips: dict[str, Tensor] = {}
         for module in self._modules.values():
             self._attach(module)
+        for module, owner in self._tied:
+            module.capture = owner.capture
         for counters in self._counters.values():
             counters.attached = True
             counters.forget()
@@ -145,10 +149,7 @@ class VoteOptimizer(torch.optim.Optimizer):
         sign = self.rule == "sign"
         default = SIGN_THRESHOLD if sign else self.kind.threshold
         theta = default if accum_threshold is None else accum_threshold
-        if not 2 <= theta <= 127:
-            raise UserError(f"accum_threshold must be between 2 and 127, got {theta}")
-        if not 1 <= e_accum_threshold <= 127:
-            raise UserError(f"e_accum_threshold must be between 1 and 127, got {e_accum_threshold}")
+        _refuse_bad_thresholds(theta, e_accum_threshold)
         ratio = self.kind.rail_ratio
         self.accum_threshold = theta
         self.e_accum_threshold = e_accum_threshold
@@ -173,7 +174,7 @@ class VoteOptimizer(torch.optim.Optimizer):
         if self.span == old_span:
             return
         for module in self._matrices.values():
-            accumulator = self.state[module.T_packed]["T_accum"]
+            accumulator = self._state_of(module)["T_accum"]
             trits = _unpacked(module).to(torch.int16)
             scaled = (accumulator.to(torch.float32) * (self.span / old_span)).round_().to(torch.int16)
             scaled -= (scaled * trits - self.rail).clamp_(min=0) * trits
@@ -184,7 +185,7 @@ class VoteOptimizer(torch.optim.Optimizer):
 
         A step applies them itself; some wait only after the threshold was lowered.
         """
-        accumulator = self.state[module.T_packed]["E_accum"]
+        accumulator = self._state_of(module)["E_accum"]
         whole = torch.div(accumulator, self.e_accum_threshold, rounding_mode="trunc")
         before = module.E.clone()
         with torch.no_grad():
@@ -234,17 +235,50 @@ class VoteOptimizer(torch.optim.Optimizer):
         if bits == 8:
             codes = torch.zeros((*rows, columns), dtype=torch.int8, device=device)
         else:
-            codes = torch.full((*rows, -(-columns // 2)), 0x88, dtype=torch.uint8, device=device)
+            codes = torch.full((*rows, -(-columns // 2)), _NO_MOMENTUM, dtype=torch.uint8, device=device)
         exponent = torch.zeros((*rows, -(-columns // GROUP)), dtype=torch.int16, device=device)
         return {"M": codes, "M_exp": exponent}
 
     def detach(self) -> None:
         """Stop capturing: the model's layers keep no gradient any more."""
-        for module in self._modules.values():
+        for module in (*self._modules.values(), *(tied for tied, _ in self._tied)):
             module.capture = None
         for counters in self._counters.values():
             counters.forget()
             counters.attached = False
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused: what is trained are the integer weights of the model, in one group."""
+        if self.param_groups:
+            raise UserError(
+                "VoteOptimizer has one group, the model's integer weights; train float parameters with "
+                "another optimizer"
+            )
+        super().add_param_group(param_group)
+
+    def refuse_tied(self, module: IntegerModule) -> None:
+        """UserError if `module` shares its parameters with another, which new parameters would end."""
+        if any(module in pair for pair in self._tied):
+            raise UserError("weights that two modules share cannot be assigned; load with assign=False")
+
+    def follow(self, module: IntegerModule, before: nn.Parameter) -> None:
+        """Keep the state of `module`, whose parameter `before` was replaced by `module.stored`."""
+        if before not in self.state:
+            return
+        state, stored = self.state.pop(before), module.stored
+        self.state[stored] = {key: tensor.to(stored.device) for key, tensor in state.items()}
+        parameters = self.param_groups[0]["params"]
+        parameters[:] = [stored if parameter is before else parameter for parameter in parameters]
+
+    def _state_of(self, module: IntegerModule) -> dict[str, Tensor]:
+        """Training state of `module`; UserError if its parameter is not the one that it was made for."""
+        if module.stored not in self.state:
+            name = next((name for name, own in self._modules.items() if own is module), "a module")
+            raise UserError(
+                f"the parameter of {name} was replaced after this optimizer was attached; copy into it "
+                "instead, or attach a new optimizer"
+            )
+        return self.state[module.stored]
 
     # -- the step -------------------------------------------------------------------------------------------
 
@@ -284,7 +318,11 @@ class VoteOptimizer(torch.optim.Optimizer):
 
         Returns:
             What the closure returned.
+
+        Raises:
+            UserError: a rate in `param_groups` is not finite or negative; nothing has changed.
         """
+        _refuse_bad_rates(self.param_groups[0])
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -317,6 +355,7 @@ class VoteOptimizer(torch.optim.Optimizer):
             ok = ok & torch.isfinite(largest).all().to(ok.device)
         return ok
 
+    @outside_autocast()
     def _update_all(self, captured: Mapping[str, IntegerModule], ok: Tensor) -> None:
         group = self.param_groups[0]
         constants = VoteConstants(
@@ -368,7 +407,7 @@ class VoteOptimizer(torch.optim.Optimizer):
         metrics = {}
         for name, module in self._matrices.items():
             trits = _unpacked(module)
-            outwards = trits * self.state[module.T_packed]["T_accum"]
+            outwards = trits * self._state_of(module)["T_accum"]
             flips = int(self._flips[name]) if name in self._flips else 0
             metrics[name] = {
                 "flip_rate": flips / module.numel(),
@@ -383,18 +422,28 @@ class VoteOptimizer(torch.optim.Optimizer):
         """All integer training state by name: `<module>.T_accum`, `.E_accum`, `.M`, `.M_exp`."""
         named: dict[str, Tensor] = {}
         for name, module in self._modules.items():
-            named |= {f"{name}.{key}": value for key, value in self.state[module.stored].items()}
+            named |= {f"{name}.{key}": value for key, value in self._state_of(module).items()}
         return dict(sorted(named.items()))
 
     def load_named_state(self, named: Mapping[str, Tensor]) -> None:
-        """Put back what `named_state` gave.
+        """Put back what `named_state` gave, by copying.
 
         Raises:
-            UserError: a tensor is missing, too much, or of another shape or dtype.
+            UserError: a tensor is missing, too much, or of another shape or dtype; nothing has changed.
         """
         self._refuse_misfit(named)
         for name, tensor in self.named_state().items():
             tensor.copy_(named[name])
+
+    def reset_state(self) -> None:
+        """Accumulators and momentum start anew, at zero, and what was captured is dropped.
+
+        For a model whose weights were replaced by others: what is left of the former ones, up to half a trit
+        in every accumulator, would be added to them.
+        """
+        for name, tensor in self.named_state().items():
+            tensor.fill_(_NO_MOMENTUM if name.endswith(".M") and tensor.dtype == torch.uint8 else 0)
+        self.zero_grad()
 
     def _refuse_misfit(self, named: Mapping[str, Tensor]) -> None:
         own = self.named_state()
@@ -409,6 +458,8 @@ class VoteOptimizer(torch.optim.Optimizer):
             )
         for name, tensor in own.items():
             given = named[name]
+            if not isinstance(given, Tensor):
+                raise UserError(f"optimizer state {name} is no tensor but a {type(given).__name__}")
             if given.shape != tensor.shape or given.dtype != tensor.dtype:
                 raise UserError(
                     f"optimizer state {name} is {given.dtype} {tuple(given.shape)}, "
@@ -428,42 +479,76 @@ class VoteOptimizer(torch.optim.Optimizer):
         }
 
     def load_hyperparameters(self, values: Mapping[str, Any]) -> None:
-        """Put back what `hyperparameters` gave; UserError if rule or kind of state differ."""
-        self._refuse_other_kind(values)
-        self.seed = int(values["seed"])
-        self._set_thresholds(int(values["accum_threshold"]), int(values["e_accum_threshold"]))
-        self.step_count = int(values["step_count"])
-        self._dropped.fill_(int(values["dropped_steps"]))
+        """Put back what `hyperparameters` gave.
 
-    def _refuse_other_kind(self, values: Mapping[str, Any]) -> None:
-        for key, own in (("rule", self.rule), ("state", self.state_name)):
-            if values[key] != own:
-                raise UserError(f"the saved optimizer has {key} {values[key]!r}, this one {own!r}")
+        Raises:
+            UserError: a value is missing or not allowed, or rule or state differ; nothing has changed.
+        """
+        self._refuse_bad_hyperparameters(values)
+        self.seed = values["seed"]
+        self._set_thresholds(values["accum_threshold"], values["e_accum_threshold"])
+        self.step_count = values["step_count"]
+        self._dropped.fill_(values["dropped_steps"])
+
+    def _refuse_bad_hyperparameters(self, values: Mapping[str, Any]) -> None:
+        own = self.hyperparameters()
+        if missing := sorted(own.keys() - values.keys()):
+            raise UserError(f"the saved optimizer has no {', '.join(missing)}: it is of another kind")
+        for key in ("rule", "state"):
+            if values[key] != own[key]:
+                raise UserError(f"the saved optimizer has {key} {values[key]!r}, this one {own[key]!r}")
+        for key in own.keys() - {"rule", "state"}:
+            if type(values[key]) is not int:
+                raise UserError(f"the saved optimizer has {key} {values[key]!r}, which is no whole number")
+        _refuse_bad_thresholds(values["accum_threshold"], values["e_accum_threshold"])
 
     def state_dict(self) -> dict[str, Any]:
         """torch's form, with the plain values of `hyperparameters` beside it."""
         return {**super().state_dict(), "hyperparameters": self.hyperparameters()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Inverse of `state_dict`; UserError, with nothing changed, if it is of another model or kind."""
-        state_dict = dict(state_dict)
-        hyperparameters = state_dict.pop("hyperparameters")
-        self._refuse_other_kind(hyperparameters)
+        """Inverse of `state_dict`; tensors are copied. Hooks for loading are not called.
+
+        Raises:
+            UserError: it is of another model or kind, or damaged; nothing has changed.
+        """
+        if missing := sorted({"state", "param_groups", "hyperparameters"} - state_dict.keys()):
+            raise UserError(f"this is no state_dict of a VoteOptimizer: it has no {', '.join(missing)}")
         names = dict(enumerate(self._modules))  # torch counts parameters in the order of the modules
-        self._refuse_misfit(
-            {
-                f"{names.get(index, index)}.{key}": tensor
-                for index, tensors in state_dict["state"].items()
-                for key, tensor in tensors.items()
-            }
-        )
-        self.load_hyperparameters(hyperparameters)
-        super().load_state_dict(state_dict)
+        named = {
+            f"{names.get(index, index)}.{key}": tensor
+            for index, tensors in state_dict["state"].items()
+            for key, tensor in tensors.items()
+        }
+        (group,) = self.param_groups
+        saved_groups = state_dict["param_groups"]
+        self._refuse_bad_hyperparameters(state_dict["hyperparameters"])
+        self._refuse_misfit(named)
+        if len(saved_groups) != 1 or len(saved_groups[0].get("params", ())) != len(group["params"]):
+            raise UserError("the saved optimizer does not have the one group of this model's weights")
+        _refuse_bad_rates(saved_groups[0])
+        self.load_hyperparameters(state_dict["hyperparameters"])
+        self.load_named_state(named)
+        group.update({k: copy.deepcopy(v) for k, v in saved_groups[0].items() if k != "params"})
 
     def state_bytes(self) -> int:
         """Bytes of everything kept between steps: weights, exponents, tables, accumulators, momentum."""
         weights = sum(p.nbytes for m in self._modules.values() for p in m.parameters(recurse=False))
         return weights + sum(t.nbytes for t in self.named_state().values())
+
+
+def _refuse_bad_rates(rates: Mapping[str, Any]) -> None:
+    for key, what in (("lr", "learning rate"), ("scale_lr", "learning rate of scales (scale_lr)")):
+        value = rates.get(key)
+        if not isinstance(value, (Real, Tensor)) or not 0 <= float(value) < math.inf:
+            raise UserError(f"the {what} must be a finite number that is not negative, got {value}")
+
+
+def _refuse_bad_thresholds(accum_threshold: int, e_accum_threshold: int) -> None:
+    if not 2 <= accum_threshold <= 127:
+        raise UserError(f"accum_threshold must be between 2 and 127, got {accum_threshold}")
+    if not 1 <= e_accum_threshold <= 127:
+        raise UserError(f"e_accum_threshold must be between 1 and 127, got {e_accum_threshold}")
 
 
 def _unpacked(module: TernaryScaleTensor) -> Tensor:

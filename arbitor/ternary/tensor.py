@@ -108,22 +108,57 @@ class IntegerModule(nn.Module):
         raise NotImplementedError
 
     def check(self, name: str = "") -> None:
-        """Raise UserError naming the tensor if a stored value is not legal."""
+        """Raise UserError naming the tensor if a stored value is not legal.
+
+        Args:
+            name: of the module, for the message.
+        """
+        for key, parameter in self.named_parameters(recurse=False):
+            if parameter.device.type != "meta":
+                self._check_values(key, parameter, f"{name}.{key}" if name else key)
+
+    def _check_values(self, key: str, values: Tensor, where: str) -> None:
+        """Raise UserError if `values` are not legal as the parameter `key`; `where` names them."""
         raise NotImplementedError
 
+    def _check_given(self, key: str, given: Tensor, where: str) -> None:
+        """Raise UserError if `given` cannot become the parameter `key`: dtype, shape, values."""
+        own: Tensor = getattr(self, key)
+        if given.dtype != own.dtype:
+            # Copying would round floats to integers without a word.
+            raise UserError(f"{where} is {given.dtype}, expected {own.dtype}")
+        if given.shape != own.shape:
+            raise UserError(f"{where} has the shape {tuple(given.shape)}, expected {tuple(own.shape)}")
+        if given.device.type != "meta":
+            on_own_device = given if own.device.type == "meta" else given.to(own.device)
+            self._check_values(key, on_own_device, where)
+
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        error_msgs: list[str] = args[-1]
-        for name, parameter in self.named_parameters(recurse=False):
-            given = state_dict.get(prefix + name)
-            if isinstance(given, Tensor) and given.dtype != parameter.dtype:
-                # Copying would round floats to integers without a word.
-                error_msgs.append(f"{prefix}{name} is {given.dtype}, expected {parameter.dtype}")
-                return
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        """Everything given is checked before anything is copied; with `assign=True` the optimizer follows."""
+        metadata, error_msgs = args[0], args[-1]
+        optimizer, before = self.optimizer, self.stored
         try:
-            self.check(prefix.rstrip("."))
+            for key, _ in self.named_parameters(recurse=False):
+                given = state_dict.get(prefix + key)
+                if isinstance(given, Tensor):
+                    self._check_given(key, given, prefix + key)
+            if optimizer is not None and metadata.get("assign_to_params_buffers", False):
+                optimizer.refuse_tied(self)
         except UserError as error:
             error_msgs.append(str(error))
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if optimizer is not None and self.stored is not before:
+            optimizer.follow(self, before)
+
+    def _replicate_for_data_parallel(self) -> Any:
+        """Refused while an optimizer is attached: replicas would not leave their gradients to it."""
+        if self.capture is not None:
+            raise UserError(
+                "DataParallel cannot train integer layers, since its copies of them lose their gradients; "
+                "use one device"
+            )
+        return super()._replicate_for_data_parallel()
 
 
 class TernaryScaleTensor(IntegerModule):
@@ -216,43 +251,54 @@ class TernaryScaleTensor(IntegerModule):
         return 0 if self.optimizer is None else self.optimizer.apply_scale_steps(self)
 
     def set_trits(self, trits: Tensor, exponent: Tensor) -> None:
-        """Replace trits (int8 [*leading, out, in]) and exponents (int8, shape of E)."""
+        """Replace trits (int8 [*leading, out, in]) and exponents (int8, shape of E).
+
+        Raises:
+            UserError: a dtype, shape or value that is not allowed; nothing has changed.
+        """
         if trits.dtype != torch.int8 or not bool(((trits >= -1) & (trits <= 1)).all()):
             raise UserError("trits must be int8 with values -1, 0 and +1")
+        shape = (*self.leading_shape, self.out_features, self.in_features)
+        if trits.shape != shape:
+            raise UserError(f"trits have the shape {tuple(trits.shape)}, expected {shape}")
+        self._check_given("E", exponent, "E")
         with torch.no_grad():
             self.T_packed.copy_(trit_pack(trits))
             self.E.copy_(exponent)
         self.T_residual = None
-        self.check()
 
-    def check(self, name: str = "") -> None:
-        """Raise UserError, naming the tensor, for an illegal byte, padding trit or exponent."""
-        if self.T_packed.device.type == "meta":
-            return
-        where = f"{name}." if name else ""
-        legal = legal_bytes(self.T_packed.device)[self.T_packed.to(torch.int32)]
-        if not bool(legal.all()):
-            bad = int(self.T_packed[~legal][0])
-            raise UserError(
-                f"{where}T_packed holds byte {bad}, which is no packed trits: the data is damaged"
-            )
-        padded = trit_unpack(self.T_packed, self.T_packed.shape[-1] * 5)[..., self.in_features :]
-        if bool(padded.any()):
-            raise UserError(f"{where}T_packed has trits in its padding: the data is damaged")
-        if bool(((self.E < MIN_SCALE_EXPONENT) | (self.E > MAX_SCALE_EXPONENT)).any()):
-            raise UserError(
-                f"{where}E holds an exponent outside {MIN_SCALE_EXPONENT}...{MAX_SCALE_EXPONENT}: "
-                "the data is damaged"
-            )
+    def _check_values(self, key: str, values: Tensor, where: str) -> None:
+        """Illegal bytes, padding trits and exponents."""
+        if key == "E":
+            check_exponents(values, where)
+        elif key == "T_packed":
+            legal = legal_bytes(values.device)[values.to(torch.int32)]
+            if not bool(legal.all()):
+                bad = int(values[~legal][0])
+                raise UserError(f"{where} holds byte {bad}, which is no packed trits: the data is damaged")
+            padded = trit_unpack(values, values.shape[-1] * 5)[..., self.in_features :]
+            if bool(padded.any()):
+                raise UserError(f"{where} has trits in its padding: the data is damaged")
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        error_msgs: list[str] = args[-1]
+        errors = len(error_msgs)
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if prefix + "T_packed" in state_dict:
+        if prefix + "T_packed" in state_dict and len(error_msgs) == errors:
             self.T_residual = None
 
     def extra_repr(self) -> str:
         """Sizes and scale type."""
         return f"in={self.in_features}, out={self.out_features}, tscale={self.tscale.name}"
+
+
+def check_exponents(exponents: Tensor, where: str) -> None:
+    """Raise UserError, naming them as `where`, if one of these scale exponents (int8) is out of range."""
+    if bool(((exponents < MIN_SCALE_EXPONENT) | (exponents > MAX_SCALE_EXPONENT)).any()):
+        raise UserError(
+            f"{where} holds an exponent outside {MIN_SCALE_EXPONENT}...{MAX_SCALE_EXPONENT}: "
+            "the data is damaged"
+        )
 
 
 def named_ternary(model: nn.Module) -> Iterator[tuple[str, IntegerModule]]:

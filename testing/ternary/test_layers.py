@@ -1,3 +1,5 @@
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -5,6 +7,7 @@ from torch import nn
 from arbitor.errors import UserError
 from arbitor.ops.activations import CODE_SCALE
 from arbitor.ternary import Int8Embedding, TernaryEmbeddingTable, TernaryLinear, VoteOptimizer
+from arbitor.ternary.capture import RowCapture
 
 TYPES = ["T4", "T6", "T8", "T16", "T32", "T64", "T96", "ROW"]
 
@@ -147,12 +150,45 @@ def test_an_embedding_gives_fp32_rows_and_captures_their_gradient():
         assert table.capture.gradient()[[2, 3, 5, 6, 7]].eq(0).all()
 
 
+TABLES = [Int8Embedding, TernaryEmbeddingTable, functools.partial(TernaryEmbeddingTable, sparse=True)]
+
+
+@pytest.mark.parametrize("make_table", TABLES, ids=["int8", "ternary", "sparse"])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("bad", [-1, 9])
-def test_an_id_outside_the_table_is_an_error(bad):
-    for table in (Int8Embedding(9, 6), TernaryEmbeddingTable(9, 6)):
-        if bad >= 0:
-            with pytest.raises(IndexError):
-                table(torch.tensor([bad]))
+def test_an_id_outside_the_table_is_an_error(bad, dtype, make_table):
+    with pytest.raises(UserError, match=rf"the table has rows 0\.\.\.8, got the id {bad}"):
+        make_table(9, 6)(torch.tensor([[3, bad]], dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32], ids=str)
+def test_ids_that_are_no_integers_are_an_error(dtype):
+    with pytest.raises(UserError, match=f"ids of a table must be integers, got {dtype}"):
+        Int8Embedding(9, 6)(torch.ones(3, dtype=dtype))
+
+
+@pytest.mark.parametrize("make_table", TABLES, ids=["int8", "ternary", "sparse"])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32], ids=str)
+def test_ids_of_any_integer_type_look_up_the_same_rows(dtype, make_table):
+    torch.manual_seed(0)
+    table = make_table(9, 6)
+    VoteOptimizer(table)
+    ids = torch.tensor([[1, 0, 8], [1, 1, 4]])
+    rows = table(ids)
+    rows.square().sum().backward()
+    capture = table.capture
+    expected = [capture.touched()] if isinstance(capture, RowCapture) else [capture.gradient().clone()]
+    capture.clear()
+    again = table(ids.to(dtype))
+    assert torch.equal(again, rows)
+    again.square().sum().backward()
+    actual = [capture.touched()] if isinstance(capture, RowCapture) else [capture.gradient()]
+    for a, b in zip(actual, expected, strict=True):
+        assert all(map(torch.equal, a, b)) if isinstance(a, tuple) else torch.equal(a, b)
+
+
+def test_an_empty_look_up_is_allowed():
+    assert Int8Embedding(9, 6)(torch.empty(0, 2, dtype=torch.int64)).shape == (0, 2, 6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)

@@ -14,6 +14,7 @@ from testing.small_net import (
     backward,
     batch,
     changed,
+    each_rule,
     each_state,
     loss_of,
     make,
@@ -56,6 +57,26 @@ def test_constants_of_the_sign_rule():
 def test_a_threshold_sets_span_and_rail_along_with_it(state, threshold, span, rail):
     _, optimizer = make(state=state, accum_threshold=threshold)
     assert (optimizer.accum_threshold, optimizer.span, optimizer.rail) == (threshold, span, rail)
+
+
+@each_state
+def test_the_sign_rule_keeps_no_momentum_of_matrices(state):
+    # The earlier system's rule has none; the bytes must not name what is not there.
+    net, optimizer = make(rule="sign", state=state)
+    kept = {name.rpartition(".")[2] for name in optimizer.named_state() if name.startswith("up.")}
+    assert kept == {"T_accum", "E_accum"}
+    assert optimizer.state_bytes() == make(rule="spectral", state="lean")[1].state_bytes()
+    weights = {name: module.trits() for name, module in named_ternary(net) if name.startswith("up.")}
+    before = {name: t.clone() for name, t in optimizer.named_state().items()}
+    backward(net)
+    votes = {name: -net.get_submodule(name).capture.gradient().sign() for name in weights}
+    optimizer.step()
+    for name, trits in weights.items():
+        total = before[f"{name}.T_accum"] + votes[name]
+        flips = ((total >= 32) & (trits < 1)).int() - ((total <= -32) & (trits > -1)).int()
+        expected = torch.where(flips != 0, 0, total)
+        expected = torch.where(trits * expected > 32, trits * 32, expected)
+        assert torch.equal(optimizer.named_state()[f"{name}.T_accum"].float(), expected.float())
 
 
 @each_state
@@ -117,8 +138,12 @@ def test_a_second_optimizer_takes_the_model_over():
     [
         ({"state": "lazy"}, r"unknown state 'lazy'; choose one of full, compact, lean"),
         ({"rule": "adam"}, r"unknown rule 'adam'; choose one of spectral, sinkhorn, row, sign"),
-        ({"lr": -0.1}, r"learning rate must not be negative, got -0\.1"),
-        ({"lr": math.nan}, r"learning rate must not be negative, got nan"),
+        ({"lr": -0.1}, r"learning rate must be a finite number that is not negative, got -0\.1"),
+        ({"lr": math.nan}, r"learning rate must be a finite number that is not negative, got nan"),
+        ({"lr": math.inf}, r"learning rate must be a finite number that is not negative, got inf"),
+        ({"lr": "0.1"}, r"learning rate must be a finite number that is not negative, got 0\.1"),
+        ({"scale_lr": -0.1}, r"learning rate of scales \(scale_lr\) must be .* not negative, got -0\.1"),
+        ({"scale_lr": math.nan}, r"learning rate of scales \(scale_lr\) must be .* not negative, got nan"),
         ({"accum_threshold": 0}, r"accum_threshold must be between 2 and 127, got 0"),
         ({"accum_threshold": 1}, r"accum_threshold must be between 2 and 127, got 1"),
         ({"accum_threshold": 128}, r"accum_threshold must be between 2 and 127, got 128"),
@@ -174,6 +199,63 @@ def test_lr_schedulers_drive_the_learning_rate():
             twin_optimizer.param_groups[0]["lr"] = rate
             train(twin, twin_optimizer, range(step, step + 1))
         assert changed(snapshot(net, optimizer), snapshot(twin, twin_optimizer)) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("lr", math.nan), ("lr", math.inf), ("lr", -1e-9), ("lr", None), ("scale_lr", math.nan)],
+    ids=str,
+)
+def test_a_rate_that_became_illegal_is_refused_by_the_step(key, value):
+    net, optimizer = make()
+    train(net, optimizer, range(1))
+    backward(net)
+    before = snapshot(net, optimizer)
+    old = optimizer.param_groups[0][key]
+    optimizer.param_groups[0][key] = value
+    with pytest.raises(UserError, match=f"must be a finite number that is not negative, got {value}"):
+        optimizer.step()
+    assert changed(before, snapshot(net, optimizer)) == []
+    assert optimizer.step_count == 1
+    # Nothing is lost: with a legal rate the step is the one that it would have been.
+    optimizer.param_groups[0][key] = old
+    optimizer.step()
+    twin, twin_optimizer = make()
+    train(twin, twin_optimizer, range(1))
+    backward(twin)
+    twin_optimizer.step()
+    assert changed(snapshot(net, optimizer), snapshot(twin, twin_optimizer)) == []
+
+
+def test_further_parameter_groups_are_refused():
+    _, optimizer = make()
+    with pytest.raises(UserError, match="VoteOptimizer has one group"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
+    assert len(optimizer.param_groups) == 1
+
+
+@each_rule
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@each_state
+def test_a_step_inside_autocast_is_the_step_outside(state, dtype, rule):
+    net, optimizer = make(state=state, rule=rule, scale_lr=0.1, tscale="T8")
+    twin, twin_optimizer = make(state=state, rule=rule, scale_lr=0.1, tscale="T8")
+    for seed in range(3):
+        backward(net, batch(seed))
+        backward(twin, batch(seed))
+        optimizer.step()
+        with torch.autocast("cpu", dtype):
+            twin_optimizer.step()
+            assert torch.is_autocast_enabled("cpu")
+    assert changed(snapshot(net, optimizer), snapshot(twin, twin_optimizer)) == []
+
+
+def test_data_parallel_is_refused_while_training():
+    net, optimizer = make()
+    with pytest.raises(UserError, match="DataParallel cannot train integer layers"):
+        net.up[0]._replicate_for_data_parallel()
+    optimizer.detach()
+    assert net.up[0]._replicate_for_data_parallel().capture is None
 
 
 def test_step_takes_a_closure():

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from arbitor.errors import UserError
-from arbitor.ternary import TernaryLinear, VoteOptimizer
-from testing.small_net import SmallNet, changed, each_state, make, snapshot, train
+from arbitor.ternary import TernaryLinear, VoteOptimizer, named_ternary
+from testing.small_net import SmallNet, backward, changed, each_state, make, snapshot, train
 
 
 @each_state
@@ -174,3 +174,138 @@ def test_hyperparameters_of_another_kind_are_refused(options, message):
         optimizer.load_hyperparameters(saved.hyperparameters())
     with pytest.raises(UserError, match=message):
         optimizer.load_state_dict(saved.state_dict())
+
+
+@each_state
+@pytest.mark.parametrize("assign", [False, True], ids=["copy", "assign"])
+def test_weights_may_be_loaded_under_an_attached_optimizer(assign, state):
+    net, optimizer = make(state=state, lr=0.2)
+    train(net, optimizer, range(3))
+    saved, saved_state = snapshot(net), snapshot(net, optimizer)
+    expected = (train(net, optimizer, range(3, 5)), snapshot(net, optimizer))
+
+    resumed, other = make(seed=1, state=state, lr=0.2)
+    names, shapes = list(other.named_state()), [t.shape for t in other.named_state().values()]
+    resumed.load_state_dict(saved, assign=assign)
+    assert list(other.named_state()) == names
+    assert [t.shape for t in other.named_state().values()] == shapes
+    assert {id(p) for p in other.param_groups[0]["params"]} == {
+        id(m.stored) for _, m in named_ternary(resumed)
+    }
+    assert not any(p.requires_grad for p in resumed.parameters())
+    other.load_named_state({name: t for name, t in saved_state.items() if name in names})
+    other.step_count = 3
+    assert (train(resumed, other, range(3, 5)), changed(expected[1], snapshot(resumed, other))) == (
+        expected[0],
+        [],
+    )
+
+
+@pytest.mark.parametrize("assign", [False, True], ids=["copy", "assign"])
+def test_loading_weights_keeps_the_state_until_it_is_reset(assign):
+    net, optimizer = make(lr=0.3)
+    train(net, optimizer, range(3))
+    state = {name: t.clone() for name, t in optimizer.named_state().items()}
+    others = SmallNet().state_dict()
+    net.load_state_dict(others, assign=assign)
+    assert changed(state, optimizer.named_state()) == []
+
+
+@each_state
+def test_a_reset_state_is_that_of_an_optimizer_for_loaded_weights(state):
+    net, optimizer = make(state=state, lr=0.3, tscale="T8", scale_lr=0.5)
+    train(net, optimizer, range(3))
+    loaded = SmallNet("T8")
+    loaded.load_state_dict(net.state_dict())
+    fresh = VoteOptimizer(loaded, state=state, lr=0.3, scale_lr=0.5)
+    fresh.step_count = 3
+    backward(net)
+    optimizer.reset_state()
+    assert not optimizer.has_captures
+    assert changed(fresh.named_state(), optimizer.named_state()) == []
+    assert train(net, optimizer, range(3, 5)) == train(loaded, fresh, range(3, 5))
+    assert changed(snapshot(net, optimizer), snapshot(loaded, fresh)) == []
+
+
+def test_a_parameter_that_was_replaced_by_hand_is_named():
+    net, optimizer = make()
+    net.up[1].T_packed = nn.Parameter(net.up[1].T_packed.clone(), requires_grad=False)
+    with pytest.raises(UserError, match=r"the parameter of up\.1 was replaced"):
+        optimizer.named_state()
+
+
+def test_load_state_dict_copies():
+    net, optimizer = make()
+    train(net, optimizer, range(2))
+    saved = optimizer.state_dict()
+    twin, other = make(seed=1)
+    twin.load_state_dict(net.state_dict())
+    live = other.named_state()
+    other.load_state_dict(saved)
+    assert all(tensor is live[name] for name, tensor in other.named_state().items())
+    before = {name: t.clone() for name, t in optimizer.named_state().items()}
+    train(twin, other, range(2, 4))
+    other.param_groups[0]["lr"] = 0.7
+    assert changed(before, optimizer.named_state()) == []
+    assert optimizer.param_groups[0]["lr"] == saved["param_groups"][0]["lr"] == 0.05
+
+
+def without(key):
+    def damage(saved):
+        del saved[key]
+
+    return damage
+
+
+def set_hyperparameter(key, value):
+    def damage(saved):
+        saved["hyperparameters"] = {**saved["hyperparameters"], key: value}
+        if value is None:
+            del saved["hyperparameters"][key]
+
+    return damage
+
+
+def set_rate(saved):
+    saved["param_groups"] = [{**saved["param_groups"][0], "lr": float("nan")}]
+
+
+def add_group(saved):
+    saved["param_groups"] = saved["param_groups"] * 2
+
+
+def not_a_tensor(saved):
+    saved["state"] = {**saved["state"], 0: dict.fromkeys(saved["state"][0], 3)}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (without("hyperparameters"), "no state_dict of a VoteOptimizer: it has no hyperparameters"),
+        (without("state"), "no state_dict of a VoteOptimizer: it has no state"),
+        (without("param_groups"), "no state_dict of a VoteOptimizer: it has no param_groups"),
+        (set_hyperparameter("seed", None), "the saved optimizer has no seed"),
+        (set_hyperparameter("step_count", "many"), "has step_count 'many', which is no whole number"),
+        (set_hyperparameter("dropped_steps", 0.5), r"has dropped_steps 0\.5, which is no whole number"),
+        (set_hyperparameter("accum_threshold", 500), "accum_threshold must be between 2 and 127, got 500"),
+        (set_hyperparameter("rule", "row"), "the saved optimizer has rule 'row', this one 'spectral'"),
+        (set_rate, "learning rate must be a finite number that is not negative, got nan"),
+        (add_group, "does not have the one group of this model's weights"),
+        (not_a_tensor, "is no tensor but a int"),
+    ],
+    ids=lambda value: None,
+)
+def test_a_damaged_state_dict_is_refused_whole(damage, message):
+    net, saved_optimizer = make(seed=2)
+    train(net, saved_optimizer, range(2))
+    saved = dict(saved_optimizer.state_dict())
+    damage(saved)
+    net, optimizer = make(accum_threshold=40)
+    train(net, optimizer, range(1))
+    before, plain = snapshot(net, optimizer), optimizer.hyperparameters()
+    rates = dict(optimizer.param_groups[0])
+    with pytest.raises(UserError, match=message):
+        optimizer.load_state_dict(saved)
+    assert changed(before, snapshot(net, optimizer)) == []
+    assert optimizer.hyperparameters() == plain
+    assert optimizer.param_groups == [rates]

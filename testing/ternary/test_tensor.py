@@ -141,6 +141,66 @@ def test_set_trits_refuses_what_is_no_trit(value):
         w.set_trits(torch.zeros(1, 3), w.E)
 
 
+@pytest.mark.parametrize(
+    ("trits", "exponent", "message"),
+    [
+        (torch.zeros(1, 3), torch.zeros(2, 1), r"trits have the shape \(1, 3\), expected \(2, 3\)"),
+        (torch.zeros(3), torch.zeros(2, 1), r"trits have the shape \(3,\), expected \(2, 3\)"),
+        (torch.zeros(2, 3), torch.zeros(1, 1), r"E has the shape \(1, 1\), expected \(2, 1\)"),
+        (torch.zeros(2, 3), torch.full((2, 1), 32), r"E holds an exponent outside -62\.\.\.31"),
+        (torch.zeros(2, 3), torch.full((2, 1), -63), r"E holds an exponent outside -62\.\.\.31"),
+    ],
+    ids=["rows", "vector", "exponents", "high", "low"],
+)
+def test_set_trits_checks_before_it_copies(trits, exponent, message):
+    w = TernaryScaleTensor(3, 2)
+    w.set_trits(torch.ones(2, 3, dtype=torch.int8), torch.full((2, 1), -5, dtype=torch.int8))
+    w.T_residual = residual = torch.zeros(2, 3, dtype=torch.int8)
+    before = [w.T_packed.clone(), w.E.clone()]
+    with pytest.raises(UserError, match=message):
+        w.set_trits(trits.to(torch.int8), exponent.to(torch.int8))
+    assert all(map(torch.equal, before, [w.T_packed, w.E]))
+    assert w.T_residual is residual
+
+
+def test_set_trits_refuses_exponents_of_another_dtype():
+    w = TernaryScaleTensor(3, 2)
+    before = w.T_packed.clone()
+    with pytest.raises(UserError, match=r"E is torch\.float32, expected torch\.int8"):
+        w.set_trits(torch.ones(2, 3, dtype=torch.int8), torch.full((2, 1), -4.5))
+    assert torch.equal(w.T_packed, before)
+
+
+def damage_shape(state):
+    state["0.E"] = state["0.E"][:1]
+
+
+def damage_vector(state):
+    state["1.E"] = state["1.E"][:1]
+
+
+@pytest.mark.parametrize("assign", [False, True], ids=["copy", "assign"])
+@pytest.mark.parametrize(
+    "damage",
+    ["damage_byte", "damage_padding", "damage_exponent", "damage_shape", "damage_code", "damage_vector"],
+)
+def test_nothing_of_a_damaged_module_is_loaded(damage, assign):
+    model = nn.Sequential(TernaryLinear(33, 4), Int8Embedding(3, 4))
+    torch.manual_seed(1)
+    state = {
+        k: t.clone() for k, t in nn.Sequential(TernaryLinear(33, 4), Int8Embedding(3, 4)).state_dict().items()
+    }
+    globals()[damage](state)
+    bad = 1 if damage in ("damage_code", "damage_vector") else 0
+    before = [parameter.clone() for parameter in model[bad].parameters()]
+    residual = model[0].T_residual
+    with pytest.raises(RuntimeError, match=rf"{bad}\."):
+        model.load_state_dict(state, assign=assign)
+    assert all(map(torch.equal, before, model[bad].parameters()))
+    assert (model[0].T_residual is residual) == (bad == 0)
+    model[bad].check()
+
+
 def damage_byte(state):
     state["0.T_packed"][1, 3] = ILLEGAL_BYTE
 

@@ -1,12 +1,14 @@
 """Audit: every tensor that training keeps, its bytes, and whether a float is among them.
 
 Persistent is what a checkpoint holds: the model's parameters and saved buffers, and the optimizer's state.
-A live model is also searched for floats that are not saved but stand for a weight: tensors with as many
-elements as a weight matrix or table, held by a module or the optimizer under any name.
+A live model is also searched for floats that are not saved but may stand for weights: every tensor or array
+of more than a few floats that a module or the optimizer leads to, whatever its shape, name and container.
+Only captured gradients are let be, which live from a backward to its step.
 """
 
 import math
 import os
+from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from arbitor.errors import UserError
+from arbitor.ternary.capture import MatrixCapture, RowCapture
+from arbitor.ternary.reach import reach
 from arbitor.ternary.tensor import named_ternary
 
+FEW_FLOATS = 4  # that may be kept: a loss, a metric, but no weights
 MAX_HEADER_BYTES = 16 << 20
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -43,6 +48,7 @@ _SAFETENSORS_FLOATS = {
     "F8_E4M3": ("float8_e4m3fn", 1),
     "F8_E5M2": ("float8_e5m2", 1),
 }
+_TRANSIENT = {MatrixCapture: {"_pairs", "_dense"}, RowCapture: {"_uses"}}
 _MATRIX_ROLES = {
     "T_packed": "trits",
     "E": "scale exponents",
@@ -94,7 +100,7 @@ class AuditReport:
     """What is kept.
 
     Attributes:
-        rows: every persistent tensor, by name, and every unsaved float that stands for a weight.
+        rows: every persistent tensor, by name, and every other tensor or array of more than a few floats.
     """
 
     rows: tuple[AuditRow, ...]
@@ -156,24 +162,30 @@ def audit(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> A
         optimizer: its training state; any torch optimizer.
 
     Returns:
-        The report; `report.ok` is False if a persistent tensor is a float.
+        The report; `report.ok` is False if a persistent tensor is a float, or if a tensor or array of more
+        than `FEW_FLOATS` floats is kept anywhere else.
     """
-    entries = [_entry(name, tensor, False) for name, tensor in _saved_tensors(model)]
-    entries += [_entry(name, tensor, True) for name, tensor in _optimizer_tensors(model, optimizer)]
+    saved = dict(_saved_tensors(model))
+    state = dict(_optimizer_tensors(model, optimizer))
+    entries = [_entry(name, tensor, False) for name, tensor in saved.items()]
+    entries += [_entry(name, tensor, True) for name, tensor in state.items()]
     rows = _rows(entries, {name: module.numel() for name, module in named_ternary(model)})
-    sizes = {row.weights for row in rows if row.weights > 1}  # a scalar is neither a matrix nor a table
-    hidden = [
-        AuditRow(
-            name=name,
-            dtype=_dtype_name(tensor),
-            shape=tuple(tensor.shape),
-            bytes=tensor.nbytes,
-            role="unsaved float",
-            persistent=False,
-        )
-        for name, tensor in _unsaved_tensors(model, optimizer)
-        if _is_float(tensor) and tensor.numel() in sizes
-    ]
+    known = {id(tensor) for tensor in (*saved.values(), *state.values())}
+    roots = {"": model} if optimizer is None else {"": model, "optimizer": optimizer}
+    hidden = []
+    for name, tensor in reach(roots, _TRANSIENT):
+        entry = _entry(name, tensor, False)
+        if id(tensor) not in known and entry.is_float and math.prod(entry.shape) > FEW_FLOATS:
+            hidden.append(
+                AuditRow(
+                    name=name,
+                    dtype=entry.dtype,
+                    shape=entry.shape,
+                    bytes=entry.bytes,
+                    role="unsaved float",
+                    persistent=False,
+                )
+            )
     return AuditReport(rows=(*rows, *hidden))
 
 
@@ -244,31 +256,33 @@ def _join(module: str, key: str) -> str:
     return f"{module}.{key}" if module else key
 
 
-def _is_float(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
+def _entry(name: str, value: Any, is_state: bool) -> _Entry:
+    """A tensor, a NumPy array or an `array.array`."""
+    if isinstance(value, Tensor):
+        dtype, shape = str(value.dtype).removeprefix("torch."), tuple(value.shape)
+        size, is_float = value.element_size(), value.is_floating_point() or value.is_complex()
+    elif isinstance(value, array):
+        dtype, shape, size, is_float = value.typecode, (len(value),), value.itemsize, value.typecode in "fd"
+    else:
+        dtype, shape = str(value.dtype), tuple(value.shape)
+        size, is_float = value.dtype.itemsize, value.dtype.kind in "fc"
+    return _Entry(name, dtype, shape, math.prod(shape) * size, is_float, is_state)
 
 
-def _dtype_name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
-def _entry(name: str, tensor: Tensor, is_state: bool) -> _Entry:
-    shape = tuple(tensor.shape)
-    return _Entry(name, _dtype_name(tensor), shape, tensor.nbytes, _is_float(tensor), is_state)
-
-
-def _saved_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """What `state_dict()` holds, a tensor that two modules share counted once."""
+def _saved_tensors(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """What `state_dict()` holds, extra state included, a tensor that two modules share counted once."""
     seen: set[int] = set()
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if isinstance(tensor, Tensor) and id(tensor) not in seen:
-            seen.add(id(tensor))
-            yield name, tensor
+    for name, value in model.state_dict(keep_vars=True).items():
+        parts = [(name, value)] if isinstance(value, Tensor) else reach({name: value}, {})
+        for part, tensor in parts:
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield part, tensor
 
 
 def _optimizer_tensors(
     model: nn.Module, optimizer: torch.optim.Optimizer | None
-) -> Iterator[tuple[str, Tensor]]:
+) -> Iterator[tuple[str, Any]]:
     """State tensors, named after the ternary module that they belong to, else after their parameter."""
     if optimizer is None:
         return
@@ -276,40 +290,7 @@ def _optimizer_tensors(
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for number, (parameter, state) in enumerate(optimizer.state.items()):
         owner = owners.get(id(parameter), names.get(id(parameter), f"optimizer.{number}"))
-        for key, tensor in _tensors_in(state):
-            yield _join(owner, key), tensor
-
-
-def _unsaved_tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer | None
-) -> Iterator[tuple[str, Tensor]]:
-    for name, module in model.named_modules():
-        for key, tensor in module.named_buffers(recurse=False):
-            if key in module._non_persistent_buffers_set:
-                yield _join(name, key), tensor
-        for key, tensor in _tensors_in(vars(module), skip=("_parameters", "_buffers", "_modules")):
-            yield _join(name, key), tensor
-    if optimizer is not None:
-        for key, tensor in _tensors_in(vars(optimizer), skip=("state", "param_groups")):
-            yield f"optimizer.{key}", tensor
-
-
-def _tensors_in(container: Any, skip: tuple[str, ...] = (), depth: int = 4) -> Iterator[tuple[str, Tensor]]:
-    """Tensors in mappings, lists and tuples by dotted name, to a depth: containers may hold themselves."""
-    if isinstance(container, Mapping):
-        items: Iterable[tuple[Any, Any]] = container.items()
-    elif isinstance(container, (list, tuple)):
-        items = enumerate(container)
-    else:
-        return
-    for key, value in items:
-        if key in skip:
-            continue
-        if isinstance(value, Tensor):
-            yield str(key), value
-        elif depth > 1:
-            for rest, tensor in _tensors_in(value, depth=depth - 1):
-                yield f"{key}.{rest}", tensor
+        yield from reach({owner: state}, {})
 
 
 def _read_header(path: Path, is_state: bool) -> list[_Entry]:

@@ -1,7 +1,12 @@
+import array
+import dataclasses
+import functools
 import gc
 import json
 import struct
+import types
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -241,9 +246,165 @@ def plant_optimizer_attribute(model, optimizer):
     return "optimizer.masters.0", "unsaved float"
 
 
+class Plain:
+    """An object that is no module."""
+
+
+class Slotted:
+    __slots__ = ("__masters", "never_set")
+
+    def __init__(self, masters):
+        self.__masters = masters
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Record:
+    masters: torch.Tensor
+
+
+class OnItsClass(TernaryLinear):
+    pass
+
+
+class WithExtraState(TernaryLinear):
+    def get_extra_state(self):
+        return {"masters": np.zeros(3)}
+
+
+def closure_over(masters):
+    return lambda: masters
+
+
+def plant_object(model, optimizer):
+    model.mix.helper = Plain()
+    model.mix.helper.masters = torch.zeros(17, 3)
+    return "mix.helper.masters", "unsaved float"
+
+
+def plant_numpy(model, optimizer):
+    model.mix.masters = np.zeros((40, 170), dtype=np.float32)
+    return "mix.masters", "unsaved float"
+
+
+def plant_object_array(model, optimizer):
+    model.masters = np.array([None, {1: np.zeros(5)}], dtype=object)
+    return "masters.1.1", "unsaved float"
+
+
+def plant_array(model, optimizer):
+    model.masters = array.array("f", [0.0] * 9)
+    return "masters", "unsaved float"
+
+
+def plant_flat_buffer(model, optimizer):
+    optimizer.flat = [torch.zeros(62_517)]
+    return "optimizer.flat.0", "unsaved float"
+
+
+def plant_set(model, optimizer):
+    model.masters = {torch.zeros(7)}
+    return "masters.0", "unsaved float"
+
+
+def plant_key(model, optimizer):
+    optimizer.masters = {torch.zeros(7): 1}
+    return "optimizer.masters.Tensor (key)", "unsaved float"
+
+
+def plant_slot(model, optimizer):
+    optimizer.helper = Slotted(torch.zeros(7))
+    return "optimizer.helper.__masters", "unsaved float"
+
+
+def plant_dataclass(model, optimizer):
+    model.embed.record = (Record(torch.zeros(7)),)
+    return "embed.record.0.masters", "unsaved float"
+
+
+def plant_closure(model, optimizer):
+    model.mix.register_forward_hook(functools.partial(closure_over(torch.zeros(7)), 1))
+    (key,) = model.mix._forward_hooks
+    return f"mix._forward_hooks.{key}.func.masters", "unsaved float"
+
+
+def plant_default(model, optimizer):
+    masters = torch.zeros(7)
+    optimizer.helper = lambda masters=masters: masters
+    return "optimizer.helper.defaults.0", "unsaved float"
+
+
+def plant_bound_method(model, optimizer):
+    helper = Plain()
+    helper.masters = torch.zeros(7)
+    optimizer.helper = types.MethodType(len, helper)
+    return "optimizer.helper.self.masters", "unsaved float"
+
+
+def plant_attribute_of_a_weight(model, optimizer):
+    model.mix.T_packed.master = torch.zeros(40, 170)
+    return "mix.T_packed.master", "unsaved float"
+
+
+def plant_gradient(model, optimizer):
+    leaf = torch.zeros(2, requires_grad=True)
+    model.leaf = [leaf]
+    expanded = torch.zeros(2, 8)
+    (leaf[:, None] * expanded).sum().backward()
+    leaf.grad.masters = torch.zeros(7)
+    return "leaf.0.grad.masters", "unsaved float"
+
+
+def plant_deeper_than_any_fixed_depth(model, optimizer):
+    value = [torch.zeros(7)]
+    for _ in range(50):
+        value = [value]
+    model.masters = value
+    return "masters" + ".0" * 51, "unsaved float"
+
+
+def plant_on_the_class(model, optimizer):
+    model.more = OnItsClass(8, 4)
+    OnItsClass.masters = [torch.zeros(7)]
+    return "more.masters.0", "unsaved float"
+
+
+def plant_in_a_capture(model, optimizer):
+    model.mix.capture.masters = torch.zeros(7)
+    return "mix.capture.masters", "unsaved float"
+
+
+def plant_extra_state(model, optimizer):
+    model.more = WithExtraState(8, 4)
+    return "more._extra_state.masters", "float weight"
+
+
+def plant_numpy_state(model, optimizer):
+    optimizer.state[model.mix.T_packed]["exp_avg"] = {"a": np.zeros(2)}
+    return "mix.exp_avg.a", "float training state"
+
+
 @pytest.mark.parametrize(
     "plant",
     [
+        plant_object,
+        plant_numpy,
+        plant_object_array,
+        plant_array,
+        plant_flat_buffer,
+        plant_set,
+        plant_key,
+        plant_slot,
+        plant_dataclass,
+        plant_closure,
+        plant_default,
+        plant_bound_method,
+        plant_attribute_of_a_weight,
+        plant_gradient,
+        plant_deeper_than_any_fixed_depth,
+        plant_on_the_class,
+        plant_in_a_capture,
+        plant_extra_state,
+        plant_numpy_state,
         plant_parameter,
         plant_small_parameter,
         plant_buffer,
@@ -283,6 +444,30 @@ def test_a_planted_float_is_found_in_every_file_of_a_checkpoint(tmp_path, dtype,
     assert row.dtype == str(dtype).removeprefix("torch.")
     assert row.bytes == 40 * 170 * dtype.itemsize
     assert row.role == ("float weight" if where == "model" else "float training state")
+
+
+@pytest.mark.parametrize("preset_name", ["tiny", "arb-small"])
+def test_nothing_that_a_step_and_a_generation_leave_is_a_float(preset_name):
+    model = ARBModel(preset_name, enable_memory=preset_name != "tiny")
+    optimizer = VoteOptimizer(model)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=10)
+    assert audit(model, optimizer).ok
+    ids = torch.arange(48).view(2, 24)
+    loss = model(ids, ids).loss
+    optimizer.note_loss(loss)
+    loss.backward()
+    assert audit(model, optimizer).ok, "captured gradients are no training state"
+    optimizer.step()
+    scheduler.step()
+    model.generate("def ", max_bytes=4)
+    assert audit(model, optimizer).violations == ()
+
+
+@pytest.mark.parametrize(("elements", "ok"), [(1, True), (4, True), (5, False)])
+def test_a_few_floats_are_no_weights(elements, ok):
+    model = Small()
+    model.metric = torch.zeros(elements)
+    assert audit(model).ok == ok
 
 
 def test_float_networks_are_counted_and_refused():

@@ -24,7 +24,7 @@ from arbitor.train.loop import HELD_OUT_BYTES, MAX_DROPPED_IN_A_ROW, Run, Traine
 from arbitor.train.metrics import MetricsLog, refuse_busy
 from arbitor.train.plot import plot_loss
 from arbitor.train.signals import Interrupted, SignalGuard
-from arbitor.train.tensorfile import DamagedError
+from arbitor.train.tensorfile import NewerError
 
 FAILED = 1
 
@@ -156,7 +156,12 @@ def _shown(value: Any) -> str:
 
 
 def _newest_checkpoint(folder: Path, console: Console) -> Checkpoint:
-    """The state to resume from: `latest`, else, if that is damaged, the one before it or `best`."""
+    """The state to resume from: `latest`, else, if that cannot be loaded, the one before it or `best`.
+
+    Raises:
+        UserError: none can be loaded, or one is the work of a later arbitor, which an older one shall not
+            replace.
+    """
     latest = folder / "latest"
     previous = swap.previous_of(latest)
     problems = []
@@ -166,7 +171,9 @@ def _newest_checkpoint(folder: Path, console: Console) -> Checkpoint:
             continue
         try:
             found.append(load_checkpoint(path))
-        except DamagedError as error:
+        except NewerError:
+            raise
+        except UserError as error:
             problems.append(str(error))
             continue
         if path == latest:

@@ -12,6 +12,7 @@ from arbitor.errors import UserError
 from arbitor.train.loop import Trainer
 from arbitor.train.metrics import EVALUATION_KEYS, STEP_KEYS, MetricsLog
 from arbitor.train.session import start_training
+from arbitor.train.tensorfile import dump_document
 
 RUNS = Path("runs")
 VARYING = {"bytes_per_second", "memory", "seconds"}
@@ -129,6 +130,49 @@ def test_a_damaged_latest_falls_back_to_the_one_before_and_says_so(whole_run, se
     assert "warning: runs/cut/latest/model.safetensors is damaged: the checksum of tensor" in printed
     assert "resuming from the checkpoint of step 8 in runs/cut/.latest.previous" in printed
     assert_equal_runs("cut", whole_run)
+
+
+def spoil_format(folder):
+    path = folder / "state.json"
+    path.write_text(path.read_text().replace('"format": 1', '"format": 3'))  # one bit
+
+
+def spoil_header(folder):
+    path = folder / "optimizer.safetensors"
+    path.write_bytes(path.read_bytes().replace(b'"arbitor"', b'"arbitos"', 1))
+
+
+def put_another_kind(folder):
+    shutil.copy(folder / "optimizer.safetensors", folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("spoil", [spoil_format, spoil_header, put_another_kind])
+def test_whatever_keeps_latest_from_loading_the_one_before_serves(
+    whole_run, settings, interrupt, capsys, spoil
+):
+    interrupt("take_step", 10, lambda: signal.raise_signal(signal.SIGINT))
+    assert start_training(settings, run="cut") == 130
+    spoil(RUNS / "cut" / "latest")
+    capsys.readouterr()
+    assert start_training({}, run="cut", resume=True) == 0
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 1
+    assert warnings[0].startswith("warning: runs/cut/latest/")
+    assert_equal_runs("cut", whole_run)
+
+
+def test_work_of_a_later_version_is_not_replaced_by_older_work(workplace, settings, interrupt):
+    interrupt("take_step", 10, lambda: signal.raise_signal(signal.SIGINT))
+    start_training(settings, run="cut")
+    path = RUNS / "cut" / "latest" / "state.json"
+    state = json.loads(path.read_text())
+    path.write_text(
+        dump_document({key: value for key, value in state.items() if key != "checksum"} | {"format": 2})
+    )
+    later = path.read_text()
+    with pytest.raises(UserError, match="has format 2, this arbitor reads up to 1: update arbitor"):
+        start_training({}, run="cut", resume=True)
+    assert path.read_text() == later
 
 
 def test_without_any_latest_best_serves(whole_run, settings, interrupt, capsys):

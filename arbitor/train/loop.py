@@ -6,7 +6,7 @@ uninterrupted one bit for bit (same device type, versions and thread count).
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -192,11 +192,12 @@ class Outcome:
 
 @dataclass(slots=True)
 class _Unread:
-    """A step whose loss is still on the device only."""
+    """A step whose loss, and whether it was dropped, are still on the device only."""
 
     step: int
     lr: float
     loss: Tensor
+    ok: Tensor
 
 
 class Run:
@@ -226,11 +227,16 @@ class Run:
         self._unread: list[_Unread] = []
         self._unread_seconds = 0.0
         self._dropped = trainer.optimizer.dropped_steps
+        self._diverged = False
         self._first_step = trainer.step
         self._step_seconds = 0.0
 
     def run_steps(self) -> Outcome:
-        """Train until the last step, a signal, or too many dropped steps; `latest` is saved in each case."""
+        """Train until the last step, a signal, or too many dropped steps; `latest` is saved in each case.
+
+        Raises:
+            UserError: the disk did not take that last checkpoint; one in between may be missed.
+        """
         trainer, train = self.trainer, self.trainer.config.train
         while True:
             if self._is_due(train.eval_interval) and trainer.evaluated_step != trainer.step:
@@ -239,7 +245,7 @@ class Run:
                 except Interrupted:
                     break
             if self._is_due(train.save_interval):
-                self._save_latest()
+                self._save_or_go_on(self._save_latest)
             if trainer.done or self._diverged or self.guard.received is not None:
                 break
             self._take_step()
@@ -261,10 +267,6 @@ class Run:
         if self.trainer.config.train.save:
             self.trainer.save(self.folder / name, keep_previous=keep_previous)
 
-    @property
-    def _diverged(self) -> bool:
-        return self.trainer.dropped_in_a_row >= MAX_DROPPED_IN_A_ROW
-
     def _is_due(self, interval: int) -> bool:
         step = self.trainer.step
         return step > 0 and (self.trainer.done or (interval > 0 and step % interval == 0))
@@ -273,7 +275,8 @@ class Run:
         started = time.perf_counter()
         lr = self.trainer.next_lr()
         loss = self.trainer.take_step()
-        self._unread.append(_Unread(self.trainer.step, lr, loss))
+        ok = self.trainer.optimizer.last_step_ok
+        self._unread.append(_Unread(self.trainer.step, lr, loss, ok))
         self._unread_seconds += time.perf_counter() - started
         if self.trainer.step % self.trainer.config.train.log_interval == 0 or self.trainer.done:
             self._read_steps()
@@ -285,12 +288,13 @@ class Run:
         trainer, unread = self.trainer, self._unread
         started = time.perf_counter()
         readings = trainer.readings
-        scalars = [*(step.loss for step in unread), *readings.values()]
+        scalars = [*(step.loss for step in unread), *(step.ok for step in unread), *readings.values()]
         figures = torch.stack([scalar.to(torch.float32) for scalar in scalars]).tolist()
-        losses, parts = figures[: len(unread)], dict(zip(readings, figures[len(unread) :], strict=True))
+        losses, oks = figures[: len(unread)], figures[len(unread) : 2 * len(unread)]
+        parts = dict(zip(readings, figures[2 * len(unread) :], strict=True))
         flip_rate = trainer.optimizer.flip_rate()
         self._unread_seconds += time.perf_counter() - started
-        self._count_dropped(len(unread))
+        self._count_dropped([bool(ok) for ok in oks])
         rate = len(unread) * trainer.bytes_per_step / self._unread_seconds
         memory = trainer.device.memory()
         self.seconds += self._unread_seconds
@@ -311,7 +315,7 @@ class Run:
                 flip_rate if last else None,
             )
             lines.append(dict(zip(STEP_KEYS, values, strict=True)) | (parts if last else {}))
-        self.log.write(*lines)
+        self._log(*lines)
         steps_taken = trainer.step - self._first_step
         self.display.update(
             Reading(
@@ -325,21 +329,22 @@ class Run:
             )
         )
 
-    def _count_dropped(self, num_steps: int) -> None:
-        """Keep `dropped_in_a_row`; if the last of several steps was dropped, all drops count as last."""
+    def _count_dropped(self, oks: Sequence[bool]) -> None:
+        """Follow the steps one by one, so that when a run has diverged does not depend on `log_interval`.
+
+        Args:
+            oks: of each step since the last reading, whether it counted.
+        """
         trainer = self.trainer
-        total = trainer.optimizer.dropped_steps
-        newly = total - self._dropped
-        self._dropped = total
-        if newly == 0 or trainer.optimizer.last_step_applied:
-            trainer.dropped_in_a_row = 0
-        else:
-            before = trainer.dropped_in_a_row if newly == num_steps else 0
-            trainer.dropped_in_a_row = before + newly
+        for ok in oks:
+            trainer.dropped_in_a_row = 0 if ok else trainer.dropped_in_a_row + 1
+            self._diverged = self._diverged or trainer.dropped_in_a_row >= MAX_DROPPED_IN_A_ROW
+        newly = oks.count(False)
+        self._dropped += newly
         if newly:
-            what = "dropped" if num_steps == 1 else f"{newly} of {num_steps} steps dropped"
+            what = "dropped" if len(oks) == 1 else f"{newly} of {len(oks)} steps dropped"
             self.display.note(
-                f"step {trainer.step}: {what}, a loss or gradient was not finite ({total} so far)"
+                f"step {trainer.step}: {what}, a loss or gradient was not finite ({self._dropped} so far)"
             )
 
     def _evaluate(self) -> None:
@@ -351,18 +356,40 @@ class Run:
         seconds = time.perf_counter() - started
         self.seconds += seconds
         values = (trainer.step, result.bits_per_byte, result.num_bytes, seconds)
-        self.log.write(dict(zip(EVALUATION_KEYS, values, strict=True)))
+        self._log(dict(zip(EVALUATION_KEYS, values, strict=True)))
         trainer.evaluated_step = trainer.step
         self._saved_step = None  # the outcome belongs into `latest`, too
         best = result.bits_per_byte < (math.inf if trainer.best is None else trainer.best["bits_per_byte"])
         if best:
+            before = trainer.best
             trainer.best = {"step": trainer.step, "bits_per_byte": result.bits_per_byte}
-            self.save("best")
+            if not self._save_or_go_on(lambda: self.save("best")):
+                trainer.best = before  # what is on the disk still is the best that can be had
         mark = ", the best so far" if best else ""
         windows = f"first {result.windows} windows"
         self.display.note(
             f"step {trainer.step}: held out {result.bits_per_byte:.4f} bits per byte ({windows}){mark}"
         )
+
+    def _save_or_go_on(self, save: Callable[[], None]) -> bool:
+        """Save during training: a disk that takes no more costs a checkpoint, not the run.
+
+        Returns:
+            Whether it was saved.
+        """
+        try:
+            save()
+        except UserError as error:
+            self.display.note(f"warning: step {self.trainer.step}: {error}; training goes on")
+            return False
+        return True
+
+    def _log(self, *lines: dict[str, Any]) -> None:
+        if problem := self.log.write(*lines):
+            self.display.note(
+                f"warning: step {self.trainer.step}: cannot write {self.log.path}: {problem}; "
+                "its lines are kept until there is room, and training goes on"
+            )
 
     def _save_latest(self) -> None:
         self._read_steps()

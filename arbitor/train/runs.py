@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from arbitor.errors import UserError
 from arbitor.train import swap
@@ -102,17 +103,19 @@ def remove_run(path: Path) -> None:
 
 
 def is_finished(path: Path) -> bool:
-    """Whether the run in `path` reached its last step."""
-    return (path / SUMMARY_FILE).is_file()
+    """Whether the run in `path` reached its last step, and its summary can be read."""
+    return bool(read_summary(path))
 
 
-def read_summary(path: Path) -> dict[str, object]:
-    """`summary.json` of a finished run; empty if it cannot be read."""
+def read_summary(path: Path) -> dict[str, Any]:
+    """`summary.json` of a finished run; empty if there is none, or none with its figures in it."""
     try:
         summary = json.loads((path / SUMMARY_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
-    return summary if isinstance(summary, dict) else {}
+    if not isinstance(summary, dict) or type(summary.get("steps")) is not int:
+        return {}
+    return summary if type(summary.get("held_out_bits_per_byte")) is float else {}
 
 
 def find_checkpoint(given: str | Path | None = None) -> Path:

@@ -277,9 +277,11 @@ def _finish(run: Run) -> tuple[dict[str, Any], bytes, bytes]:
 
 def _finished_line(folder: Path) -> str:
     summary = runs.read_summary(folder)
-    figure = summary.get("held_out_bits_per_byte")
-    result = f" with {figure:.4f} held-out bits per byte" if isinstance(figure, float) else ""
-    return f"the run {folder.name!r} is finished{result} ({summary.get('steps')} steps); nothing to do"
+    figure, steps = summary["held_out_bits_per_byte"], summary["steps"]
+    return (
+        f"the run {folder.name!r} is finished with {figure:.4f} held-out bits per byte ({steps} steps); "
+        f"nothing to do (a larger --steps trains it longer)"
+    )
 
 
 def _complain(message: str) -> None:

@@ -190,7 +190,7 @@ def _check_header_size(path: Path) -> None:
 def _checked_document(path: Path, kind: str, metadata: Mapping[str, str] | None) -> dict[str, Any]:
     if metadata is None or set(metadata) != {"arbitor"}:
         raise DamagedError(
-            f"{path} is damaged or was not written by arbitor: its metadata does not hold the one key 'arbitor'"
+            f"{path} is damaged or was not written by arbitor: its metadata lacks the one key 'arbitor'"
         )
     document = parse_document(path, metadata["arbitor"])
     if document.get("kind") != kind or not isinstance(document.get("tensors"), dict):

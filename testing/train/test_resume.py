@@ -221,6 +221,29 @@ def test_resume_takes_the_newest_run_and_a_finished_one_says_so(workplace, setti
     assert {path: path.stat().st_mtime_ns for path in RUNS.rglob("*")} == before
 
 
+@pytest.mark.parametrize("damage", ["", "{", "[]", "{}", '{"steps": "12"}', "[" * 100_000, "\0"])
+def test_a_damaged_summary_is_made_again(whole_run, capsys, damage):
+    path = RUNS / whole_run / "summary.json"
+    summary = json.loads(path.read_text())
+    path.write_text(damage)
+    assert start_training({}, run=whole_run, resume=True) == 0
+    again = json.loads(path.read_text())
+    assert {**again, "seconds": 0} == {**summary, "seconds": 0}
+
+
+def test_damaged_metrics_do_not_keep_a_run_from_going_on(whole_run, settings, interrupt):
+    interrupt("take_step", 10, lambda: signal.raise_signal(signal.SIGINT))
+    assert start_training(settings, run="cut") == 130
+    path = RUNS / "cut" / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[2] = b'{"step": 3, "bytes_seen": "\xff"}\n'
+    path.write_bytes(b"".join(lines))
+    assert start_training({}, run="cut", resume=True) == 0
+    kept = path.read_bytes().splitlines(keepends=True)
+    assert kept[: len(lines)] == lines
+    assert len(kept) == len(lines_of(whole_run))
+
+
 def test_resume_refuses_what_contradicts_the_run(workplace, settings, interrupt):
     interrupt("take_step", 2, lambda: signal.raise_signal(signal.SIGINT))
     start_training(settings, run="cut")

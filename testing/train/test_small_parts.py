@@ -65,6 +65,52 @@ def test_an_unfinished_line_ends_the_metrics(tmp_path):
     assert path.read_text() == json.dumps(step_line(1)) + "\n"
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"",
+        b"\n",
+        b"\xff\xfe\x00\n",
+        b"[" * 100_000 + b"\n",
+        b"[1]\n",
+        b"3\n",
+        b'{"step": 2}\n',
+        json.dumps(step_line(2, bytes_per_second=0)).encode() + b"\n",
+        json.dumps(step_line(2, bytes_per_second=None)).encode() + b"\n",
+        json.dumps(step_line(2, bytes_seen="many")).encode() + b"\n",
+        json.dumps(step_line(-1)).encode() + b"\n",
+        json.dumps(step_line(2.5)).encode() + b"\n",
+        json.dumps(step_line(2, loss=[])).encode() + b"\n",
+        b'{"step": 2, "held_out_bits_per_byte": 2.0, "held_out_bytes": 9, "seconds": null}\n',
+        b'{"step": 2, "held_out_bits_per_byte": 2.0, "held_out_bytes": 9, "seconds": NaN}\n',
+    ],
+)
+def test_a_damaged_line_costs_no_other_line(tmp_path, damage):
+    path = tmp_path / "metrics.jsonl"
+    before, after = (json.dumps(step_line(step)).encode() + b"\n" for step in (1, 3))
+    path.write_bytes(before + damage + after)
+    assert [line["step"] for line in read_metrics(path)] == [1, 3]
+    assert seconds_so_far(path) == 3 * 2.0
+    plot_loss(path, tmp_path / "loss.png", "a run")
+    log = MetricsLog(tmp_path)
+    log.cut_after(3)
+    log.close()
+    assert path.read_bytes() == before + damage + after
+    log = MetricsLog(tmp_path)
+    log.cut_after(2)
+    log.close()
+    assert path.read_bytes() == before
+
+
+def test_lines_that_the_disk_never_takes_are_an_error_at_the_end(tmp_path, monkeypatch):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    log = MetricsLog(tmp_path)
+    assert log.write(step_line(1)) == "No space left on device"
+    assert log.write(step_line(2)) is None, "told once"
+    with pytest.raises(UserError, match=r"cannot write the last lines of .*metrics\.jsonl: No space left"):
+        log.close()
+
+
 def test_one_process_at_a_time(tmp_path):
     log = MetricsLog(tmp_path)
     with pytest.raises(UserError, match="is being trained by another process"):

@@ -354,7 +354,7 @@ class VoteOptimizer(torch.optim.Optimizer):
 
     @property
     def last_step_ok(self) -> Tensor:
-        """Whether the last step changed state, or was dropped: a bool scalar on the device, new every step."""
+        """Whether the last step changed state: a bool scalar on the device, a new one every step."""
         return self._last_ok
 
     @property

@@ -116,7 +116,7 @@ def _busy(run: Path) -> UserError:
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a `metrics.jsonl` that are whole; damaged ones, and a torn one at the end, are passed over."""
+    """The lines of a `metrics.jsonl` that are whole; damaged ones and a torn last one are passed over."""
     for line, _ in _whole_lines(path):
         yield line
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -77,6 +78,7 @@ class Trainer:
             scale_lr=train.scale_lr,
         )
         self.peak_lr = float(self.optimizer.param_groups[0]["lr"])
+        self._held_out = {"bytes": len(corpus.held_out), "digest": corpus.held_out.fingerprint()}
         self.sampler = Sampler(corpus.train, train.batch, config.model.ctx, train.seed)
         self.step = 0
         self.best: dict[str, Any] | None = None
@@ -133,12 +135,17 @@ class Trainer:
         train = self.config.train
         return max(train.eval_steps, LAST_WINDOWS_PER_TRAINED * train.steps * train.batch * train.accum)
 
-    def evaluate(self, *, max_windows: int | None = None) -> Evaluation:
-        """Bits per byte of the held-out data, up to 1 MB of it."""
-        data = self.corpus.held_out.as_array(HELD_OUT_BYTES)
+    def evaluate(
+        self, *, max_windows: int | None = None, progress: Callable[[int, int], None] | None = None
+    ) -> Evaluation:
+        """Bits per byte of the held-out data, up to 1 MB of it; arguments as in `bits_per_byte`."""
+        # A copy: a view of a file would be read long after the file was looked at.
+        data = np.array(self.corpus.held_out.as_array(HELD_OUT_BYTES))
         self.model.eval()
         try:
-            return bits_per_byte(self.model, data, self.config.model.ctx, max_windows=max_windows)
+            return bits_per_byte(
+                self.model, data, self.config.model.ctx, max_windows=max_windows, progress=progress
+            )
         finally:
             self.model.train()
 
@@ -153,6 +160,7 @@ class Trainer:
             "bytes_seen": self.step * self.bytes_per_step,
             "seed": self.config.train.seed,
             "sampler": self.sampler.state(),
+            "held_out": self._held_out,
             "best": self.best,
             "evaluated_step": self.evaluated_step,
             "dropped_in_a_row": self.dropped_in_a_row,
@@ -175,6 +183,13 @@ class Trainer:
         self.evaluated_step = int(state["evaluated_step"])
         self.dropped_in_a_row = int(state["dropped_in_a_row"])
         self.sampler.restore(state["sampler"])
+        if (then := state["held_out"]) != self._held_out:
+            raise UserError(
+                f"the held-out data is not what it was: {then['bytes']:,} bytes then, "
+                f"{self._held_out['bytes']:,} now"
+                + (", with other content" if then["bytes"] == self._held_out["bytes"] else "")
+                + "; the best evaluation would be one of other data (start a new run for other data)"
+            )
 
 
 @dataclass(frozen=True, slots=True)

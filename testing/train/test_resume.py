@@ -264,6 +264,26 @@ def test_resume_refuses_what_contradicts_the_run(workplace, settings, interrupt)
     assert start_training(agreeing, preset="tiny", run="cut", resume=True) == 0
 
 
+@pytest.mark.parametrize(("place", "part"), [(0, "training"), (0.5, "training"), (-1, "held-out")])
+def test_a_byte_that_changed_is_noticed_wherever_it_stands(workplace, settings, interrupt, place, part):
+    interrupt("take_step", 2, lambda: signal.raise_signal(signal.SIGINT))
+    start_training(settings, run="cut")
+    data = bytearray(Path("data.txt").read_bytes())
+    data[int(place * len(data)) if place == 0.5 else place] ^= 1
+    Path("data.txt").write_bytes(data)
+    with pytest.raises(UserError, match=rf"the {part} data is not what it was: .*, with other content"):
+        start_training({}, run="cut", resume=True)
+
+
+def test_held_out_data_of_another_length_is_noticed(workplace, settings, interrupt):
+    Path("held-out.txt").write_text("something to be measured on " * 9)
+    interrupt("take_step", 2, lambda: signal.raise_signal(signal.SIGINT))
+    start_training({**settings, "held_out": "held-out.txt"}, run="cut")
+    Path("held-out.txt").write_text("something to be measured on " * 8)
+    with pytest.raises(UserError, match="held-out data is not what it was: 252 bytes then, 224 now;"):
+        start_training({}, run="cut", resume=True)
+
+
 def test_a_config_that_was_edited_is_refused(workplace, settings, interrupt):
     interrupt("take_step", 2, lambda: signal.raise_signal(signal.SIGINT))
     start_training(settings, run="cut")

@@ -117,8 +117,8 @@ def _bar(label: str, done: int, total: int, line: str = "") -> Group:
 class PatientOutput:
     """Stands for stdout where work shall not end because nobody takes the output any more.
 
-    The first write that fails (a full disk, a pipe without a reader) is told on stderr; from then on output is
-    dropped, also what the stream itself still holds.
+    The first write that fails (a full disk, a pipe without a reader) is told on stderr; from then on output
+    is dropped, also what the stream itself still holds.
 
     Args:
         stream: the stdout that it stands for.

@@ -119,7 +119,7 @@ def remove_if_untrained(path: Path) -> None:
 
 
 def _is_beginning(path: Path) -> bool:
-    """Whether a folder holds nothing, or what a run that was killed before its settings were written holds."""
+    """Whether a folder holds nothing, or what a run holds whose settings were never written."""
     return all(
         (entry.name == METRICS_FILE and entry.is_file() and not entry.stat().st_size)
         or entry.name.startswith(f".{CONFIG_FILE}.tmp-")

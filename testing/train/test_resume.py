@@ -1,6 +1,7 @@
 """A resumed run equals an uninterrupted one: losses, flips, evaluations, and its checkpoints to the byte."""
 
 import json
+import math
 import shutil
 import signal
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from arbitor.errors import UserError
+from arbitor.train.checkpoint import load_checkpoint
 from arbitor.train.loop import Trainer
 from arbitor.train.metrics import EVALUATION_KEYS, STEP_KEYS, MetricsLog
 from arbitor.train.session import start_training
@@ -250,7 +252,10 @@ def test_resume_refuses_what_contradicts_the_run(workplace, settings, interrupt)
     (workplace / "other.toml").write_text("[train]\nseed = 7\n")
     contradictions = [
         ({"settings": {"lr": 0.5}}, r"--lr 0\.5 contradicts the run's lr = 0\.05"),
-        ({"settings": {"steps": 13}}, "--steps 13 contradicts the run's steps = 12"),
+        (
+            {"settings": {"steps": 11}},
+            r"--steps 11 contradicts the run's steps = 12 \(it can only be raised\)",
+        ),
         ({"settings": {"ctx": 32}}, "--ctx 32 contradicts"),
         ({"settings": {"data": ["else.txt"]}}, r"--data else\.txt contradicts the run's data = data\.txt"),
         ({"settings": {"save": False}}, "--no-save contradicts"),
@@ -282,6 +287,53 @@ def test_held_out_data_of_another_length_is_noticed(workplace, settings, interru
     Path("held-out.txt").write_text("something to be measured on " * 8)
     with pytest.raises(UserError, match="held-out data is not what it was: 252 bytes then, 224 now;"):
         start_training({}, run="cut", resume=True)
+
+
+def test_a_finished_run_is_trained_longer_by_the_schedule_of_its_new_length(workplace, settings):
+    assert start_training(settings, run="r") == 0
+    before = lines_of("r")
+    assert start_training({"steps": 20}, run="r", resume=True) == 0
+    lines = lines_of("r")
+    assert lines[: len(before)] == before
+    rates = {line["step"]: line["lr"] for line in lines if "loss" in line}
+    assert list(rates) == list(range(1, 21))
+    # One step of 20 warms up, and the cosine of the other 19 is entered after step 12.
+    for step in range(13, 21):
+        expected = 0.05 / 2 * (1 + math.cos(math.pi * (step - 2) / 19))
+        assert rates[step] == pytest.approx(expected, rel=1e-9)
+    assert rates[13] > rates[12]
+    summary = json.loads((RUNS / "r" / "summary.json").read_text())
+    assert (summary["steps"], summary["bytes_seen"]) == (20, 20 * 4 * 16)
+    assert "steps = 20\n" in (RUNS / "r" / "config.toml").read_text()
+    assert load_checkpoint(RUNS / "r" / "final").state["step"] == 20
+
+
+def test_an_interrupted_run_may_get_more_steps(workplace, settings, interrupt):
+    interrupt("take_step", 6, lambda: signal.raise_signal(signal.SIGINT))
+    assert start_training(settings, run="r") == 130
+    assert start_training({"steps": 16}, run="r", resume=True) == 0
+    assert json.loads((RUNS / "r" / "summary.json").read_text())["steps"] == 16
+
+
+@pytest.mark.parametrize("step", [13, 17])
+def test_a_longer_run_that_is_killed_goes_on_to_its_new_end(workplace, settings, interrupt, step):
+    for name in ("whole", "cut"):
+        assert start_training(settings, run=name) == 0
+    assert start_training({"steps": 20}, run="whole", resume=True) == 0
+    interrupt("take_step", step, kill)
+    with pytest.raises(Killed):
+        start_training({"steps": 20}, run="cut", resume=True)
+    assert not (RUNS / "cut" / "summary.json").exists()
+    assert start_training({}, run="cut", resume=True) == 0
+    assert_equal_runs("cut", "whole")
+
+
+def test_a_run_that_cannot_be_trained_longer_stays_as_it_is(workplace, settings):
+    assert start_training({**settings, "save": False}, run="r") == 0
+    before = {path: path.read_bytes() for path in (RUNS / "r").iterdir()}
+    with pytest.raises(UserError, match="runs/r holds no checkpoint"):
+        start_training({"steps": 20}, run="r", resume=True)
+    assert {path: path.read_bytes() for path in (RUNS / "r").iterdir()} == before
 
 
 def test_a_config_that_was_edited_is_refused(workplace, settings, interrupt):

@@ -1,15 +1,17 @@
 """Schedule, metrics file, picture, device, display formats."""
 
+import io
 import json
 import math
 
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
 from arbitor.errors import UserError
 from arbitor.train.device import deterministic, process_memory, resolve_device, thread_count
-from arbitor.train.display import format_bytes, format_seconds, printable
+from arbitor.train.display import Display, format_bytes, format_seconds, printable
 from arbitor.train.metrics import MetricsLog, read_metrics, seconds_so_far
 from arbitor.train.plot import _round_step, plot_loss
 from arbitor.train.schedule import learning_rate
@@ -179,3 +181,20 @@ def test_figures_for_people():
     assert [format_seconds(n) for n in (0, 61, 3600 * 3 + 62)] == ["0:00", "1:01", "3:01:02"]
     assert printable("a\x1b[2J\tb\nc\x9b") == "a\ufffd[2J\tb\nc\ufffd"
     assert process_memory() > 1 << 20
+
+
+def test_progress_of_what_has_no_steps(monkeypatch):
+    """On a terminal a bar; elsewhere a line every ten seconds, and none for what is over before."""
+    clock = iter([0.0, 4.0, 11.0, 12.0, 30.0, 31.0])
+    monkeypatch.setattr("arbitor.train.display.time.monotonic", lambda: next(clock))
+    plain = Console(file=io.StringIO(), highlight=False)
+    display = Display(plain)
+    for done in range(1, 7):
+        display.progress("measuring: window", done, 6)
+    assert plain.file.getvalue() == "measuring: window 3/6\nmeasuring: window 5/6\n"
+    monkeypatch.setattr("arbitor.train.display.time.monotonic", iter(range(100)).__next__)
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=80, highlight=False)
+    with Display(terminal) as display:
+        display.progress("measuring: window", 1, 4)
+    assert "measuring: window 1/4" in terminal.file.getvalue()
+    assert "25 %" in terminal.file.getvalue()

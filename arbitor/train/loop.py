@@ -375,12 +375,13 @@ class Run:
         trainer.evaluated_step = trainer.step
         self._saved_step = None  # the outcome belongs into `latest`, too
         best = result.bits_per_byte < (math.inf if trainer.best is None else trainer.best["bits_per_byte"])
+        mark = ", the best so far" if best else ""
         if best:
             before = trainer.best
             trainer.best = {"step": trainer.step, "bits_per_byte": result.bits_per_byte}
             if not self._save_or_go_on(lambda: self.save("best")):
                 trainer.best = before  # what is on the disk still is the best that can be had
-        mark = ", the best so far" if best else ""
+                mark = ", better than the best that was saved"
         windows = f"first {result.windows} windows"
         self.display.note(
             f"step {trainer.step}: held out {result.bits_per_byte:.4f} bits per byte ({windows}){mark}"

@@ -124,9 +124,9 @@ def test_eval_steps_are_the_windows_of_an_evaluation(workplace, settings, monkey
     asked = []
     evaluate = Trainer.evaluate
 
-    def noted(self, *, max_windows=None):
+    def noted(self, *, max_windows=None, progress=None):
         asked.append(max_windows)
-        return evaluate(self, max_windows=max_windows)
+        return evaluate(self, max_windows=max_windows, progress=progress)
 
     monkeypatch.setattr(Trainer, "evaluate", noted)
     assert start_training({**settings, "eval_steps": 7}, run="r") == 0

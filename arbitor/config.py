@@ -258,7 +258,7 @@ class TrainConfig:
         device: auto, cpu or cuda.
     """
 
-    steps: int = 320
+    steps: int = 440
     batch: int = 16
     accum: int = 1
     lr: float | None = None
@@ -350,82 +350,55 @@ class RunConfig:
 SECTIONS = {"model": ModelConfig, "train": TrainConfig, "data": DataConfig}
 _SECTION_OF = {f.name: section for section, cls in SECTIONS.items() for f in dataclasses.fields(cls)}
 
+# The trunks of `small` and `base`; the presets with parts split the same layers around the core.
+_SMALL: dict[str, Any] = {
+    "dim": 480,
+    "num_heads": 6,
+    "head_dim": 48,
+    "rope_dim": 32,
+    "value_dim": 80,
+    "kv_latent_dim": 160,
+    "ffn_dim": 1920,
+    "ctx": 256,
+}
+_BASE: dict[str, Any] = {
+    "dim": 960,
+    "num_heads": 12,
+    "head_dim": 48,
+    "rope_dim": 32,
+    "value_dim": 80,
+    "kv_latent_dim": 320,
+    "ffn_dim": 3840,
+    "ctx": 1024,
+}
 _ALL_PARTS: dict[str, Any] = {
     "motif_trits": 9,
     "max_moe_iters": 4,
     "graph_edges": 1 << 16,
     "output_router": True,
 }
+_SMALL_TRAINING = TrainConfig(steps=1000, batch=64)
+_BASE_TRAINING = TrainConfig(steps=10_000, batch=32, eval_interval=500, save_interval=500)
 
 PRESETS: dict[str, RunConfig] = {
     "tiny": RunConfig(preset="tiny"),
     "small": RunConfig(
-        preset="small",
-        model=ModelConfig(
-            dim=480,
-            num_prelude_layers=4,
-            num_heads=6,
-            head_dim=48,
-            rope_dim=32,
-            value_dim=80,
-            kv_latent_dim=160,
-            ffn_dim=1920,
-            ctx=256,
-        ),
-        train=TrainConfig(steps=1000, batch=64),
+        preset="small", model=ModelConfig(num_prelude_layers=4, **_SMALL), train=_SMALL_TRAINING
     ),
-    "base": RunConfig(
-        preset="base",
-        model=ModelConfig(
-            dim=960,
-            num_prelude_layers=12,
-            num_heads=12,
-            head_dim=48,
-            rope_dim=32,
-            value_dim=80,
-            kv_latent_dim=320,
-            ffn_dim=3840,
-            ctx=1024,
-        ),
-        train=TrainConfig(steps=10_000, batch=32, eval_interval=500, save_interval=500),
-    ),
+    "base": RunConfig(preset="base", model=ModelConfig(num_prelude_layers=12, **_BASE), train=_BASE_TRAINING),
     "arb-small": RunConfig(
         preset="arb-small",
         model=ModelConfig(
-            dim=480,
-            num_prelude_layers=2,
-            num_coda_layers=2,
-            num_heads=6,
-            head_dim=48,
-            rope_dim=32,
-            value_dim=80,
-            kv_latent_dim=160,
-            ffn_dim=1920,
-            ctx=256,
-            num_experts=8,
-            expert_dim=2240,
-            **_ALL_PARTS,
+            num_prelude_layers=2, num_coda_layers=2, num_experts=8, expert_dim=2240, **_SMALL, **_ALL_PARTS
         ),
-        train=TrainConfig(steps=1000, batch=64),
+        train=_SMALL_TRAINING,
     ),
     "arb-1b": RunConfig(
         preset="arb-1b",
         model=ModelConfig(
-            dim=960,
-            num_prelude_layers=6,
-            num_coda_layers=6,
-            num_heads=12,
-            head_dim=48,
-            rope_dim=32,
-            value_dim=80,
-            kv_latent_dim=320,
-            ffn_dim=3840,
-            ctx=1024,
-            num_experts=32,
-            expert_dim=17_920,
-            **_ALL_PARTS,
+            num_prelude_layers=6, num_coda_layers=6, num_experts=32, expert_dim=17_920, **_BASE, **_ALL_PARTS
         ),
-        train=TrainConfig(steps=10_000, batch=32, eval_interval=500, save_interval=500, state="lean"),
+        train=dataclasses.replace(_BASE_TRAINING, state="lean"),
     ),
 }
 

@@ -47,6 +47,9 @@ def examine(console: Console | None = None) -> int:
     console = console or Console(highlight=False)
     device = resolve_device("auto")
     print_rows(console, describe(device))
+    load = _load()
+    if load is not None and (advice := busy_advice(load, torch.get_num_threads(), _cores())):
+        console.print(Text(f"warning: {advice}", style="yellow"), soft_wrap=True)
     passed = True
     for name, check in (("pack and decode", check_codec), ("training step", check_training_step)):
         started = time.perf_counter()
@@ -79,7 +82,9 @@ def describe(device: Device) -> dict[str, str]:
             f"{torch.cuda.device_count()} in all; compute capability {properties.major}.{properties.minor}, "
             f"{format_bytes(free)} of {format_bytes(total)} memory free, CUDA {torch.version.cuda}"
         )
-    rows["threads"] = f"{torch.get_num_threads()} of {os.cpu_count()} logical cores"
+    load = _load()
+    shown = "" if load is None else f"; load {load:.1f} over the last minute"
+    rows["threads"] = f"{torch.get_num_threads()} on {_cores()} logical cores{shown}"
     rows["memory"] = _memory()
     rows["disk"] = _disk(Path.cwd())
     return rows
@@ -115,6 +120,41 @@ def check_training_step(device: Device) -> None:
         raise RuntimeError("a training step changed nothing")
     if not losses[-1] < losses[0]:
         raise RuntimeError(f"the loss went from {losses[0]:.3f} to {losses[-1]:.3f}")
+
+
+def busy_advice(load: float, threads: int, cores: int) -> str:
+    """What to do on a machine whose other programs leave too few cores for the threads; empty if they do not.
+
+    Args:
+        load: processes that ran or waited to run, a mean over the last minute.
+        threads: that torch computes on.
+        cores: logical cores that this process may use.
+    """
+    free = cores - load
+    # Half a core of slack: what started this check leaves some load of its own.
+    if threads <= 1 or threads <= free + 0.5:
+        return ""
+    fewer = max(1, int(free + 0.5))
+    return (
+        f"other programs keep about {load:.1f} of {cores} cores busy, and {threads} threads that wait for "
+        f"each other make training many times slower; set OMP_NUM_THREADS={fewer}"
+    )
+
+
+def _load() -> float | None:
+    """Mean number of processes that ran or waited in the last minute; None where the system does not tell."""
+    try:
+        return os.getloadavg()[0]
+    except (OSError, AttributeError):
+        return None
+
+
+def _cores() -> int:
+    """Logical cores that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS and Windows bind no process to cores
+        return os.cpu_count() or 1
 
 
 def _version(package: str) -> str:

@@ -10,6 +10,7 @@ Shape letters: B windows at a time, C ctx.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +49,7 @@ def bits_per_byte(
     max_windows: int | None = None,
     max_bytes: int | None = 1_000_000,
     batch: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Measures a model on data; changes nothing in the model, and no random number is drawn.
 
@@ -59,6 +61,7 @@ def bits_per_byte(
         max_bytes: use the first bytes only; None is no limit.
         batch: windows at a time, by default 16, or 2048 bytes of them if that is more; has no influence on
             the result beyond the last bits of a float.
+        progress: called now and then with the windows that are done and those in all.
 
     Raises:
         UserError: no data, data of another type, or a number outside its range.
@@ -78,6 +81,8 @@ def bits_per_byte(
     for first in range(0, num_windows, batch):
         starts = [k * stride for k in range(first, min(first + batch, num_windows))]
         window_nats += _nats(model, np.stack([_window(data, start, ctx) for start in starts]), starts, length)
+        if progress is not None:
+            progress(len(window_nats), num_windows)
     num_bytes = length - WINDOW
     return Evaluation(math.fsum(window_nats) / math.log(2) / num_bytes, num_bytes, num_windows)
 

@@ -1,6 +1,10 @@
-"""What the flags of the model's parts mean as settings: `--disable-vq`, `--enable-memory` and their like."""
+"""Flags and settings: what the flags of the model's parts mean, and errors that name the flag.
 
-from collections.abc import Collection
+`--disable-vq`, `--enable-memory` and their like set fields of `ModelConfig`.
+"""
+
+import contextlib
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +18,26 @@ OFF: dict[str, dict[str, Any]] = {
     "vq": {"motif_trits": 0, "codebook_rows": 0, "graph_edges": 0},
     "graph": {"graph_edges": 0},
 }
+
+
+_OTHER_FLAGS = {"save": "--no-save", "max_bytes": "--bytes"}  # not spelt as the setting
+
+
+def flag_of(name: str) -> str:
+    """The flag that sets `name`."""
+    return _OTHER_FLAGS.get(name, f"--{name.replace('_', '-')}")
+
+
+@contextlib.contextmanager
+def naming_flags(names: Collection[str]) -> Iterator[None]:
+    """Errors about one of these settings, which begin with its name, begin with its flag instead."""
+    try:
+        yield
+    except UserError as error:
+        name, _, rest = str(error).partition(" ")
+        if name not in names:
+            raise
+        raise UserError(f"{flag_of(name)} {rest}") from error
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +92,8 @@ class PartFlags:
     def notes(self, base: ModelConfig) -> list[str]:
         """What the flags do to `base` that a user might not expect, a line each."""
         lines = []
-        config = replace(base, **self.settings(base))
+        with naming_flags(("memory_rows", "max_moe_iters")):
+            config = replace(base, **self.settings(base))
         if base.graph_edges and "vq" in self.without and "graph" not in self.without:
             lines.append(f"--{self.verb}-vq leaves the graph out as well: it links motifs")
         if self.max_moe_iters is not None and not config.has_core:

@@ -146,7 +146,7 @@ def _byte_logits(logits_S: Tensor) -> Tensor:
 
 def _check(max_bytes: int, temperature: float, top_k: int, top_p: float, seed: int | None) -> None:
     if max_bytes < 0:
-        raise UserError(f"the number of bytes is {max_bytes}; it must be 0 or more")
+        raise UserError(f"max_bytes is {max_bytes}; it must be 0 or more")
     if not 0 <= temperature < math.inf:
         raise UserError(f"temperature is {temperature}; it must be 0 (most probable byte) or a number above")
     if top_k < 0:

@@ -1,24 +1,27 @@
 """The verbs of the command line that use a trained model: generate, eval, audit."""
 
 import codecs
+import functools
 import math
 import sys
 from collections.abc import Callable, Sequence
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from arbitor.data.contents import open_contents
+from arbitor.data.contents import is_jsonl, open_contents, unused_field
 from arbitor.data.sources import Skipped, find_sources
 from arbitor.data.store import Store
 from arbitor.data.stream import ByteStream
 from arbitor.errors import UserError
 from arbitor.evaluate import bits_per_byte
+from arbitor.flags import naming_flags
 from arbitor.generate import generate_stream
 from arbitor.ternary.audit import audit_checkpoint
 from arbitor.train.checkpoint import load, load_checkpoint
 from arbitor.train.device import deterministic
-from arbitor.train.display import printable
+from arbitor.train.display import Display, printable
 from arbitor.train.runs import find_checkpoint
 
 
@@ -36,9 +39,10 @@ def generate_text(
     """Write the prompt and what the model makes of it to stdout, each byte as it is drawn."""
     folder = find_checkpoint(checkpoint)
     model = load(folder, device)
-    drawn = generate_stream(
-        model, prompt, max_bytes, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
-    )
+    with naming_flags(("max_bytes", "temperature", "top_k", "top_p", "seed")):
+        drawn = generate_stream(
+            model, prompt, max_bytes, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+        )
     print(f"{folder} on {model.device}", file=sys.stderr)
     if sys.stdout is None:
         raise UserError("stdout is closed; there is nowhere to write the text to")
@@ -51,14 +55,18 @@ def generate_text(
     return 0
 
 
-def evaluate_data(checkpoint: str | None, data: Sequence[str], field: str, device: str) -> int:
-    """Print the bits per byte of a checkpoint on up to 1 MB of `data`."""
-    skipped = Skipped()
-    stream = ByteStream(open_contents(find_sources(data, skipped), field, Store()))
+def evaluate_data(checkpoint: str | None, data: Sequence[str], field: str | None, device: str) -> int:
+    """Print the bits per byte of a checkpoint on up to 1 MB of `data`; `field` is --field's, if given."""
+    sources = find_sources(data, Skipped())
+    if field is not None and not any(is_jsonl(source.path) for source in sources):
+        print(f"arbitor: note: {unused_field(field)}", file=sys.stderr)
+    stream = ByteStream(open_contents(sources, field or "text", Store()))
     folder = find_checkpoint(checkpoint)
     model = load(folder, device)
-    with deterministic(0, model.device):
-        result = bits_per_byte(model, stream.as_array(1_000_000), model.config.ctx)
+    data_1mb = np.array(stream.as_array(1_000_000))
+    with deterministic(0, model.device), Display(Console(stderr=True, highlight=False)) as display:
+        shown = functools.partial(display.progress, "measuring: window")
+        result = bits_per_byte(model, data_1mb, model.config.ctx, progress=shown)
     if not math.isfinite(result.bits_per_byte):
         raise UserError(f"{folder}: the model's logits are not finite, its training diverged")
     whole = len(stream)

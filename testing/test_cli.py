@@ -1,6 +1,7 @@
 """The command line: verbs, help, and every kind of bad input as one line and exit code 2."""
 
 import json
+import os
 import re
 import shutil
 import struct
@@ -115,11 +116,15 @@ def test_bad_data(refused, workplace):
 
 def test_bad_settings(refused, workplace):
     refused(["train", "--preset", "tinny"], "tinny", "did you mean 'tiny'?")
-    refused([*TRAIN, "--steps", "0"], "steps")
-    refused([*TRAIN, "--batch", "-1"], "batch")
-    refused([*TRAIN, "--lr", "nan"], "lr")
-    refused([*TRAIN, "--ctx", "3"], "ctx")
-    refused([*TRAIN, "--accum-threshold", "500"], "accum_threshold")
+    refused([*TRAIN, "--steps", "0"], "error: --steps must be between 1")
+    refused([*TRAIN, "--batch", "-1"], "error: --batch must be between 1")
+    refused([*TRAIN, "--lr", "nan"], "error: --lr must be finite")
+    refused([*TRAIN, "--ctx", "3"], "error: --ctx must be between 4")
+    refused(
+        [*TRAIN, "--accum-threshold", "500"], "error: --accum-threshold must be between 2 and 127, got 500"
+    )
+    refused(["train", "--resume", "--eval-steps", "0"], "error: --eval-steps must be between 1")
+    refused(["smoke", "--preset", "tiny", "--ctx", "3"], "error: --ctx must be between 4")
     (workplace / "typo.toml").write_text("[train]\nstpes = 3\n")
     refused(["train", "--config", "typo.toml"], "typo.toml", "stpes", "did you mean 'steps'?")
     (workplace / "type.toml").write_text("[train]\nsteps = 'many'\n")
@@ -141,8 +146,8 @@ def test_bad_command_lines(refused):
     refused(["train", "--resume=3"], "--resume")
     refused(["train", "--enable-vision"], "--enable-vision")
     refused(["train", "--enable-memory", "--memory-rows", "0"], "--enable-memory", "--memory-rows 0")
-    refused([*TRAIN, "--memory-rows", "-5"], "memory_rows must be between 0")
-    refused([*TRAIN, "--max-moe-iters", "0"], "max_moe_iters must be between 1")
+    refused([*TRAIN, "--memory-rows", "-5"], "--memory-rows must be between 0")
+    refused([*TRAIN, "--max-moe-iters", "0"], "--max-moe-iters must be between 1")
     refused(["--bogus"], "--bogus")
     refused(["eval"], "--data")
 
@@ -222,9 +227,9 @@ def test_a_back_end_that_is_not_there(refused, monkeypatch, value, words):
 
 
 def test_bad_sampling_settings(refused):
-    refused(["generate", "done", "--temperature", "-1"], "temperature")
-    refused(["generate", "done", "--top-p", "2"], "top_p")
-    refused(["generate", "done", "--bytes", "-1"], "bytes")
+    refused(["generate", "done", "--temperature", "-1"], "error: --temperature is -1")
+    refused(["generate", "done", "--top-p", "2"], "error: --top-p is 2")
+    refused(["generate", "done", "--bytes", "-1"], "error: --bytes is -1")
 
 
 def test_no_run_at_all(workplace, refused):
@@ -246,6 +251,86 @@ def test_a_bug_is_told_as_one(workplace, capsys, monkeypatch):
     captured = capsys.readouterr().err
     assert captured.startswith("arbitor: error: unexpected ZeroDivisionError")
     assert captured.count("\n") == 1
+
+
+def test_what_is_too_short_is_named(refused, workplace):
+    (workplace / "short.txt").write_text("short")
+    refused([*TRAIN, "--held-out", "short.txt"], "error: short.txt: the held-out data is 5 bytes long")
+    (workplace / "few.txt").write_text("just enough to train on, no more")
+    refused(
+        ["train", "--data", "few.txt", "--config", "small.toml"],
+        "few.txt: the held-out data is 3 bytes long",
+        "a larger --held-out or a smaller --ctx",
+    )
+
+
+def test_a_name_whose_run_was_killed_at_its_very_beginning(refused, workplace):
+    """Nothing, an empty file of metrics, a half-written file of settings: what a kill may leave."""
+    for number, left in enumerate(([], ["metrics.jsonl"], ["metrics.jsonl", ".config.toml.tmp-17"])):
+        run = workplace / "runs" / f"begun{number}"
+        run.mkdir()
+        for name in left:
+            (run / name).touch()
+        refused([*TRAIN, "--run", run.name], "exists, without a checkpoint", "start it anew with --reset")
+        assert main([*TRAIN, "--run", run.name, "--reset"]) == 0
+
+
+def test_a_run_that_cannot_begin_leaves_no_folder(refused, monkeypatch):
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("arbitor.train.session.Trainer", fail)
+    refused([*TRAIN, "--run", "large"], "out of memory")
+
+
+# -- where stdout leads -------------------------------------------------------------------------------------
+
+
+def run_with(stdout, *arguments, buffered=True):
+    """The command in a process of its own whose stdout is a file, or a pipe that nobody reads."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(arbitor.__file__).parents[1])}
+    environment |= {"PYTHONUNBUFFERED": "" if buffered else "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "arbitor", *arguments],
+        env=environment,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture
+def unread_pipe():
+    """The end to write to of a pipe whose other end is closed."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    yield writer
+    os.close(writer)
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+def test_a_full_stdout_is_one_line(workplace, buffered):
+    for verb in (["--help"], ["eval", "done", "--data", "data.txt"]):
+        with open("/dev/full", "w") as full:
+            done = run_with(full, *verb, buffered=buffered)
+        assert done.returncode == 2
+        assert done.stderr == "arbitor: error: cannot write to stdout: No space left on device\n"
+
+
+def test_a_pipe_without_a_reader_ends_a_verb_quietly(workplace, unread_pipe):
+    done = run_with(unread_pipe, "eval", "done", "--data", "data.txt")
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("where", ["full", "unread"])
+def test_training_goes_on_without_a_stdout(workplace, unread_pipe, where):
+    with open("/dev/full", "w") as full:
+        done = run_with(full if where == "full" else unread_pipe, *TRAIN, "--run", "deaf")
+    reason = "No space left on device" if where == "full" else "Broken pipe"
+    assert done.stderr == f"arbitor: note: cannot write to stdout: {reason}; going on\n"
+    assert done.returncode == 0
+    assert (workplace / "runs" / "deaf" / "summary.json").exists()
 
 
 # -- what works ---------------------------------------------------------------------------------------------
@@ -349,6 +434,18 @@ def test_audit_refuses_what_is_damaged_or_no_checkpoint(workplace, refused):
     model.write_bytes(data)
     refused(["audit", "done"], "checksum")
     refused(["audit", "data.txt"], "data.txt is no checkpoint")
+
+
+def test_a_field_without_fields_is_noted(workplace, capsys):
+    (workplace / "data.jsonl").write_text(json.dumps({"body": "text of its own " * 300}) + "\n")
+    note = "arbitor: note: --field body has no effect: no .jsonl file is among the data\n"
+    for data, expected in (("data.txt", note), ("data.jsonl", "")):
+        train = ["train", "--config", "small.toml", "--run", f"of-{data}", "--no-save"]
+        for verb in (train, ["eval", "done"]):
+            assert main([*verb, "--data", data, "--field", "body"]) == 0
+            assert capsys.readouterr().err == expected
+    assert main(["eval", "done", "--data", "data.txt"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_several_data_files_follow_one_flag(workplace, refused):

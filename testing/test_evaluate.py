@@ -148,3 +148,12 @@ def test_measuring_twice_is_equal_and_changes_nothing():
 def test_bad_arguments_are_named(model, data, ctx, settings, message):
     with pytest.raises(UserError, match=message):
         bits_per_byte(model, data, ctx, **settings)
+
+
+def test_progress_is_told_and_changes_nothing(model):
+    told = []
+    data = text(300)
+    result = bits_per_byte(model, data, 16, batch=7, progress=lambda done, total: told.append((done, total)))
+    assert result == bits_per_byte(model, data, 16, batch=7)
+    assert told == [(min(7 * (i + 1), result.windows), result.windows) for i in range(len(told))]
+    assert told[-1] == (result.windows, result.windows)

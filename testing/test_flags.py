@@ -6,7 +6,7 @@ import pytest
 
 from arbitor.config import MEMORY_ROWS, ModelConfig, preset
 from arbitor.errors import UserError
-from arbitor.flags import PartFlags, base_model
+from arbitor.flags import PartFlags, base_model, flag_of, naming_flags
 
 WHOLE = preset("arb-small").model
 BARE = preset("tiny").model
@@ -56,8 +56,22 @@ def test_a_memory_of_no_rows_is_no_memory():
 
 @pytest.mark.parametrize("field", ["max_moe_iters", "memory_rows"])
 def test_values_are_those_that_the_configuration_allows(field):
-    with pytest.raises(UserError, match=f"{field} must be between"):
+    with pytest.raises(UserError, match=f"^{flag_of(field)} must be between"):
         PartFlags(**{field: -1}).notes(WHOLE)
+
+
+def test_errors_about_a_flag_name_it_and_others_stay():
+    for message, named in (
+        ("ctx must be between 4 and 9, got 3", "--ctx must be between 4 and 9, got 3"),
+        ("eval_steps must be more", "--eval-steps must be more"),
+        ("save must be true", "--no-save must be true"),
+        ("max_bytes is -1", "--bytes is -1"),
+        ("ctxx is wrong", "ctxx is wrong"),
+        ("my.toml: ctx is wrong", "my.toml: ctx is wrong"),
+    ):
+        with pytest.raises(UserError) as error, naming_flags(["ctx", "eval_steps", "save", "max_bytes"]):
+            raise UserError(message)
+        assert str(error.value) == named
 
 
 def test_notes_say_what_is_not_expected():

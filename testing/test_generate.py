@@ -284,7 +284,7 @@ def test_extreme_logits_and_temperatures():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_bytes": -1}, "number of bytes is -1"),
+        ({"max_bytes": -1}, "max_bytes is -1"),
         ({"temperature": -0.1}, "temperature is -0.1"),
         ({"temperature": math.nan}, "temperature is nan"),
         ({"temperature": math.inf}, "temperature is inf"),

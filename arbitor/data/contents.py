@@ -54,6 +54,16 @@ def open_contents(sources: Sequence[Source], field: str, store: Store) -> list[n
     return [contents[source.path] for source in sources]
 
 
+def is_jsonl(path: Path) -> bool:
+    """Whether a file is read as JSON Lines, packed or not."""
+    return path.name.lower().removesuffix(".gz").endswith(".jsonl")
+
+
+def unused_field(field: str) -> str:
+    """What is said about a field that was given where no file has fields."""
+    return f"--field {field} has no effect: no .jsonl file is among the data"
+
+
 def _identity(source: Source) -> tuple[str, int, int]:
     return os.path.realpath(source.path), source.size, source.mtime_ns
 
@@ -82,10 +92,9 @@ def _whole(source: Source) -> bytes:
 
 
 def _decoded(path: Path, field: str) -> Iterator[bytes]:
-    name = path.name.lower()
     try:
-        with gzip.open(path, "rb") if name.endswith(".gz") else open(path, "rb") as file:
-            if name.removesuffix(".gz").endswith(".jsonl"):
+        with gzip.open(path, "rb") if path.name.lower().endswith(".gz") else open(path, "rb") as file:
+            if is_jsonl(path):
                 yield from _field_of_lines(file, path, field)
             else:
                 while chunk := file.read(_CHUNK_BYTES):

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from arbitor.data.contents import open_contents
+from arbitor.data.contents import is_jsonl, open_contents
 from arbitor.data.sources import Skipped, Source, find_sources
 from arbitor.data.store import Store
 from arbitor.data.stream import ByteStream
@@ -40,11 +40,13 @@ class ByteCorpus:
         train: Training data.
         held_out: Held-out data; no byte of a file range is in both.
         description: One line for the user: what it is, how much, what was held out and what was skipped.
+        has_fields: Whether some of it came from .jsonl files.
     """
 
     train: ByteStream
     held_out: ByteStream
     description: str
+    has_fields: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,15 +89,17 @@ def open_corpus(
         train=ByteStream(train),
         held_out=ByteStream(kept_out),
         description=_description(split, train, kept_out, skipped, store),
+        has_fields=any(is_jsonl(source.path) for source in (*split.train, *split.held_out)),
     )
-    for part, stream, advice in (
-        ("training", corpus.train, "a smaller --ctx"),
-        ("held-out", corpus.held_out, "a larger --held-out or a smaller --ctx"),
+    larger_share = "" if held_out_path else "a larger --held-out "
+    for part, stream, name, advice in (
+        ("training", corpus.train, split.name, ""),
+        ("held-out", corpus.held_out, held_out_path or split.name, larger_share),
     ):
         if len(stream) < min_bytes:
             raise UserError(
-                f"{split.name}: the {part} data is {len(stream):,} bytes long, shorter than the context of"
-                f" {min_bytes:,} bytes; give more data, {advice}"
+                f"{name}: the {part} data is {len(stream):,} bytes long, shorter than the context of"
+                f" {min_bytes:,} bytes; give more data, {advice}or a smaller --ctx"
             )
     return corpus
 

@@ -11,7 +11,7 @@ from arbitor.data.stream import ByteStream
 from arbitor.errors import UserError
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_STATE_KEYS = ("seed", "drawn", "stream_bytes", "stream_fingerprint")
+_STATE_KEYS = ("seed", "drawn", "stream_bytes", "stream_digest")
 
 
 class Sampler:
@@ -59,7 +59,7 @@ class Sampler:
                 raise UserError(
                     f"sampler state: {key} must be a non-negative integer, got {state[key]!r:.80}"
                 )
-        if (state["stream_bytes"], state["stream_fingerprint"]) != (len(self._stream), self._fingerprint):
+        if (state["stream_bytes"], state["stream_digest"]) != (len(self._stream), self._fingerprint):
             raise UserError(
                 f"the training data is not what it was: {state['stream_bytes']:,} bytes then,"
                 f" {len(self._stream):,} now"

@@ -22,7 +22,40 @@ def cache_folder() -> Path:
     return (Path(root) if os.path.isabs(root) else Path("~/.cache").expanduser()) / "arbitor"
 
 
-def map_file(path: Path, size: int) -> np.ndarray:
+class MappedBytes(np.ndarray):
+    """A memory-mapped file, or a part of one, uint8 [N]; slices know their file as well.
+
+    Reading a mapped page that the file does not have any more kills the process (SIGBUS), so whoever reads
+    calls `check` before. Reading by `pread` instead would need no check, but a descriptor for each file, and
+    files may be many; what is left is a truncation between the check and the read, microseconds later. A file
+    that was removed or replaced by another one does no harm: the map keeps the one that it was made of.
+
+    Attributes:
+        source: path, size, device and inode of the file when it was mapped; None in arrays computed from one.
+    """
+
+    source: tuple[Path, int, int, int] | None
+
+    def __array_finalize__(self, parent: object) -> None:
+        self.source = getattr(parent, "source", None)
+
+    def check(self) -> None:
+        """Raise UserError if the file has become shorter since it was mapped."""
+        if self.source is None:
+            return
+        path, size, device, inode = self.source
+        try:
+            status = os.stat(path)
+        except OSError:
+            return
+        if status.st_size < size and (status.st_dev, status.st_ino) == (device, inode):
+            raise UserError(
+                f"{str(path)!r} was cut short while it was in use: it has {status.st_size:,} of {size:,} "
+                "bytes; put it back and start again (a run goes on with --resume)"
+            )
+
+
+def map_file(path: Path, size: int) -> MappedBytes:
     """The first `size` bytes of a file, memory-mapped, uint8 [size].
 
     Mapped through torch, which closes the file again; `mmap` keeps a descriptor for every map, and a folder
@@ -34,9 +67,13 @@ def map_file(path: Path, size: int) -> np.ndarray:
     import torch
 
     try:
-        return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()
+        status = os.stat(path)
+        array = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()
     except (OSError, RuntimeError) as error:
         raise UserError(f"cannot read {str(path)!r}: {str(error).splitlines()[0]}") from error
+    mapped = array.view(MappedBytes)
+    mapped.source = (Path(os.path.abspath(path)), size, status.st_dev, status.st_ino)
+    return mapped
 
 
 class Store:

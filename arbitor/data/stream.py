@@ -1,5 +1,8 @@
 """One long run of bytes laid over many arrays.
 
+Memory-mapped files are looked at before each access (`MappedBytes.check`, 2 us): reading a page that a file
+has lost since it was mapped would end the process. What is handed out as a view is not watched any more.
+
 Shapes: N windows, L bytes each.
 """
 
@@ -9,8 +12,12 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-_FINGERPRINT_PROBES = 64
-_FINGERPRINT_BYTES = 1024
+from arbitor.data.store import MappedBytes
+
+_WHOLE_BYTES = 256 << 20  # what is hashed byte for byte, in less than a second
+_CHUNK_BYTES = 1 << 20
+_PROBES = 4096
+_PROBE_BYTES = 16 << 10
 
 
 class ByteStream:
@@ -36,16 +43,21 @@ class ByteStream:
         parts = []
         while length > 0:
             start = offset - int(self._starts[index])
-            part = self._segments[index][start : start + length]
+            segment = self._segments[index]
+            if isinstance(segment, MappedBytes):
+                segment.check()
+            part: np.ndarray = segment[start : start + length]
             parts.append(part)
             offset, length, index = offset + len(part), length - len(part), index + 1
         if not parts:
             return np.empty(0, dtype=np.uint8)
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return parts[0] if len(parts) == 1 else np.concatenate([part.view(np.ndarray) for part in parts])
 
     def windows(self, offsets_N: np.ndarray, length: int) -> np.ndarray:
         """The windows of `length` bytes at `offsets_N` (int64), as one new uint8 array [N, length]."""
         if len(self._segments) == 1 and length <= len(self):
+            if isinstance(self._segments[0], MappedBytes):
+                self._segments[0].check()
             return sliding_window_view(self._segments[0], length)[offsets_N]
         windows_NL = np.empty((len(offsets_N), length), dtype=np.uint8)
         for row, offset in zip(windows_NL, offsets_N.tolist(), strict=True):
@@ -57,17 +69,22 @@ class ByteStream:
         return self.window(0, len(self) if max_bytes is None else min(max_bytes, len(self)))
 
     def fingerprint(self) -> int:
-        """A number below 2^63 made from the length and up to 64 KiB of evenly spaced content.
+        """A number below 2^63 made from the length and the content.
 
-        Equal streams have equal fingerprints wherever their files lie; it tells by accident changed data,
-        not an adversary.
+        Equal streams have equal fingerprints wherever their files lie. Up to 256 MiB every byte counts; of a
+        longer stream the length and 4,096 evenly spaced blocks of 16 KiB do, the first and the last bytes
+        among them, so that a start does not read all of it. It tells by accident changed data, not an
+        adversary.
         """
         digest = hashlib.blake2b(len(self).to_bytes(8, "little"), digest_size=8)
-        length = min(_FINGERPRINT_BYTES, len(self))
-        for probe in range(_FINGERPRINT_PROBES):
-            digest.update(
-                self.window((len(self) - length) * probe // (_FINGERPRINT_PROBES - 1), length).tobytes()
-            )
+        if len(self) <= _WHOLE_BYTES:
+            starts = range(0, len(self), _CHUNK_BYTES)
+            pieces = [(start, min(_CHUNK_BYTES, len(self) - start)) for start in starts]
+        else:
+            room = len(self) - _PROBE_BYTES
+            pieces = [(room * probe // (_PROBES - 1), _PROBE_BYTES) for probe in range(_PROBES)]
+        for start, length in pieces:
+            digest.update(np.ascontiguousarray(self.window(start, length)).data)
         return int.from_bytes(digest.digest(), "little") >> 1
 
 

@@ -392,8 +392,13 @@ class VoteOptimizer(torch.optim.Optimizer):
         return int(self._dropped)
 
     @property
+    def last_step_ok(self) -> Tensor:
+        """Whether the last step changed state: a bool scalar on the device, a new one every step."""
+        return self._last_ok
+
+    @property
     def last_step_applied(self) -> bool:
-        """Whether the last step changed state, or was dropped (synchronises the device)."""
+        """As `last_step_ok`, on the host (synchronises the device)."""
         return bool(self._last_ok)
 
     def flip_rate(self) -> float:

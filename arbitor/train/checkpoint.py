@@ -27,6 +27,7 @@ from arbitor.train.runs import find_checkpoint
 from arbitor.train.tensorfile import (
     FORMAT,
     DamagedError,
+    NewerError,
     digest,
     dump_document,
     parse_document,
@@ -134,7 +135,8 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
     Raises:
         DamagedError: a file is missing or altered, or files of different checkpoints are mixed.
-        UserError: it was not written by arbitor, or by a later one.
+        NewerError: it was written by a later arbitor.
+        UserError: it holds settings that cannot be used.
     """
     folder = swap.locate(folder)
     if not folder.is_dir():
@@ -228,7 +230,7 @@ def _model_config(path: Path, header: Mapping[str, Any]) -> ModelConfig:
         raise UserError(f"{path} does not say which model it holds")
     unknown = sorted(settings.keys() - {field.name for field in dataclasses.fields(ModelConfig)})
     if unknown:
-        raise UserError(f"{path} holds a model with the unknown setting {unknown[0]!r}: update arbitor")
+        raise NewerError(f"{path} holds a model with the unknown setting {unknown[0]!r}: update arbitor")
     try:
         return ModelConfig(**settings)
     except UserError as error:

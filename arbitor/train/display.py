@@ -1,7 +1,12 @@
 """What a person sees of a run: a bar on a terminal, plain lines elsewhere."""
 
+import contextlib
+import os
+import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TextIO, TypeVar
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -9,8 +14,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+T = TypeVar("T")
+
 REFRESH_SECONDS = 0.125
 PLAIN_LINES = 20  # in a whole run
+PLAIN_SECONDS = 10.0  # between lines about something that has no steps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,17 +43,18 @@ class Reading:
 
 
 class Display:
-    """Shows the progress of a run of `steps` steps.
+    """Shows the progress of a run of `steps` steps, or of something else.
 
     Args:
         console: where to.
         steps: of the whole run.
     """
 
-    def __init__(self, console: Console, steps: int) -> None:
+    def __init__(self, console: Console, steps: int = 0) -> None:
         self.console = console
         self.steps = steps
         self._live: Live | None = None
+        self._steps_bar: Group | None = None
         self._next_refresh = 0.0
         self._next_plain_step = 0
 
@@ -66,25 +75,88 @@ class Display:
             now = time.monotonic()
             if last or now >= self._next_refresh:
                 self._next_refresh = now + REFRESH_SECONDS
-                self._live.update(self._bar(reading), refresh=True)
+                label = f"step {reading.step}/{self.steps}"
+                self._steps_bar = _bar(label, reading.step, self.steps, reading.line())
+                self._live.update(self._steps_bar, refresh=True)
         elif last or reading.step >= self._next_plain_step:
             interval = max(1, self.steps // PLAIN_LINES)
             self._next_plain_step = (reading.step // interval + 1) * interval
             width = len(str(self.steps))
             self.note(f"step {reading.step:>{width}}/{self.steps}  {reading.line()}")
 
+    def progress(self, what: str, done: int, total: int) -> None:
+        """Show how far something other than steps is, e.g. `measuring`, if it is time to."""
+        now = time.monotonic()
+        if now < self._next_refresh and done < total:
+            return
+        waited = self._next_refresh > 0.0
+        self._next_refresh = now + (PLAIN_SECONDS if self._live is None else REFRESH_SECONDS)
+        if self._live is not None:
+            bar = _bar(f"{what} {done}/{total}", done, total)
+            self._live.update(
+                bar if done < total or self._steps_bar is None else self._steps_bar, refresh=True
+            )
+        elif waited and done < total:  # what takes no longer than a line's time needs none
+            self.note(f"{what} {done}/{total}")
+
     def note(self, text: str) -> None:
         """Print a line, above the bar if there is one."""
         self.console.print(Text(text), soft_wrap=True)
 
-    def _bar(self, reading: Reading) -> Group:
-        row = Table.grid(padding=(0, 1), expand=True)
-        row.add_column(no_wrap=True)
-        row.add_column(ratio=1)
-        row.add_column(no_wrap=True)
-        share = f"{100 * reading.step / self.steps:.0f} %"
-        row.add_row(f"step {reading.step}/{self.steps}", ProgressBar(self.steps, reading.step), share)
-        return Group(row, Text(reading.line(), no_wrap=True, overflow="ellipsis"))
+
+def _bar(label: str, done: int, total: int, line: str = "") -> Group:
+    """A bar with its label and share, and a line of text below it."""
+    row = Table.grid(padding=(0, 1), expand=True)
+    row.add_column(no_wrap=True)
+    row.add_column(ratio=1)
+    row.add_column(no_wrap=True)
+    row.add_row(label, ProgressBar(total, done), f"{100 * done / total:.0f} %")
+    return Group(row, Text(line, no_wrap=True, overflow="ellipsis"))
+
+
+class PatientOutput:
+    """Stands for stdout where work shall not end because nobody takes the output any more.
+
+    The first write that fails (a full disk, a pipe without a reader) is told on stderr; from then on output
+    is dropped, also what the stream itself still holds.
+
+    Args:
+        stream: the stdout that it stands for.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._works = True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write `text`, if it can be written."""
+        return self._try(lambda: self._stream.write(text), len(text))
+
+    def flush(self) -> None:
+        """Hand what was written to the operating system, if it takes it."""
+        self._try(self._stream.flush, None)
+
+    def _try(self, work: Callable[[], T], otherwise: T) -> T:
+        if not self._works:
+            return otherwise
+        try:
+            return work()
+        except OSError as error:
+            self._works = False
+            print(f"arbitor: note: cannot write to stdout: {error.strerror}; going on", file=sys.stderr)
+            drop_output(self._stream)
+            return otherwise
+
+
+def drop_output(stream: TextIO) -> None:
+    """Let what is written to a stream end nowhere, what it holds already included."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 def format_bytes(count: float) -> str:

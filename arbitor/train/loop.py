@@ -6,11 +6,12 @@ uninterrupted one bit for bit (same device type, versions and thread count).
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -77,6 +78,7 @@ class Trainer:
             scale_lr=train.scale_lr,
         )
         self.peak_lr = float(self.optimizer.param_groups[0]["lr"])
+        self._held_out = {"bytes": len(corpus.held_out), "digest": corpus.held_out.fingerprint()}
         self.sampler = Sampler(corpus.train, train.batch, config.model.ctx, train.seed)
         self.step = 0
         self.best: dict[str, Any] | None = None
@@ -133,12 +135,17 @@ class Trainer:
         train = self.config.train
         return max(train.eval_steps, LAST_WINDOWS_PER_TRAINED * train.steps * train.batch * train.accum)
 
-    def evaluate(self, *, max_windows: int | None = None) -> Evaluation:
-        """Bits per byte of the held-out data, up to 1 MB of it."""
-        data = self.corpus.held_out.as_array(HELD_OUT_BYTES)
+    def evaluate(
+        self, *, max_windows: int | None = None, progress: Callable[[int, int], None] | None = None
+    ) -> Evaluation:
+        """Bits per byte of the held-out data, up to 1 MB of it; arguments as in `bits_per_byte`."""
+        # A copy: a view of a file would be read long after the file was looked at.
+        data = np.array(self.corpus.held_out.as_array(HELD_OUT_BYTES))
         self.model.eval()
         try:
-            return bits_per_byte(self.model, data, self.config.model.ctx, max_windows=max_windows)
+            return bits_per_byte(
+                self.model, data, self.config.model.ctx, max_windows=max_windows, progress=progress
+            )
         finally:
             self.model.train()
 
@@ -153,6 +160,7 @@ class Trainer:
             "bytes_seen": self.step * self.bytes_per_step,
             "seed": self.config.train.seed,
             "sampler": self.sampler.state(),
+            "held_out": self._held_out,
             "best": self.best,
             "evaluated_step": self.evaluated_step,
             "dropped_in_a_row": self.dropped_in_a_row,
@@ -175,6 +183,13 @@ class Trainer:
         self.evaluated_step = int(state["evaluated_step"])
         self.dropped_in_a_row = int(state["dropped_in_a_row"])
         self.sampler.restore(state["sampler"])
+        if (then := state["held_out"]) != self._held_out:
+            raise UserError(
+                f"the held-out data is not what it was: {then['bytes']:,} bytes then, "
+                f"{self._held_out['bytes']:,} now"
+                + (", with other content" if then["bytes"] == self._held_out["bytes"] else "")
+                + "; the best evaluation would be one of other data (start a new run for other data)"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,11 +207,12 @@ class Outcome:
 
 @dataclass(slots=True)
 class _Unread:
-    """A step whose loss is still on the device only."""
+    """A step whose loss, and whether it was dropped, are still on the device only."""
 
     step: int
     lr: float
     loss: Tensor
+    ok: Tensor
 
 
 class Run:
@@ -226,11 +242,16 @@ class Run:
         self._unread: list[_Unread] = []
         self._unread_seconds = 0.0
         self._dropped = trainer.optimizer.dropped_steps
+        self._diverged = False
         self._first_step = trainer.step
         self._step_seconds = 0.0
 
     def run_steps(self) -> Outcome:
-        """Train until the last step, a signal, or too many dropped steps; `latest` is saved in each case."""
+        """Train until the last step, a signal, or too many dropped steps; `latest` is saved in each case.
+
+        Raises:
+            UserError: the disk did not take that last checkpoint; one in between may be missed.
+        """
         trainer, train = self.trainer, self.trainer.config.train
         while True:
             if self._is_due(train.eval_interval) and trainer.evaluated_step != trainer.step:
@@ -239,7 +260,7 @@ class Run:
                 except Interrupted:
                     break
             if self._is_due(train.save_interval):
-                self._save_latest()
+                self._save_or_go_on(self._save_latest)
             if trainer.done or self._diverged or self.guard.received is not None:
                 break
             self._take_step()
@@ -261,10 +282,6 @@ class Run:
         if self.trainer.config.train.save:
             self.trainer.save(self.folder / name, keep_previous=keep_previous)
 
-    @property
-    def _diverged(self) -> bool:
-        return self.trainer.dropped_in_a_row >= MAX_DROPPED_IN_A_ROW
-
     def _is_due(self, interval: int) -> bool:
         step = self.trainer.step
         return step > 0 and (self.trainer.done or (interval > 0 and step % interval == 0))
@@ -273,7 +290,8 @@ class Run:
         started = time.perf_counter()
         lr = self.trainer.next_lr()
         loss = self.trainer.take_step()
-        self._unread.append(_Unread(self.trainer.step, lr, loss))
+        ok = self.trainer.optimizer.last_step_ok
+        self._unread.append(_Unread(self.trainer.step, lr, loss, ok))
         self._unread_seconds += time.perf_counter() - started
         if self.trainer.step % self.trainer.config.train.log_interval == 0 or self.trainer.done:
             self._read_steps()
@@ -285,12 +303,13 @@ class Run:
         trainer, unread = self.trainer, self._unread
         started = time.perf_counter()
         readings = trainer.readings
-        scalars = [*(step.loss for step in unread), *readings.values()]
+        scalars = [*(step.loss for step in unread), *(step.ok for step in unread), *readings.values()]
         figures = torch.stack([scalar.to(torch.float32) for scalar in scalars]).tolist()
-        losses, parts = figures[: len(unread)], dict(zip(readings, figures[len(unread) :], strict=True))
+        losses, oks = figures[: len(unread)], figures[len(unread) : 2 * len(unread)]
+        parts = dict(zip(readings, figures[2 * len(unread) :], strict=True))
         flip_rate = trainer.optimizer.flip_rate()
         self._unread_seconds += time.perf_counter() - started
-        self._count_dropped(len(unread))
+        self._count_dropped([bool(ok) for ok in oks])
         rate = len(unread) * trainer.bytes_per_step / self._unread_seconds
         memory = trainer.device.memory()
         self.seconds += self._unread_seconds
@@ -311,7 +330,7 @@ class Run:
                 flip_rate if last else None,
             )
             lines.append(dict(zip(STEP_KEYS, values, strict=True)) | (parts if last else {}))
-        self.log.write(*lines)
+        self._log(*lines)
         steps_taken = trainer.step - self._first_step
         self.display.update(
             Reading(
@@ -325,21 +344,22 @@ class Run:
             )
         )
 
-    def _count_dropped(self, num_steps: int) -> None:
-        """Keep `dropped_in_a_row`; if the last of several steps was dropped, all drops count as last."""
+    def _count_dropped(self, oks: Sequence[bool]) -> None:
+        """Follow the steps one by one, so that when a run has diverged does not depend on `log_interval`.
+
+        Args:
+            oks: of each step since the last reading, whether it counted.
+        """
         trainer = self.trainer
-        total = trainer.optimizer.dropped_steps
-        newly = total - self._dropped
-        self._dropped = total
-        if newly == 0 or trainer.optimizer.last_step_applied:
-            trainer.dropped_in_a_row = 0
-        else:
-            before = trainer.dropped_in_a_row if newly == num_steps else 0
-            trainer.dropped_in_a_row = before + newly
+        for ok in oks:
+            trainer.dropped_in_a_row = 0 if ok else trainer.dropped_in_a_row + 1
+            self._diverged = self._diverged or trainer.dropped_in_a_row >= MAX_DROPPED_IN_A_ROW
+        newly = oks.count(False)
+        self._dropped += newly
         if newly:
-            what = "dropped" if num_steps == 1 else f"{newly} of {num_steps} steps dropped"
+            what = "dropped" if len(oks) == 1 else f"{newly} of {len(oks)} steps dropped"
             self.display.note(
-                f"step {trainer.step}: {what}, a loss or gradient was not finite ({total} so far)"
+                f"step {trainer.step}: {what}, a loss or gradient was not finite ({self._dropped} so far)"
             )
 
     def _evaluate(self) -> None:
@@ -351,18 +371,41 @@ class Run:
         seconds = time.perf_counter() - started
         self.seconds += seconds
         values = (trainer.step, result.bits_per_byte, result.num_bytes, seconds)
-        self.log.write(dict(zip(EVALUATION_KEYS, values, strict=True)))
+        self._log(dict(zip(EVALUATION_KEYS, values, strict=True)))
         trainer.evaluated_step = trainer.step
         self._saved_step = None  # the outcome belongs into `latest`, too
         best = result.bits_per_byte < (math.inf if trainer.best is None else trainer.best["bits_per_byte"])
-        if best:
-            trainer.best = {"step": trainer.step, "bits_per_byte": result.bits_per_byte}
-            self.save("best")
         mark = ", the best so far" if best else ""
+        if best:
+            before = trainer.best
+            trainer.best = {"step": trainer.step, "bits_per_byte": result.bits_per_byte}
+            if not self._save_or_go_on(lambda: self.save("best")):
+                trainer.best = before  # what is on the disk still is the best that can be had
+                mark = ", better than the best that was saved"
         windows = f"first {result.windows} windows"
         self.display.note(
             f"step {trainer.step}: held out {result.bits_per_byte:.4f} bits per byte ({windows}){mark}"
         )
+
+    def _save_or_go_on(self, save: Callable[[], None]) -> bool:
+        """Save during training: a disk that takes no more costs a checkpoint, not the run.
+
+        Returns:
+            Whether it was saved.
+        """
+        try:
+            save()
+        except UserError as error:
+            self.display.note(f"warning: step {self.trainer.step}: {error}; training goes on")
+            return False
+        return True
+
+    def _log(self, *lines: dict[str, Any]) -> None:
+        if problem := self.log.write(*lines):
+            self.display.note(
+                f"warning: step {self.trainer.step}: cannot write {self.log.path}: {problem}; "
+                "its lines are kept until there is room, and training goes on"
+            )
 
     def _save_latest(self) -> None:
         self._read_steps()

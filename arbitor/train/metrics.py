@@ -6,6 +6,7 @@ and their metrics (see `ARBModel.part_metrics`), those that the model has. A num
 written as null, since JSON has no other word for it.
 """
 
+import contextlib
 import io
 import json
 import math
@@ -47,27 +48,56 @@ class MetricsLog:
     def __init__(self, run: Path) -> None:
         self.path = run / METRICS_FILE
         try:
-            self._file = open(self.path, "ab")  # noqa: SIM115 - open for as long as the run lasts
+            # Open for as long as the run lasts; without a buffer, so that what was written is known.
+            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror}") from error
         if not _lock(self._file):
             self._file.close()
             raise _busy(run)
+        self._unwritten = bytearray()
+        self._told = False
 
     def cut_after(self, step: int) -> None:
-        """Drop the lines of steps beyond `step`; they are about to be written again."""
+        """Drop what stands behind the last line of step `step`; it is about to be written again."""
         self._file.truncate(_length_up_to(self.path, step))
 
-    def write(self, *lines: Mapping[str, Any]) -> None:
-        """Append lines and hand them to the operating system."""
+    def write(self, *lines: Mapping[str, Any]) -> str | None:
+        """Append lines and hand them to the operating system.
+
+        Returns:
+            Why the disk does not take them, once for every time that it stops to; None otherwise. Lines that
+            could not be written are, ahead of others, when it takes some again.
+        """
         for line in lines:
             finite = {key: _finite_or_none(value) for key, value in line.items()}
-            self._file.write(json.dumps(finite, allow_nan=False).encode() + b"\n")
-        self._file.flush()
+            self._unwritten += json.dumps(finite, allow_nan=False).encode() + b"\n"
+        try:
+            self._flush()
+        except OSError as error:
+            told, self._told = self._told, True
+            return None if told else error.strerror or str(error)
+        self._told = False
+        return None
 
     def close(self) -> None:
-        """Close the file and let go of the run."""
-        self._file.close()
+        """Close the file and let go of the run.
+
+        Raises:
+            UserError: there are lines that the disk does not take.
+        """
+        try:
+            self._flush()
+        except OSError as error:
+            raise UserError(
+                f"cannot write the last lines of {self.path}: {error.strerror or error}"
+            ) from error
+        finally:
+            self._file.close()
+
+    def _flush(self) -> None:
+        while self._unwritten:
+            del self._unwritten[: self._file.write(self._unwritten)]
 
 
 def refuse_busy(run: Path) -> None:
@@ -86,7 +116,7 @@ def _busy(run: Path) -> UserError:
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a `metrics.jsonl`; a line that a killed process left unfinished ends it."""
+    """The lines of a `metrics.jsonl` that are whole; damaged ones and a torn last one are passed over."""
     for line, _ in _whole_lines(path):
         yield line
 
@@ -96,39 +126,52 @@ def seconds_so_far(path: Path) -> float:
     total, bytes_seen = 0.0, 0
     for line in read_metrics(path):
         if "held_out_bits_per_byte" in line:
-            total += line.get("seconds") or 0.0
+            total += line["seconds"]
         else:
-            total += (line["bytes_seen"] - bytes_seen) / line["bytes_per_second"]
+            total += max(0, line["bytes_seen"] - bytes_seen) / line["bytes_per_second"]
             bytes_seen = line["bytes_seen"]
     return total
 
 
 def _whole_lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
-    """Lines with the length in bytes that each takes in the file."""
+    """Lines that are what they should be, each with the offset in the file at which it ends."""
     if not path.is_file():
         return
+    end = 0
     with open(path, "rb") as file:
         for raw in file:
-            try:
+            end += len(raw)
+            with contextlib.suppress(ValueError, RecursionError):
                 line = json.loads(raw)
-            except ValueError:
-                return
-            if not raw.endswith(b"\n") or not isinstance(line, dict):
-                return
-            yield line, len(raw)
+                if raw.endswith(b"\n") and _is_reading(line):
+                    yield line, end
+
+
+def _is_reading(line: Any) -> bool:
+    """Whether it is a line of a step or of an evaluation, with numbers where they belong."""
+    if not isinstance(line, dict):
+        return False
+    keys = EVALUATION_KEYS if "held_out_bits_per_byte" in line else STEP_KEYS
+    if not all(key in line and _is_number_or_none(line[key]) for key in keys):
+        return False
+    counts = ("step", "held_out_bytes") if keys is EVALUATION_KEYS else ("step", "bytes_seen")
+    if not all(type(line[key]) is int and line[key] >= 0 for key in counts):
+        return False
+    if keys is EVALUATION_KEYS:
+        return line["seconds"] is not None
+    return line["bytes_per_second"] is not None and line["bytes_per_second"] > 0
+
+
+def _is_number_or_none(value: Any) -> bool:
+    return value is None or (type(value) in (int, float) and math.isfinite(value))
 
 
 def _length_up_to(path: Path, last_step: int) -> int:
-    """Bytes of the leading lines whose step is at most `last_step`."""
-    length = 0
-    for line, size in _whole_lines(path):
-        if not isinstance(line.get("step"), int) or line["step"] > last_step:
-            break
-        length += size
-    return length
+    """Bytes up to the end of the last line whose step is at most `last_step`."""
+    return max((end for line, end in _whole_lines(path) if line["step"] <= last_step), default=0)
 
 
-def _lock(file: io.BufferedIOBase) -> bool:
+def _lock(file: io.IOBase) -> bool:
     """Take the lock of an open file for as long as it stays open; False if another process has it."""
     if fcntl is None:
         return True

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from arbitor.errors import UserError
 from arbitor.train import swap
@@ -56,11 +57,18 @@ def existing_run(name: str | None) -> Path:
 
 def refuse_existing(name: str) -> None:
     """Raise UserError if something of that name exists."""
-    if run_path(name).exists():
+    path = run_path(name)
+    if not path.exists():
+        return
+    if (path / CONFIG_FILE).is_file() and (is_finished(path) or _checkpoint_of(path)):
         raise UserError(
             f"the run {name!r} exists: continue it with --resume, start it anew with --reset, "
             "or choose another --run"
         )
+    raise UserError(
+        f"the run {name!r} exists, without a checkpoint to go on from: start it anew with --reset, or choose "
+        "another --run"
+    )
 
 
 def make_run(preset: str, name: str | None = None) -> Path:
@@ -93,7 +101,8 @@ def remove_run(path: Path) -> None:
     Raises:
         UserError: the folder holds something else, or cannot be removed.
     """
-    if path.is_symlink() or not path.is_dir() or (any(path.iterdir()) and not (path / CONFIG_FILE).is_file()):
+    is_folder = path.is_dir() and not path.is_symlink()
+    if not is_folder or not ((path / CONFIG_FILE).is_file() or _is_beginning(path)):
         raise UserError(f"{path} is not a run (it has no {CONFIG_FILE}); it stays as it is")
     try:
         shutil.rmtree(path)
@@ -101,18 +110,37 @@ def remove_run(path: Path) -> None:
         raise UserError(f"cannot remove {path}: {error.strerror}") from error
 
 
+def remove_if_untrained(path: Path) -> None:
+    """Delete a run that never took a step, if it can be deleted."""
+    metrics = path / METRICS_FILE
+    with contextlib.suppress(OSError, UserError):
+        if not _checkpoint_of(path) and not (metrics.exists() and metrics.stat().st_size):
+            remove_run(path)
+
+
+def _is_beginning(path: Path) -> bool:
+    """Whether a folder holds nothing, or what a run holds whose settings were never written."""
+    return all(
+        (entry.name == METRICS_FILE and entry.is_file() and not entry.stat().st_size)
+        or entry.name.startswith(f".{CONFIG_FILE}.tmp-")
+        for entry in path.iterdir()
+    )
+
+
 def is_finished(path: Path) -> bool:
-    """Whether the run in `path` reached its last step."""
-    return (path / SUMMARY_FILE).is_file()
+    """Whether the run in `path` reached its last step, and its summary can be read."""
+    return bool(read_summary(path))
 
 
-def read_summary(path: Path) -> dict[str, object]:
-    """`summary.json` of a finished run; empty if it cannot be read."""
+def read_summary(path: Path) -> dict[str, Any]:
+    """`summary.json` of a finished run; empty if there is none, or none with its figures in it."""
     try:
         summary = json.loads((path / SUMMARY_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
-    return summary if isinstance(summary, dict) else {}
+    if not isinstance(summary, dict) or type(summary.get("steps")) is not int:
+        return {}
+    return summary if type(summary.get("held_out_bits_per_byte")) is float else {}
 
 
 def find_checkpoint(given: str | Path | None = None) -> Path:

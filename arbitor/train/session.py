@@ -1,12 +1,13 @@
 """`arbitor train` from its settings to its exit code: find or make the run, train it, tell how it ended."""
 
 import contextlib
+import functools
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 import torch
 from rich.console import Console
@@ -14,17 +15,19 @@ from rich.console import Console
 from arbitor.config import RunConfig, dump_toml, load_config, override
 from arbitor.config import preset as preset_config
 from arbitor.data import ByteCorpus, open_corpus
+from arbitor.data.contents import unused_field
 from arbitor.errors import UserError
+from arbitor.flags import flag_of, naming_flags
 from arbitor.ternary.optimizer import SIGN_LR, SIGN_THRESHOLD, STATES
 from arbitor.train import report, runs, swap
 from arbitor.train.checkpoint import Checkpoint, load_checkpoint
 from arbitor.train.device import Device, deterministic, resolve_device, thread_count
-from arbitor.train.display import Display, format_bytes
+from arbitor.train.display import Display, PatientOutput, format_bytes
 from arbitor.train.loop import HELD_OUT_BYTES, MAX_DROPPED_IN_A_ROW, Run, Trainer
 from arbitor.train.metrics import MetricsLog, refuse_busy
 from arbitor.train.plot import plot_loss
 from arbitor.train.signals import Interrupted, SignalGuard
-from arbitor.train.tensorfile import DamagedError
+from arbitor.train.tensorfile import NewerError
 
 FAILED = 1
 
@@ -41,6 +44,10 @@ def start_training(
 ) -> int:
     """Train a run, new or resumed, to its end or to a signal.
 
+    A resumed run may be given more `steps` than it has, finished or not. The learning rate is then that of a
+    run of so many steps: where the new cosine stands at this step, which is above where the old one had got
+    to, and from there down to 0 at the new end.
+
     Args:
         settings: fields of `ModelConfig`, `TrainConfig` and `DataConfig` that were given by name.
         preset: where a new run's settings start from; None is the config file's, else `tiny`.
@@ -56,7 +63,7 @@ def start_training(
     Raises:
         UserError: anything given that cannot be used; nothing was changed then.
     """
-    console = console or Console(highlight=False)
+    console = console or _console()
     if resume and reset:
         raise UserError("--resume goes on with a run and --reset deletes it: give one of them")
     if resume:
@@ -64,24 +71,36 @@ def start_training(
         config = load_config(folder / runs.CONFIG_FILE)
         device = resolve_device(settings.get("device") or config.train.device)
         _refuse_contradiction(folder, config, device, settings, preset, config_file)
-        if runs.is_finished(folder):
+        longer = override(config, steps=max(settings.get("steps", 0), config.train.steps))
+        if runs.is_finished(folder) and longer == config:
             console.print(_finished_line(folder), markup=False, soft_wrap=True)
             return 0
-        return _resume(folder, config, _open(config), device, console)
+        return _resume(folder, longer, _open(config, settings), device, console)
     if reset and run is None:
         raise UserError("--reset deletes a run and starts it anew: name it with --run")
     config = _settled(_new_config(settings, preset, config_file))
     if run is not None and not reset:
         runs.refuse_existing(run)
     device = resolve_device(config.train.device)
-    corpus = _open(config)
+    corpus = _open(config, settings)
     if run is not None and reset and runs.run_path(run).exists():
         refuse_busy(runs.run_path(run))
         runs.remove_run(runs.run_path(run))
     folder = runs.make_run(config.preset, run)
-    with contextlib.closing(MetricsLog(folder)) as log:
-        swap.write_file(folder / runs.CONFIG_FILE, dump_toml(config))
-        return _train(folder, config, corpus, device, log, None, console)
+    try:
+        with contextlib.closing(MetricsLog(folder)) as log:
+            swap.write_file(folder / runs.CONFIG_FILE, dump_toml(config))
+            return _train(folder, config, corpus, device, log, None, console)
+    except BaseException:
+        runs.remove_if_untrained(folder)  # what never took a step shall not keep the name
+        raise
+
+
+def _console() -> Console:
+    """The one of stdout, wherever that leads."""
+    if sys.stdout is None:
+        return Console(highlight=False, quiet=True)
+    return Console(highlight=False, file=cast(TextIO, PatientOutput(sys.stdout)))
 
 
 def _resume(folder: Path, config: RunConfig, corpus: ByteCorpus, device: Device, console: Console) -> int:
@@ -89,11 +108,15 @@ def _resume(folder: Path, config: RunConfig, corpus: ByteCorpus, device: Device,
         for name in runs.CHECKPOINTS:
             swap.recover(folder / name, keep_previous=name == "latest")
         checkpoint = _newest_checkpoint(folder, console)
-        if checkpoint.config != config and checkpoint.model_config == config.model:
+        if not _is_longer(config, checkpoint.config) and checkpoint.model_config == config.model:
             raise UserError(
                 f"{folder / runs.CONFIG_FILE} is not what {checkpoint.folder} was trained with; put it back "
                 f"from {checkpoint.folder / runs.CONFIG_FILE}, or start a new run"
             )
+        if load_config(folder / runs.CONFIG_FILE) != config:
+            # In this order: killed in between, the run is one that has yet to be measured once more.
+            (folder / runs.SUMMARY_FILE).unlink(missing_ok=True)
+            swap.write_file(folder / runs.CONFIG_FILE, dump_toml(config))
         log.cut_after(int(checkpoint.state["step"]))
         threads = int(checkpoint.state["threads"])
         for line in _differences(checkpoint, device, threads):
@@ -102,11 +125,18 @@ def _resume(folder: Path, config: RunConfig, corpus: ByteCorpus, device: Device,
             return _train(folder, config, corpus, device, log, checkpoint, console)
 
 
+def _is_longer(config: RunConfig, trained: RunConfig) -> bool:
+    """Whether `config` is what a checkpoint was `trained` with, with as many steps or more."""
+    steps = config.train.steps
+    return override(trained, steps=steps) == config and trained.train.steps <= steps
+
+
 def _new_config(settings: Mapping[str, Any], preset: str | None, config_file: str | None) -> RunConfig:
     base = None if preset is None else preset_config(preset)
     if config_file is not None:
         base = load_config(config_file, base)
-    return override(base or preset_config("tiny"), **settings)
+    with naming_flags(settings):
+        return override(base or preset_config("tiny"), **settings)
 
 
 def _settled(config: RunConfig) -> RunConfig:
@@ -119,9 +149,12 @@ def _settled(config: RunConfig) -> RunConfig:
     return override(config, lr=lr, accum_threshold=threshold or train.accum_threshold)
 
 
-def _open(config: RunConfig) -> ByteCorpus:
+def _open(config: RunConfig, settings: Mapping[str, Any]) -> ByteCorpus:
     data = config.data
-    return open_corpus(data.data, data.held_out, data.field, min_bytes=config.model.ctx)
+    corpus = open_corpus(data.data, data.held_out, data.field, min_bytes=config.model.ctx)
+    if "field" in settings and not corpus.has_fields:
+        print(f"arbitor: note: {unused_field(data.field)}", file=sys.stderr)
+    return corpus
 
 
 def _refuse_contradiction(
@@ -139,14 +172,16 @@ def _refuse_contradiction(
     if config_file is not None and load_config(config_file, config) != config:
         raise UserError(f"--config {config_file} contradicts the run's settings in {where}")
     for name, value in settings.items():
-        given = override(config, **{name: value})
-        if given == config:
+        with naming_flags((name,)):
+            given = override(config, **{name: value})
+        if given == config or (name == "steps" and value > config.train.steps):
             continue
         if name == "device" and resolve_device(config.train.device).device == device.device:
             continue
         own = next(getattr(s, name) for s in (config.model, config.train, config.data) if hasattr(s, name))
-        flag = "--no-save" if name == "save" else f"--{name.replace('_', '-')} {_shown(value)}"
-        raise UserError(f"{flag} contradicts the run's {name} = {_shown(own)} in {where}")
+        flag = flag_of(name) if name == "save" else f"{flag_of(name)} {_shown(value)}"
+        more = " (it can only be raised)" if name == "steps" else ""
+        raise UserError(f"{flag} contradicts the run's {name} = {_shown(own)}{more} in {where}")
 
 
 def _shown(value: Any) -> str:
@@ -156,7 +191,12 @@ def _shown(value: Any) -> str:
 
 
 def _newest_checkpoint(folder: Path, console: Console) -> Checkpoint:
-    """The state to resume from: `latest`, else, if that is damaged, the one before it or `best`."""
+    """The state to resume from: `latest`, else, if that cannot be loaded, the one before it or `best`.
+
+    Raises:
+        UserError: none can be loaded, or one is the work of a later arbitor, which an older one shall not
+            replace.
+    """
     latest = folder / "latest"
     previous = swap.previous_of(latest)
     problems = []
@@ -166,7 +206,9 @@ def _newest_checkpoint(folder: Path, console: Console) -> Checkpoint:
             continue
         try:
             found.append(load_checkpoint(path))
-        except DamagedError as error:
+        except NewerError:
+            raise
+        except UserError as error:
             problems.append(str(error))
             continue
         if path == latest:
@@ -224,15 +266,16 @@ def _train(
             if outcome.finished:
                 with contextlib.suppress(Interrupted):
                     finished = _finish(run)
-        plot_loss(
-            log.path, folder / "loss.png", f"{folder.name}: {config.preset}, state {config.train.state}"
-        )
+        title = f"{folder.name}: {config.preset}, state {config.train.state}"
+        with _naming_folder(folder):
+            plot_loss(log.path, folder / "loss.png", title)
         if finished is not None:
             summary, prompt, sample = finished
             text = (prompt + sample).decode("utf-8", errors="replace")
-            swap.write_file(folder / "sample.txt", text)
-            # Last of all: a run with a summary counts as finished.
-            swap.write_file(folder / runs.SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
+            with _naming_folder(folder):
+                swap.write_file(folder / "sample.txt", text)
+                # Last of all: a run with a summary counts as finished.
+                swap.write_file(folder / runs.SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
             report.show_end(console, config, folder, summary, prompt, sample)
             return 0
         saved = f"saved {folder / 'latest'}" if config.train.save else "nothing was saved (--no-save)"
@@ -249,12 +292,25 @@ def _train(
         return guard.exit_code
 
 
+@contextlib.contextmanager
+def _naming_folder(folder: Path) -> Iterator[None]:
+    """Errors of the disk, which may name no file, name the run."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {folder}: {error.strerror or error}; its checkpoints are whole, "
+            f"`arbitor train --resume --run {folder.name}` writes the rest"
+        ) from error
+
+
 def _finish(run: Run) -> tuple[dict[str, Any], bytes, bytes]:
     """Evaluate and sample the final weights, save `final`; summary, prompt and sample."""
     trainer = run.trainer
     size = min(len(trainer.corpus.held_out), HELD_OUT_BYTES, trainer.last_windows * trainer.config.model.ctx)
     run.display.note(f"measuring on up to {format_bytes(size)} held out, then writing a sample")
-    result = run.undisturbed(lambda: trainer.evaluate(max_windows=trainer.last_windows))
+    shown = functools.partial(run.display.progress, "measuring: window")
+    result = run.undisturbed(lambda: trainer.evaluate(max_windows=trainer.last_windows, progress=shown))
     if not math.isfinite(result.bits_per_byte):
         raise UserError(
             f"training diverged: the logits of the last step are not finite; {run.folder / 'best'} may be of "
@@ -270,9 +326,11 @@ def _finish(run: Run) -> tuple[dict[str, Any], bytes, bytes]:
 
 def _finished_line(folder: Path) -> str:
     summary = runs.read_summary(folder)
-    figure = summary.get("held_out_bits_per_byte")
-    result = f" with {figure:.4f} held-out bits per byte" if isinstance(figure, float) else ""
-    return f"the run {folder.name!r} is finished{result} ({summary.get('steps')} steps); nothing to do"
+    figure, steps = summary["held_out_bits_per_byte"], summary["steps"]
+    return (
+        f"the run {folder.name!r} is finished with {figure:.4f} held-out bits per byte ({steps} steps); "
+        f"nothing to do (a larger --steps trains it longer)"
+    )
 
 
 def _complain(message: str) -> None:

@@ -26,7 +26,11 @@ MAX_TEXT_BYTES = 1 << 20
 
 
 class DamagedError(UserError):
-    """A file is missing, cut short or altered; another copy may serve."""
+    """A file is missing, cut short or altered, or not ours; another copy may serve."""
+
+
+class NewerError(UserError):
+    """A whole file that only a later arbitor can read; another copy would be older work."""
 
 
 def digest(data: bytes | memoryview, *labels: str) -> str:
@@ -42,19 +46,28 @@ def dump_document(document: Mapping[str, Any]) -> str:
 
 
 def parse_document(path: Path, text: str) -> dict[str, Any]:
-    """What `dump_document` wrote, verified; `path` names it in errors."""
+    """What `dump_document` wrote; `path` names it in errors.
+
+    The checksum is looked at before anything else in the document: a flipped bit shall not pass for another
+    format or kind.
+
+    Raises:
+        DamagedError: altered, or not written by `dump_document`.
+        NewerError: whole, and of a later format.
+    """
     try:
         document = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DamagedError(f"{path} is damaged: its JSON cannot be read") from error
-    if not isinstance(document, dict) or not isinstance(document.get("format"), int):
-        raise UserError(f"{path} was not written by arbitor")
-    if document["format"] > FORMAT:
-        raise UserError(
-            f"{path} has format {document['format']}, this arbitor reads up to {FORMAT}: update arbitor"
-        )
-    if document.get("checksum") != _document_digest(document) or text != _canonical(document):
+    if not isinstance(document, dict) or "checksum" not in document:
+        raise DamagedError(f"{path} is damaged or was not written by arbitor: it holds no checksum")
+    if document["checksum"] != _document_digest(document) or text != _canonical(document):
         raise DamagedError(f"{path} is damaged: its own checksum does not match")
+    form = document.get("format")
+    if type(form) is not int:
+        raise DamagedError(f"{path} was not written by arbitor: it names no format")
+    if form > FORMAT:
+        raise NewerError(f"{path} has format {form}, this arbitor reads up to {FORMAT}: update arbitor")
     return document
 
 
@@ -103,8 +116,8 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
         The tensors on the CPU and the header.
 
     Raises:
-        DamagedError: the file is missing or damaged (naming the tensor).
-        UserError: it is of another kind or not ours.
+        DamagedError: the file is missing or damaged (naming the tensor), not ours, or of another kind.
+        NewerError: it is of a later format.
     """
     _check_header_size(path)
     tensors: dict[str, Tensor] = {}
@@ -176,13 +189,13 @@ def _check_header_size(path: Path) -> None:
 
 def _checked_document(path: Path, kind: str, metadata: Mapping[str, str] | None) -> dict[str, Any]:
     if metadata is None or set(metadata) != {"arbitor"}:
-        raise UserError(
-            f"{path} was not written by arbitor: its metadata does not hold the one key 'arbitor'"
+        raise DamagedError(
+            f"{path} is damaged or was not written by arbitor: its metadata lacks the one key 'arbitor'"
         )
     document = parse_document(path, metadata["arbitor"])
     if document.get("kind") != kind or not isinstance(document.get("tensors"), dict):
         kind_found = document.get("kind")
-        raise UserError(f"{path} is of the kind {kind_found!r}; a file of the kind {kind!r} is needed")
+        raise DamagedError(f"{path} is of the kind {kind_found!r}; a file of the kind {kind!r} is needed")
     return document
 
 

@@ -1,8 +1,9 @@
 """Command line of the learning benchmark; see the package's docstring and `--help`."""
 
 import argparse
+import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from arbitor.errors import UserError
@@ -10,7 +11,7 @@ from arbitor.train.device import resolve_device
 from benchmarks.learning import scale_votes, summary
 from benchmarks.learning.contestants import CONTESTANTS, Contestant, Run
 from benchmarks.learning.corpus import keep_to_one_text, load_texts
-from benchmarks.learning.runner import Planner, Recorder, run_all
+from benchmarks.learning.runner import Planner, run_all
 from benchmarks.learning.sizes import SIZES, Size
 from benchmarks.learning.sweep import plan, remaining, results_of
 from benchmarks.learning.table import Row, Table
@@ -34,12 +35,12 @@ def sweep_command(options: argparse.Namespace) -> int:
     contestants = _contestants(options.contestant)
     table = Table(options.results / f"learning-{size.name}.csv")
     replaced = {c.name for c in contestants} if options.force else set()
-    rows = [row for row in table.rows() if row["contestant"] not in replaced]
+    rows: list[Row] = [row for row in table.rows() if row["contestant"] not in replaced]
     if options.plan:
         _print_plan(size, contestants, rows)
         return 0
 
-    def record(run: Run, row: dict[str, str]) -> None:
+    def record(run: Run, row: Row) -> None:
         table.put(row)
         rows[:] = [old for old in rows if table.identity(old) != table.identity(row)] + [row]
         left = sum(remaining(c, results_of(c.name, rows)) for c in contestants)
@@ -47,10 +48,8 @@ def sweep_command(options: argparse.Namespace) -> int:
 
     complete = True
     if plan(contestants, rows):
-        complete = _run(
-            options, size, table.path, not rows, lambda running: plan(contestants, rows, running), record
-        )
-    rows = list(table.rows())
+        complete = _run(options, size, table, rows, lambda running: plan(contestants, rows, running), record)
+    rows[:] = table.rows()
     print(summary.report(rows))
     _plot(rows, size, options.results / f"learning-{size.name}.png")
     return 0 if complete else 75
@@ -72,7 +71,7 @@ def scale_votes_command(options: argparse.Namespace) -> int:
             if run not in running and table.identity(scale_votes.identify(run)) not in have
         ]
 
-    def record(run: Run, row: dict[str, str]) -> None:
+    def record(run: Run, row: Row) -> None:
         row = {**scale_votes.identify(run), **row}
         table.put(row)
         done.append(row)
@@ -81,28 +80,46 @@ def scale_votes_command(options: argparse.Namespace) -> int:
     if options.plan:
         print(f"{len(missing(set()))} runs to do:", *missing(set()), sep="\n  ")
         return 0
-    complete = _run(options, size, table.path, not done, missing, record) if missing(set()) else True
+    complete = _run(options, size, table, done, missing, record) if missing(set()) else True
     print(scale_votes.report(table.rows()))
     return 0 if complete else 75
 
 
 def _run(
-    options: argparse.Namespace, size: Size, results: Path, fresh: bool, planner: Planner, record: Recorder
+    options: argparse.Namespace,
+    size: Size,
+    table: Table,
+    kept: Sequence[Row],
+    planner: Planner,
+    record: Callable[[Run, Row], None],
 ) -> bool:
     device = resolve_device(options.device)
     texts = load_texts(size, options.data, options.held_out)
-    keep_to_one_text(results, texts, fresh)
+    keep_to_one_text(table, texts, kept)
+    provenance = {"text": texts.fingerprint, "commit": commit()}
     print(f"{size.name}: {size.steps} steps of {size.batch} x {size.model.ctx} bytes on {device.name}")
     print(f"{texts.description} (text {texts.fingerprint})", flush=True)
     return run_all(
         planner,
-        record,
+        lambda run, row: record(run, {**row, **provenance}),
         size,
         texts,
         device=device.device.type,
         jobs=options.jobs or size.jobs,
         minutes=options.minutes,
     )
+
+
+def commit() -> str:
+    """The commit of this checkout, with `-dirty` behind it if files differ from it; empty outside of git."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude", "*", "--abbrev=12"]
+    try:
+        done = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=60
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()
 
 
 def _line(run: Run, row: Row) -> str:

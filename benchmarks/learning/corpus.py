@@ -12,6 +12,7 @@ from arbitor.data import open_corpus
 from arbitor.data.corpus import embedded_sources
 from arbitor.errors import UserError
 from benchmarks.learning.sizes import Size
+from benchmarks.learning.table import Row, Table
 
 MAX_BYTES = 64_000_000
 MAX_FILE_BYTES = 1_000_000  # larger sources are generated tables
@@ -89,27 +90,29 @@ def distinct_sources(files: Iterable[tuple[Path, Path]], max_bytes: int = MAX_BY
     return Texts(train, held_out, description)
 
 
-def keep_to_one_text(results: Path, texts: Texts, fresh: bool) -> None:
+def keep_to_one_text(table: Table, texts: Texts, kept: Sequence[Row]) -> None:
     """Refuse to put rows of one text beside rows of another; the text is noted in `<results>.text`.
 
     Args:
-        results: the CSV file that rows go to.
+        table: that rows go to. Rows of another text that are not kept leave it.
         texts: what the coming runs read.
-        fresh: there are no rows yet that must stay comparable.
+        kept: the rows that are there and will not be measured again.
 
     Raises:
-        UserError: the rows that are there come from another text.
+        UserError: some of them come from another text; nothing was changed then.
     """
-    note = results.with_suffix(".text")
-    line = f"{texts.fingerprint} {len(texts.train)} bytes to train on, {len(texts.held_out)} held out\n"
-    if not fresh and note.exists() and note.read_text() != line:
-        noted = note.read_text().split()[0]
+    others = sorted({row["text"] for row in kept} - {texts.fingerprint})
+    if others:
         raise UserError(
-            f"{results} has rows of another text ({noted}, this is {texts.fingerprint});"
+            f"{table.path} has rows of another text ({others[0] or 'unknown'}, this is {texts.fingerprint});"
             " give that text, another --results folder, or --force for all contestants"
         )
+    table.keep_text(texts.fingerprint)
+    note = table.path.with_suffix(".text")
     note.parent.mkdir(parents=True, exist_ok=True)
-    note.write_text(line)
+    note.write_text(
+        f"{texts.fingerprint} {len(texts.train)} bytes to train on, {len(texts.held_out)} held out\n"
+    )
 
 
 def _digest(content: bytes) -> bytes:

@@ -9,7 +9,7 @@ from benchmarks.learning.contestants import CONTESTANTS
 from benchmarks.learning.sweep import SWEEP_SEED, best_lr, results_of
 from benchmarks.learning.table import Row
 
-REFERENCES = ("bitnet-adamw", "dense-adamw")
+REFERENCES = ("bitnet-adamw", "bitnet-muon", "dense-adamw", "dense-muon")
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def standings(rows: Sequence[Row]) -> list[Standing]:
 
 
 def report(rows: Sequence[Row]) -> str:
-    """A table as text: contestant, bytes, best rate, mean, standard error, ratio to the AdamW twins."""
+    """A table as text: contestant, bytes, best rate, mean, standard error, ratio to each twin."""
     table = standings(rows)
     means = {standing.name: standing.mean for standing in table}
     lines = [

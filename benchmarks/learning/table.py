@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-COLUMNS = (
+MEASURED = (
     "contestant",
     "lr",
     "seed",
@@ -22,6 +22,8 @@ COLUMNS = (
     "torch",
     "date",
 )
+PROVENANCE = ("text", "commit")  # fingerprint of the texts, and the code; behind all other columns
+COLUMNS = (*MEASURED, *PROVENANCE)
 KEY = ("contestant", "lr", "seed")
 
 Row = Mapping[str, str]
@@ -29,6 +31,9 @@ Row = Mapping[str, str]
 
 class Table:
     """Rows of text under fixed columns, identified by some of them.
+
+    A file without the columns of `PROVENANCE` is read as well: its rows' text is the one in the file
+    `<name>.text` beside it, their commit is not known.
 
     The file itself is locked while it is read or written, so that runs which end at the same time in several
     processes do not lose each other's rows.
@@ -60,15 +65,13 @@ class Table:
                 rows = [old for i, old in enumerate(rows) if i not in same[1:]]
             else:
                 rows.append(row)
-            text = io.StringIO()
-            writer = csv.DictWriter(text, self.columns, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-            file.seek(0)
-            file.write(text.getvalue())
-            file.truncate()
-            file.flush()
-            os.fsync(file.fileno())
+            self._write(file, rows)
+
+    def keep_text(self, text: str) -> None:
+        """Drop the rows that were measured on another text than the one with the fingerprint `text`."""
+        if self.path.exists():
+            with self._locked() as file:
+                self._write(file, [row for row in self._read(file) if row["text"] == text])
 
     def identity(self, row: Row) -> tuple[str, ...]:
         """What tells a row from others; equal numbers are equal however they are spelt."""
@@ -86,9 +89,24 @@ class Table:
         file.seek(0)
         reader = csv.DictReader(file)
         rows = list(reader)
-        if reader.fieldnames is not None and tuple(reader.fieldnames) != self.columns:
+        if reader.fieldnames is None or tuple(reader.fieldnames) == self.columns:
+            return rows
+        if (*reader.fieldnames, *PROVENANCE) != self.columns:
             raise ValueError(f"{self.path} has the columns {reader.fieldnames}, expected {self.columns}")
-        return rows
+        note = self.path.with_suffix(".text")
+        text = note.read_text(encoding="utf-8").split()[0] if note.exists() else ""
+        return [{**row, "text": text, "commit": ""} for row in rows]
+
+    def _write(self, file: TextIO, rows: Sequence[Row]) -> None:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self.columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        file.seek(0)
+        file.write(text.getvalue())
+        file.truncate()
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _canonical(text: str) -> str:

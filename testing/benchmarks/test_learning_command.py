@@ -1,6 +1,7 @@
 """The command end to end with a micro size: rows, resuming, replacing, plan, plot, scale votes."""
 
 import dataclasses
+import subprocess
 
 import pytest
 
@@ -87,6 +88,68 @@ def test_a_full_sweep_is_resumed_and_forced(run, monkeypatch):
     run("--contestant", "trits-full", "--force")
     assert len(table.rows()) == 2 * 5
     assert [s.mean for s in summary.standings(table.rows())] == [1.0, 2.0]
+
+
+def test_rows_name_their_text_and_commit(run, monkeypatch):
+    monkeypatch.setattr(command, "run_all", fake_runner(lambda run: 2.0))
+    monkeypatch.setattr(command, "commit", lambda: "abc-dirty")
+    _, captured, table = run("--contestant", "trits-sign")
+    (text,) = {row["text"] for row in table.rows()}
+    assert f"(text {text})" in captured.out
+    assert {row["commit"] for row in table.rows()} == {"abc-dirty"}
+
+
+def test_forcing_another_text_leaves_no_row_of_the_first(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(command, "run_all", fake_runner(lambda run: 1.0 + abs(run.lr - 0.05)))
+    _, _, table = run("--contestant", "trits-full", "dense-muon")
+    first = table.rows()
+    (tmp_path / "text.txt").write_text("another text, as long as the one before it, or longer. " * 50)
+    # The best rate is another one now, so that not every old row would be measured again.
+    monkeypatch.setattr(command, "run_all", fake_runner(lambda run: 2.0 + abs(run.lr - 0.1)))
+    for arguments in (["--contestant", "trits-lean"], ["--contestant", "trits-full", "--force"]):
+        code, captured, _ = run(*arguments)
+        assert code == 2
+        assert "has rows of another text" in captured.err
+        assert table.rows() == first
+    code, captured, _ = run("--contestant", "trits-full", "dense-muon", "--force")
+    assert code == 0
+    assert {row["text"] for row in table.rows()}.isdisjoint({row["text"] for row in first})
+    assert min(float(row["held_out_bits_per_byte"]) for row in table.rows()) == 2.0
+    assert (tmp_path / "learning-cpu.text").read_text().startswith(table.rows()[0]["text"])
+
+
+def test_an_interrupted_force_does_not_mix_texts_either(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(command, "run_all", fake_runner(lambda run: 1.0))
+    _, _, table = run("--contestant", "trits-sign")
+    (tmp_path / "text.txt").write_text("another text, as long as the one before it, or longer. " * 50)
+    monkeypatch.setattr(command, "run_all", lambda planner, record, *_, **rest: False)
+    assert run("--contestant", "trits-sign", "--force")[0] == 75
+    assert table.rows() == []
+    monkeypatch.setattr(command, "run_all", fake_runner(lambda run: 2.0))
+    run("--contestant", "trits-sign")
+    assert [row["held_out_bits_per_byte"] for row in table.rows()] == ["2.0"] * 3
+
+
+def test_the_report_has_a_ratio_to_each_twin(run, monkeypatch):
+    figures = {"trits-sign": 3.0, "bitnet-adamw": 1.0, "bitnet-muon": 2.0, "dense-adamw": 4.0}
+    monkeypatch.setattr(
+        command, "run_all", fake_runner(lambda run: figures.get(run.contestant, 8.0) + abs(run.lr - 0.05))
+    )
+    names = ["trits-sign", "bitnet-adamw", "bitnet-muon", "dense-adamw", "dense-muon"]
+    _, captured, table = run("--contestant", *names)
+    best = {s.name: s.mean for s in summary.standings(table.rows())}
+    line = next(line for line in captured.out.splitlines() if line.startswith("trits-sign   "))
+    assert line.split()[-4:] == [f"{best['trits-sign'] / best[name]:.4f}" for name in names[1:]]
+
+
+def test_the_commit_is_that_of_git(repository, monkeypatch, tmp_path):
+    found = command.commit()
+    asked = subprocess.run(
+        ["git", "-C", str(repository), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    assert found.removesuffix("-dirty") == asked.stdout[:12]
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert command.commit() == ""
 
 
 def test_time_that_runs_out_leaves_what_is_finished(run):

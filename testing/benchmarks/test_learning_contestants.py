@@ -1,6 +1,7 @@
 """Every contestant trains for a few steps at a micro size, on the same data, and its bytes are counted."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -9,9 +10,10 @@ from torch.optim import AdamW, Muon
 
 from arbitor.config import ModelConfig
 from arbitor.ternary import Int8Embedding, TernaryLinear, VoteOptimizer
+from benchmarks.learning import training
 from benchmarks.learning.contestants import CONTESTANTS, TABLE_LR_SHARE, Run, build
 from benchmarks.learning.sizes import SIZES, Size
-from benchmarks.learning.table import COLUMNS
+from benchmarks.learning.table import MEASURED
 from benchmarks.learning.training import measure, train
 
 MICRO = Size(
@@ -63,7 +65,7 @@ def test_contestants_are_those_of_the_contract():
 @pytest.mark.parametrize("name", CONTESTANTS)
 def test_three_steps(name):
     row = measure(run_of(name), MICRO, text_tensor(), text_tensor().numpy())
-    assert tuple(row) == COLUMNS
+    assert tuple(row) == MEASURED
     assert row["contestant"] == name
     assert int(row["bytes_seen"]) == 3 * 2 * 16
     assert 2.0 < float(row["held_out_bits_per_byte"]) < 12.0
@@ -144,14 +146,78 @@ def test_out_of_time_abandons_the_run():
     assert measure(run_of("trits-lean"), MICRO, text_tensor(), text_tensor().numpy(), lambda: True) is None
 
 
-def test_tracking_reports_the_best_point():
-    tracked = dataclasses.replace(MICRO, steps=6, track_every=2)
-    run = Run("dense-adamw", 0.05, 0)
-    figures = []
-    for size in (dataclasses.replace(tracked, track_every=0), tracked):
-        row = measure(run, size, text_tensor(), text_tensor().numpy())
-        figures.append(float(row["held_out_bits_per_byte"]))
-    assert figures[1] <= figures[0]
+@pytest.mark.parametrize(
+    ("figures", "best"), [([3.0, 2.0, 2.5], 2.0), ([2.0, 3.0, 2.5], 2.0), ([3.0, 2.5, 2.0], 2.0)]
+)
+def test_tracking_reports_the_best_point_wherever_it_stands(monkeypatch, figures, best):
+    """Two evaluations on the way, after steps 2 and 4, and the last one."""
+    given, steps = iter(figures), []
+    monkeypatch.setattr(training, "_evaluate", lambda *_: next(given))
+    step = training.Trainee.step
+    monkeypatch.setattr(
+        training.Trainee, "step", lambda self, share: (steps.append(share), step(self, share))
+    )
+    size = dataclasses.replace(MICRO, steps=6, track_every=2)
+    row = measure(Run("dense-adamw", 0.05, 0), size, text_tensor(), text_tensor().numpy())
+    assert float(row["held_out_bits_per_byte"]) == best
+    assert len(steps) == 6
+    assert list(given) == []
+
+
+def test_without_tracking_the_last_point_counts(monkeypatch):
+    given = iter([2.5])
+    monkeypatch.setattr(training, "_evaluate", lambda *_: next(given))
+    row = measure(run_of("dense-adamw"), MICRO, text_tensor(), text_tensor().numpy())
+    assert float(row["held_out_bits_per_byte"]) == 2.5
+
+
+@pytest.mark.parametrize("name", CONTESTANTS)
+def test_the_schedule_is_a_warm_up_and_half_a_cosine_of_every_rate(monkeypatch, name):
+    """5 % of 40 steps rise in a line to the peak, the rest fall along the cosine, in every group."""
+    trainee = build(Run(name, 0.02, 0, scale_lr=0.001), MICRO.model, CPU)
+    groups = [group for optimizer in trainee.optimizers for group in optimizer.param_groups]
+    peaks = [group["lr"] for group in groups]
+    rates = []
+    for optimizer in trainee.optimizers:
+        monkeypatch.setattr(optimizer, "step", lambda: None)
+    monkeypatch.setattr(
+        trainee.optimizers[-1], "step", lambda: rates.append([group["lr"] for group in groups])
+    )
+    train(trainee, dataclasses.replace(MICRO, steps=40), text_tensor(), 0, lambda: False)
+    shares = [0.5, 1.0] + [(1 + math.cos(math.pi * i / 38)) / 2 for i in range(38)]
+    assert len(rates) == 40
+    for step, share in enumerate(shares):
+        assert rates[step] == pytest.approx([peak * share for peak in peaks]), step
+
+
+@pytest.mark.parametrize("name", [name for name in CONTESTANTS if not name.startswith("trits")])
+@pytest.mark.parametrize(("size", "norm"), [(100.0, 1.0), (0.001, None)])
+def test_gradients_of_the_twins_are_clipped_to_norm_1_together(monkeypatch, name, size, norm):
+    trainee = build(run_of(name), MICRO.model, CPU)
+    parameters = list(trainee.model.parameters())
+    assert sum(p.numel() for o in trainee.optimizers for g in o.param_groups for p in g["params"]) == sum(
+        p.numel() for p in parameters
+    )
+    torch.manual_seed(1)
+    given = [torch.randn_like(p) for p in parameters]
+    length = sum(float(g.double().square().sum()) for g in given) ** 0.5
+    for parameter, gradient in zip(parameters, given, strict=True):
+        parameter.grad = gradient * (size / length)
+    seen = []
+    for optimizer in trainee.optimizers:
+        monkeypatch.setattr(optimizer, "step", lambda: None)
+    # The first one sees the gradients of all: each drops its own after its step.
+    monkeypatch.setattr(
+        trainee.optimizers[0], "step", lambda: seen.extend(p.grad.clone() for p in parameters)
+    )
+    trainee.step(1.0)
+    factor = (size if norm is None else norm) / length
+    for gradient, unclipped in zip(seen, given, strict=True):
+        torch.testing.assert_close(gradient, unclipped * factor, rtol=1e-4, atol=0.0)
+
+
+def test_votes_are_not_clipped():
+    assert build(run_of("trits-full"), MICRO.model, CPU)._clipped == []
 
 
 def test_gpu_size_is_as_large_as_it_says():

@@ -6,6 +6,7 @@ import pytest
 from arbitor.errors import UserError
 from benchmarks.learning.corpus import Texts, distinct_sources, keep_to_one_text, load_texts
 from benchmarks.learning.sizes import SIZES
+from benchmarks.learning.table import COLUMNS, Table
 
 
 @pytest.fixture
@@ -65,14 +66,44 @@ def test_shakespeare_needs_its_text_and_holds_out_the_last_tenth(tmp_path):
     assert np.concatenate([texts.train, texts.held_out]).tobytes() == path.read_bytes()
 
 
-def test_rows_of_two_texts_never_stand_in_one_table(tmp_path):
-    results = tmp_path / "learning-cpu.csv"
-    texts = [Texts(np.full(8, k, np.uint8), np.full(4, k, np.uint8), "") for k in (1, 2)]
-    keep_to_one_text(results, texts[0], fresh=True)
-    keep_to_one_text(results, texts[0], fresh=False)
-    noted = results.with_suffix(".text").read_text()
-    with pytest.raises(UserError, match=f"this is {texts[1].fingerprint}"):
-        keep_to_one_text(results, texts[1], fresh=False)
-    assert results.with_suffix(".text").read_text() == noted
-    keep_to_one_text(results, texts[1], fresh=True)
-    assert results.with_suffix(".text").read_text() != noted
+@pytest.fixture
+def table(tmp_path):
+    return Table(tmp_path / "learning-cpu.csv")
+
+
+def two_texts():
+    return [Texts(np.full(8, k, np.uint8), np.full(4, k, np.uint8), "") for k in (1, 2)]
+
+
+def row(text, seed="0"):
+    return dict.fromkeys(COLUMNS, "1") | {"text": text, "seed": seed}
+
+
+def test_rows_of_two_texts_never_stand_in_one_table(table):
+    mine, other = two_texts()
+    table.put(row(mine.fingerprint))
+    keep_to_one_text(table, mine, table.rows())
+    noted, rows = table.path.with_suffix(".text").read_text(), table.rows()
+    assert noted == f"{mine.fingerprint} 8 bytes to train on, 4 held out\n"
+    with pytest.raises(UserError, match=f"this is {other.fingerprint}"):
+        keep_to_one_text(table, other, table.rows())
+    assert (table.path.with_suffix(".text").read_text(), table.rows()) == (noted, rows)
+    keep_to_one_text(table, other, [])  # all of them are to be measured again
+    assert table.rows() == []
+    assert table.path.with_suffix(".text").read_text().startswith(other.fingerprint)
+
+
+def test_a_row_names_its_text_whatever_the_note_says(table):
+    mine, other = two_texts()
+    keep_to_one_text(table, mine, [])
+    table.put(row(other.fingerprint))
+    with pytest.raises(UserError, match=f"rows of another text \\({other.fingerprint}"):
+        keep_to_one_text(table, mine, table.rows())
+
+
+def test_rows_of_this_text_stay_while_others_leave(table):
+    mine, other = two_texts()
+    table.put(row(mine.fingerprint))
+    table.put(row(other.fingerprint, seed="1"))
+    keep_to_one_text(table, mine, [row(mine.fingerprint)])
+    assert table.rows() == [row(mine.fingerprint)]

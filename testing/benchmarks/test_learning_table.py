@@ -5,7 +5,8 @@ import multiprocessing
 
 import pytest
 
-from benchmarks.learning.table import COLUMNS, Table
+from benchmarks.learning import scale_votes
+from benchmarks.learning.table import COLUMNS, PROVENANCE, Table
 
 
 def row(contestant="trits-full", lr="0.05", seed="0", bits="1.5"):
@@ -66,6 +67,33 @@ def test_wrong_columns_are_refused(tmp_path):
     table.path.write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="columns"):
         table.rows()
+
+
+def test_a_file_without_text_and_commit_is_read_and_completed(tmp_path):
+    table = Table(tmp_path / "results.csv")
+    old = {name: value for name, value in row().items() if name not in PROVENANCE}
+    table.path.write_text(",".join(old) + "\n" + ",".join(old.values()) + "\n")
+    assert table.rows() == [old | {"text": "", "commit": ""}]
+    (tmp_path / "results.text").write_text("c0ffee 10 bytes to train on, 2 held out\n")
+    assert table.rows() == [old | {"text": "c0ffee", "commit": ""}]
+    table.put(row(seed="1") | {"text": "c0ffee", "commit": "abc"})
+    assert [(r["seed"], r["text"], r["commit"]) for r in table.rows()] == [
+        ("0", "c0ffee", ""),
+        ("1", "c0ffee", "abc"),
+    ]
+    header, first, _ = table.path.read_text().splitlines()
+    assert header == ",".join([*old, "text", "commit"])
+    assert first == ",".join([*old.values(), "c0ffee", ""])
+
+
+@pytest.mark.parametrize("name", ["learning-gpu", "scale-votes-gpu"])
+def test_the_committed_results_are_read_with_their_text(repository, name):
+    path = repository / "benchmarks" / "results" / f"{name}.csv"
+    scale_votes_columns = {"scale-votes-gpu": (scale_votes.COLUMNS, scale_votes.KEY)}
+    rows = Table(path, *scale_votes_columns.get(name, ())).rows()
+    assert len(rows) > 8
+    noted = path.with_suffix(".text").read_text().split()[0]
+    assert {row["text"] for row in rows} == {noted}
 
 
 def test_two_processes_lose_no_row(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from arbitor.data import contents, open_corpus, store
+from arbitor.data import ByteStream, Sampler, contents, open_corpus, store
 from arbitor.data.contents import open_contents
 from arbitor.data.sources import Skipped, find_sources
 from arbitor.data.store import Store
@@ -391,6 +391,50 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path):
     path.write_text("longer now")
     with pytest.raises(UserError, match="changed while it was read"):
         open_contents(sources, "text", Store())
+
+
+@pytest.mark.parametrize("files", [1, 2])
+def test_a_file_that_loses_its_pages_is_an_error_and_not_the_end_of_the_process(tmp_path, files):
+    for i in range(files):
+        (tmp_path / f"{i}.txt").write_bytes(b"0123456789" * 300_000)
+    corpus = open_corpus([str(tmp_path)], min_bytes=128)
+    sampler = Sampler(corpus.train, 64, 128)
+    sampler.next()
+    os.truncate(tmp_path / "0.txt", 100_000)
+    message = r"0\.txt' was cut short while it was in use: it has 100,000 of 3,000,000 bytes; put it back"
+    with pytest.raises(UserError, match=message):
+        sampler.next()
+    with pytest.raises(UserError, match=message):
+        corpus.held_out.window(0, 10)
+    with pytest.raises(UserError, match=message):
+        corpus.train.fingerprint()
+
+
+@pytest.mark.parametrize("how", ["removed", "replaced", "longer"])
+def test_a_mapped_file_that_keeps_its_pages_goes_on(tmp_path, how):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"0123456789" * 300_000)
+    corpus = open_corpus([str(path)], min_bytes=128)
+    before = corpus.train.fingerprint()
+    if how == "removed":
+        path.unlink()
+    elif how == "replaced":
+        (tmp_path / "b.txt").write_text("short")
+        (tmp_path / "b.txt").rename(path)
+    else:
+        with open(path, "ab") as file:
+            file.write(b"more")
+    assert corpus.train.fingerprint() == before
+    Sampler(corpus.train, 64, 128).next()
+
+
+def test_a_decoded_cache_that_is_cut_short_is_noticed_as_well(tmp_path, cache):
+    (tmp_path / "a.gz").write_bytes(gzip.compress(bytes(100_000)))
+    (array,) = open_contents(find_sources([str(tmp_path / "a.gz")], Skipped()), "text", Store(1000))
+    (file,) = cache.glob("*.bytes")
+    os.truncate(file, 5000)
+    with pytest.raises(UserError, match=r"\.bytes' was cut short"):
+        ByteStream([array[50_000:]]).window(0, 10)
 
 
 def test_contents_are_bytes(tmp_path):

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arbitor.data import ByteStream
+from arbitor.data import stream as module
 
 pieces = st.lists(st.binary(max_size=9), max_size=8)
 
@@ -85,12 +86,26 @@ def test_fingerprint_follows_content_not_layout(parts):
         assert fingerprint != ByteStream(as_arrays([changed])).fingerprint()
 
 
-def test_fingerprint_probes_first_middle_and_last_bytes_of_long_streams():
-    content = np.zeros(1 << 20, dtype=np.uint8)
+def test_every_byte_counts_in_the_fingerprint():
+    content = np.random.default_rng(0).integers(0, 256, 3 << 20, dtype=np.uint8)
+    fingerprint = ByteStream([content]).fingerprint()
+    for index in np.random.default_rng(1).integers(0, content.size, 40):
+        content[index] ^= 1
+        assert ByteStream([content]).fingerprint() != fingerprint
+        content[index] ^= 1
+    assert ByteStream([content[:5], content[5:]]).fingerprint() == fingerprint
+
+
+def test_a_long_stream_is_probed_at_its_ends_and_in_between(monkeypatch):
+    monkeypatch.setattr(module, "_WHOLE_BYTES", 1 << 20)
+    monkeypatch.setattr(module, "_PROBES", 64)
+    monkeypatch.setattr(module, "_PROBE_BYTES", 1024)
+    content = np.zeros((1 << 20) + 1, dtype=np.uint8)
     fingerprints = {ByteStream([content]).fingerprint()}
-    # Probe 32 of 0..63 starts at (2^20 - 1024) * 32 // 63.
+    # Probe 32 of 0..63 starts at (2^20 + 1 - 1024) * 32 // 63.
     for index in (0, (content.size - 1024) * 32 // 63, content.size - 1):
         content[index] = 1
         fingerprints.add(ByteStream([content]).fingerprint())
         content[index] = 0
     assert len(fingerprints) == 4
+    assert ByteStream([content[:-1]]).fingerprint() not in fingerprints

@@ -320,3 +320,22 @@ def test_without_scale_votes_exponents_stay():
     before = {name: p.clone() for name, p in net.named_parameters() if name.endswith(".E")}
     train(net, optimizer, range(4))
     assert all(torch.equal(before[name], net.get_parameter(name)) for name in before)
+
+
+@pytest.mark.parametrize("exponent", [-62, -40, 0, 20, 31])
+@pytest.mark.parametrize("threshold", [1, 5, 32, 127])
+def test_waiting_steps_of_exponents_never_leave_their_range(exponent, threshold):
+    """All 255 accumulators; 31 + 127 steps and -62 - 127 of them do not fit into a byte."""
+    layer, optimizer = matrix(rows=255, e_accum_threshold=threshold)
+    waiting = torch.arange(-127, 128)
+    accumulator = optimizer.state[layer.T_packed]["E_accum"]
+    accumulator.copy_(waiting.view_as(accumulator))
+    with torch.no_grad():
+        layer.E.fill_(exponent)
+    moved = layer.update_E()
+    steps = [int(value / threshold) for value in waiting.tolist()]
+    expected = [max(-62, min(31, exponent + step)) for step in steps]
+    assert layer.E.flatten().tolist() == expected
+    rest = [value - threshold * step for value, step in zip(waiting.tolist(), steps, strict=True)]
+    assert accumulator.flatten().tolist() == rest
+    assert moved == sum(value != exponent for value in expected)

@@ -17,7 +17,7 @@ from arbitor.ops.trit_codec import legal_bytes
 from arbitor.train import checkpoint as checkpoint_module
 from arbitor.train import swap
 from arbitor.train.checkpoint import load, load_checkpoint, save_checkpoint
-from arbitor.train.tensorfile import DamagedError, dump_document, read_tensors, write_tensors
+from arbitor.train.tensorfile import DamagedError, NewerError, dump_document, read_tensors, write_tensors
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "config.toml")
 
@@ -88,13 +88,34 @@ def test_any_flipped_bit_is_noticed_and_the_file_named(saved, name):
             damaged = bytearray(original)
             damaged[place] ^= 1 << bit
             path.write_bytes(damaged)
-            with pytest.raises(UserError) as error:
+            with pytest.raises(DamagedError) as error:
                 load_checkpoint(saved)
             assert "\n" not in str(error.value)
             # The optimizer's file is named by the file that it does not fit, or by itself.
             assert name in str(error.value), f"bit {bit} of byte {place}: {error.value}"
     path.write_bytes(original)
     load_checkpoint(saved)
+
+
+@pytest.mark.parametrize("name", FILES[:3])
+def test_a_flipped_bit_in_a_checked_word_passes_for_nothing_else(saved, name):
+    """Not for a later format, another kind of file, or a file of somebody else."""
+    path = saved / name
+    original = path.read_bytes()
+    flips = 0
+    for word in (b"format", b"kind", b"arbitor", b"checksum", b"__metadata__", b"config"):
+        begin = original.find(word)
+        if begin < 0:
+            continue
+        for place in range(begin, begin + len(word) + 6):  # the word and the value behind it
+            for bit in range(7):
+                damaged = bytearray(original)
+                damaged[place] ^= 1 << bit
+                path.write_bytes(damaged)
+                with pytest.raises(DamagedError):
+                    load_checkpoint(saved)
+                flips += 1
+    assert flips > 100
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -198,13 +219,13 @@ def test_headers_are_bounded_before_they_are_read(saved, length):
 def test_files_of_others_are_refused(saved, tmp_path):
     path = tmp_path / "model.safetensors"
     save_file({"weight": torch.zeros(3)}, path)
-    with pytest.raises(UserError, match="was not written by arbitor"):
+    with pytest.raises(DamagedError, match="was not written by arbitor"):
         load(path, device="cpu")
     save_file({"weight": torch.zeros(3)}, path, metadata={"arbitor": "[" * 100_000})
-    with pytest.raises(UserError, match="JSON cannot be read"):
+    with pytest.raises(DamagedError, match="JSON cannot be read"):
         load(path, device="cpu")
     save_file({"weight": torch.zeros(3)}, path, metadata={"arbitor": dump_document({"format": 99})})
-    with pytest.raises(UserError, match="update arbitor"):
+    with pytest.raises(NewerError, match="has format 99, this arbitor reads up to 1: update arbitor"):
         load(path, device="cpu")
     with pytest.raises(UserError, match="is of the kind 'optimizer'"):
         load(saved / "optimizer.safetensors", device="cpu")

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,12 @@ import torch
 from rich.console import Console
 
 from arbitor.errors import UserError
+from arbitor.evaluate import Evaluation
 from arbitor.model import ARBModel
+from arbitor.train import loop
 from arbitor.train.checkpoint import load_checkpoint
 from arbitor.train.loop import MAX_DROPPED_IN_A_ROW, Trainer
+from arbitor.train.metrics import MetricsLog
 from arbitor.train.session import start_training
 
 RUNS = Path("runs")
@@ -102,25 +106,6 @@ def test_no_save_writes_no_checkpoint_at_all(workplace, settings, capsys):
     assert "no checkpoints: --no-save" in capsys.readouterr().out
 
 
-def test_a_full_disk_is_one_error_and_keeps_the_checkpoint_before(workplace, settings, monkeypatch):
-    from arbitor.train import checkpoint
-
-    write, count = checkpoint.write_tensors, 0
-
-    def full(*args, **kwargs):
-        nonlocal count
-        count += 1
-        if count > 6:
-            raise OSError(28, "No space left on device")
-        return write(*args, **kwargs)
-
-    monkeypatch.setattr(checkpoint, "write_tensors", full)
-    with pytest.raises(UserError, match=r"cannot save runs/full/\w+: No space left on device"):
-        start_training(settings, run="full")
-    assert load_checkpoint(RUNS / "full" / "latest").state["step"] == 4
-    monkeypatch.undo()
-
-
 def test_best_is_the_lowest_evaluation(workplace, settings):
     assert start_training(settings, run="r") == 0
     evaluations = {
@@ -178,3 +163,164 @@ def test_the_start_says_what_is_trained_on_what(workplace, settings, capsys):
         "next: arbitor generate tiny-1 --prompt",
     ):
         assert words in printed
+
+
+@pytest.mark.parametrize("log_interval", [1, 4, 50])
+def test_when_a_run_has_diverged_does_not_depend_on_how_often_losses_are_read(
+    workplace, settings, spoil, log_interval
+):
+    spoil(*range(5, 5 + MAX_DROPPED_IN_A_ROW))  # good steps follow before a reading of 50
+    settings |= {"steps": 60, "log_interval": log_interval, "eval_interval": 0, "save_interval": 0}
+    assert start_training(settings, run="bad") == 1
+
+
+@pytest.mark.parametrize("log_interval", [1, 4, 50])
+def test_a_step_that_counts_starts_the_row_anew_however_often_losses_are_read(
+    workplace, settings, spoil, log_interval
+):
+    bad = [*range(2, 1 + MAX_DROPPED_IN_A_ROW), *range(2 + MAX_DROPPED_IN_A_ROW, 40)]
+    spoil(*bad)
+    settings |= {"steps": 39, "log_interval": log_interval, "eval_interval": 0, "save_interval": 0}
+    assert start_training(settings, run="lucky") == 0
+    assert json.loads((RUNS / "lucky" / "summary.json").read_text())["dropped_steps"] == len(bad)
+    assert load_checkpoint(RUNS / "lucky" / "latest").state["dropped_in_a_row"] == 40 - 22
+
+
+def fail_at(monkeypatch, *saves: int) -> None:
+    """The disk takes no more at these saves of a checkpoint, counted from 1."""
+    save, count = loop.save_checkpoint, 0
+
+    def failing(*args, **rest):
+        nonlocal count
+        count += 1
+        if count in saves:
+            raise OSError(28, "No space left on device")
+        save(*args, **rest)
+
+    monkeypatch.setattr(loop, "save_checkpoint", failing)
+
+
+def test_a_full_disk_in_between_costs_a_checkpoint_and_not_the_run(workplace, settings, monkeypatch, capsys):
+    """Saves are best 4, latest 4, best 8, latest 8, best 12, latest 12, final."""
+    assert start_training(settings, run="whole") == 0
+    fail_at(monkeypatch, 3, 4)
+    capsys.readouterr()
+    assert start_training(settings, run="full") == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert told == [
+        f"warning: step 8: cannot save runs/full/{name}: No space left on device; "
+        "the checkpoint before it stays as it was; training goes on"
+        for name in ("best", "latest")
+    ]
+    for name in ("best", "latest", "final"):
+        for file in ("model.safetensors", "optimizer.safetensors"):
+            ours, theirs = (RUNS / run / name / file for run in ("full", "whole"))
+            assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_what_could_not_be_saved_is_not_the_best(workplace, settings, monkeypatch):
+    figures = iter([3.0, 2.0, 2.5])
+    monkeypatch.setattr(Trainer, "evaluate", lambda self, max_windows=None: Evaluation(next(figures), 9, 1))
+    monkeypatch.setattr("arbitor.train.session._finish", stop_here)
+    fail_at(monkeypatch, 3)
+    with pytest.raises(Stopped):
+        start_training(settings, run="full")
+    best = load_checkpoint(RUNS / "full" / "best").state
+    assert best["best"] == {"step": 12, "bits_per_byte": 2.5}
+
+
+@pytest.mark.parametrize("save", [5, 6, 7])
+def test_a_last_checkpoint_that_cannot_be_saved_is_an_error(workplace, settings, monkeypatch, save):
+    fail_at(monkeypatch, *range(save, 20))
+    with pytest.raises(UserError, match=r"^cannot save runs/full/\w+: No space left on device"):
+        start_training(settings, run="full")
+    assert load_checkpoint(RUNS / "full" / "latest").state["step"] == (12 if save == 7 else 8)
+    assert not (RUNS / "full" / "summary.json").exists()
+    monkeypatch.undo()
+
+
+def test_metrics_that_the_disk_does_not_take_are_written_later(workplace, settings, monkeypatch, capsys):
+    """The file takes nothing from step 3 to 6; no line is lost, and it is told once."""
+    assert start_training(settings, run="whole") == 0
+    flush = MetricsLog._flush
+
+    def full(self):
+        steps = [json.loads(line)["step"] for line in self._unwritten.splitlines()]
+        if steps and 3 <= max(steps) <= 6:
+            raise OSError(28, "No space left on device")
+        flush(self)
+
+    monkeypatch.setattr(MetricsLog, "_flush", full)
+    capsys.readouterr()
+    assert start_training(settings, run="full") == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert told == [
+        "warning: step 3: cannot write runs/full/metrics.jsonl: No space left on device; "
+        "its lines are kept until there is room, and training goes on"
+    ]
+    assert [line["step"] for line in lines_of("full")] == [line["step"] for line in lines_of("whole")]
+
+
+class Stopped(BaseException):
+    """Ends a run where a test wants it to end."""
+
+
+def stop_here(*_):
+    raise Stopped
+
+
+@pytest.mark.parametrize("order", [[3.0, 2.0, 2.5], [2.0, 3.0, 2.5], [3.0, 2.5, 2.0], [2.0, 2.0, 2.0]])
+def test_the_best_is_the_first_lowest_evaluation_wherever_it_stands(
+    workplace, settings, monkeypatch, capsys, order
+):
+    figures = iter(order)
+    monkeypatch.setattr(Trainer, "evaluate", lambda self, max_windows=None: Evaluation(next(figures), 9, 1))
+    monkeypatch.setattr("arbitor.train.session._finish", stop_here)
+    with pytest.raises(Stopped):
+        start_training(settings, run="r")
+    best = load_checkpoint(RUNS / "r" / "best").state
+    step = 4 * (1 + order.index(min(order)))
+    assert (best["step"], best["best"]) == (step, {"step": step, "bits_per_byte": 2.0})
+    assert load_checkpoint(RUNS / "r" / "latest").state["best"] == best["best"]
+    marked = [line for line in capsys.readouterr().out.splitlines() if "the best so far" in line]
+    assert len(marked) == 1 + sum(value < min(order[:i]) for i, value in enumerate(order) if i)
+
+
+def test_the_best_of_before_an_interruption_stays_the_best(workplace, settings, monkeypatch):
+    figures = iter([3.0, 2.0, 2.5])
+    monkeypatch.setattr(Trainer, "evaluate", lambda self, max_windows=None: Evaluation(next(figures), 9, 1))
+    monkeypatch.setattr("arbitor.train.session._finish", stop_here)
+    take_step = Trainer.take_step
+
+    def interrupted(self):
+        if self.step == 8:
+            signal.raise_signal(signal.SIGINT)
+        return take_step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "take_step", interrupted)
+        assert start_training(settings, run="r") == 130
+    with pytest.raises(Stopped):
+        start_training({}, run="r", resume=True)
+    assert load_checkpoint(RUNS / "r" / "latest").state["best"] == {"step": 8, "bits_per_byte": 2.0}
+    assert load_checkpoint(RUNS / "r" / "best").state["step"] == 8
+
+
+@pytest.mark.parametrize(
+    ("size", "windows"), [({}, 480), ({"steps": 1}, 40), ({"accum": 3}, 1440), ({"eval_steps": 500}, 500)]
+)
+def test_the_last_evaluation_is_in_proportion_to_the_training(make_trainer, size, windows):
+    """Ten windows for each one trained on, and never fewer than an evaluation in between reads."""
+    assert make_trainer(0, **size).last_windows == windows
+
+
+@pytest.mark.parametrize(("steps", "whole"), [(1, False), (40, True)])
+def test_a_short_run_is_measured_on_a_part_and_says_so(workplace, settings, capsys, steps, whole):
+    settings |= {"steps": steps, "batch": 1, "eval_interval": 0, "save_interval": 0}
+    assert start_training(settings, run="short") == 0
+    summary = json.loads((RUNS / "short" / "summary.json").read_text())
+    size = (Path("data.txt").stat().st_size) // 10
+    # Windows of 16 bytes overlap by half, and the first predicts 13 bytes and no less: 8 n + 5 bytes.
+    assert summary["held_out_bytes"] == (size if whole else 8 * 10 + 5)
+    assert summary["held_out_whole"] is whole
+    assert ("(on the first " in capsys.readouterr().out) is not whole

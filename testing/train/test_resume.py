@@ -1,6 +1,7 @@
 """A resumed run equals an uninterrupted one: losses, flips, evaluations, and its checkpoints to the byte."""
 
 import json
+import math
 import shutil
 import signal
 from pathlib import Path
@@ -9,9 +10,11 @@ import pytest
 import torch
 
 from arbitor.errors import UserError
+from arbitor.train.checkpoint import load_checkpoint
 from arbitor.train.loop import Trainer
 from arbitor.train.metrics import EVALUATION_KEYS, STEP_KEYS, MetricsLog
 from arbitor.train.session import start_training
+from arbitor.train.tensorfile import dump_document
 
 RUNS = Path("runs")
 VARYING = {"bytes_per_second", "memory", "seconds"}
@@ -131,6 +134,49 @@ def test_a_damaged_latest_falls_back_to_the_one_before_and_says_so(whole_run, se
     assert_equal_runs("cut", whole_run)
 
 
+def spoil_format(folder):
+    path = folder / "state.json"
+    path.write_text(path.read_text().replace('"format": 1', '"format": 3'))  # one bit
+
+
+def spoil_header(folder):
+    path = folder / "optimizer.safetensors"
+    path.write_bytes(path.read_bytes().replace(b'"arbitor"', b'"arbitos"', 1))
+
+
+def put_another_kind(folder):
+    shutil.copy(folder / "optimizer.safetensors", folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("spoil", [spoil_format, spoil_header, put_another_kind])
+def test_whatever_keeps_latest_from_loading_the_one_before_serves(
+    whole_run, settings, interrupt, capsys, spoil
+):
+    interrupt("take_step", 10, lambda: signal.raise_signal(signal.SIGINT))
+    assert start_training(settings, run="cut") == 130
+    spoil(RUNS / "cut" / "latest")
+    capsys.readouterr()
+    assert start_training({}, run="cut", resume=True) == 0
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 1
+    assert warnings[0].startswith("warning: runs/cut/latest/")
+    assert_equal_runs("cut", whole_run)
+
+
+def test_work_of_a_later_version_is_not_replaced_by_older_work(workplace, settings, interrupt):
+    interrupt("take_step", 10, lambda: signal.raise_signal(signal.SIGINT))
+    start_training(settings, run="cut")
+    path = RUNS / "cut" / "latest" / "state.json"
+    state = json.loads(path.read_text())
+    path.write_text(
+        dump_document({key: value for key, value in state.items() if key != "checksum"} | {"format": 2})
+    )
+    later = path.read_text()
+    with pytest.raises(UserError, match="has format 2, this arbitor reads up to 1: update arbitor"):
+        start_training({}, run="cut", resume=True)
+    assert path.read_text() == later
+
+
 def test_without_any_latest_best_serves(whole_run, settings, interrupt, capsys):
     interrupt("take_step", 10, lambda: signal.raise_signal(signal.SIGINT))
     start_training(settings, run="cut")
@@ -177,13 +223,39 @@ def test_resume_takes_the_newest_run_and_a_finished_one_says_so(workplace, setti
     assert {path: path.stat().st_mtime_ns for path in RUNS.rglob("*")} == before
 
 
+@pytest.mark.parametrize("damage", ["", "{", "[]", "{}", '{"steps": "12"}', "[" * 100_000, "\0"])
+def test_a_damaged_summary_is_made_again(whole_run, capsys, damage):
+    path = RUNS / whole_run / "summary.json"
+    summary = json.loads(path.read_text())
+    path.write_text(damage)
+    assert start_training({}, run=whole_run, resume=True) == 0
+    again = json.loads(path.read_text())
+    assert {**again, "seconds": 0} == {**summary, "seconds": 0}
+
+
+def test_damaged_metrics_do_not_keep_a_run_from_going_on(whole_run, settings, interrupt):
+    interrupt("take_step", 10, lambda: signal.raise_signal(signal.SIGINT))
+    assert start_training(settings, run="cut") == 130
+    path = RUNS / "cut" / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[2] = b'{"step": 3, "bytes_seen": "\xff"}\n'
+    path.write_bytes(b"".join(lines))
+    assert start_training({}, run="cut", resume=True) == 0
+    kept = path.read_bytes().splitlines(keepends=True)
+    assert kept[: len(lines)] == lines
+    assert len(kept) == len(lines_of(whole_run))
+
+
 def test_resume_refuses_what_contradicts_the_run(workplace, settings, interrupt):
     interrupt("take_step", 2, lambda: signal.raise_signal(signal.SIGINT))
     start_training(settings, run="cut")
     (workplace / "other.toml").write_text("[train]\nseed = 7\n")
     contradictions = [
         ({"settings": {"lr": 0.5}}, r"--lr 0\.5 contradicts the run's lr = 0\.05"),
-        ({"settings": {"steps": 13}}, "--steps 13 contradicts the run's steps = 12"),
+        (
+            {"settings": {"steps": 11}},
+            r"--steps 11 contradicts the run's steps = 12 \(it can only be raised\)",
+        ),
         ({"settings": {"ctx": 32}}, "--ctx 32 contradicts"),
         ({"settings": {"data": ["else.txt"]}}, r"--data else\.txt contradicts the run's data = data\.txt"),
         ({"settings": {"save": False}}, "--no-save contradicts"),
@@ -195,6 +267,73 @@ def test_resume_refuses_what_contradicts_the_run(workplace, settings, interrupt)
             start_training(**arguments, run="cut", resume=True)
     agreeing = {"steps": 12, "data": ["data.txt"], "device": "cpu", "lr": 0.05}
     assert start_training(agreeing, preset="tiny", run="cut", resume=True) == 0
+
+
+@pytest.mark.parametrize(("place", "part"), [(0, "training"), (0.5, "training"), (-1, "held-out")])
+def test_a_byte_that_changed_is_noticed_wherever_it_stands(workplace, settings, interrupt, place, part):
+    interrupt("take_step", 2, lambda: signal.raise_signal(signal.SIGINT))
+    start_training(settings, run="cut")
+    data = bytearray(Path("data.txt").read_bytes())
+    data[int(place * len(data)) if place == 0.5 else place] ^= 1
+    Path("data.txt").write_bytes(data)
+    with pytest.raises(UserError, match=rf"the {part} data is not what it was: .*, with other content"):
+        start_training({}, run="cut", resume=True)
+
+
+def test_held_out_data_of_another_length_is_noticed(workplace, settings, interrupt):
+    Path("held-out.txt").write_text("something to be measured on " * 9)
+    interrupt("take_step", 2, lambda: signal.raise_signal(signal.SIGINT))
+    start_training({**settings, "held_out": "held-out.txt"}, run="cut")
+    Path("held-out.txt").write_text("something to be measured on " * 8)
+    with pytest.raises(UserError, match="held-out data is not what it was: 252 bytes then, 224 now;"):
+        start_training({}, run="cut", resume=True)
+
+
+def test_a_finished_run_is_trained_longer_by_the_schedule_of_its_new_length(workplace, settings):
+    assert start_training(settings, run="r") == 0
+    before = lines_of("r")
+    assert start_training({"steps": 20}, run="r", resume=True) == 0
+    lines = lines_of("r")
+    assert lines[: len(before)] == before
+    rates = {line["step"]: line["lr"] for line in lines if "loss" in line}
+    assert list(rates) == list(range(1, 21))
+    # One step of 20 warms up, and the cosine of the other 19 is entered after step 12.
+    for step in range(13, 21):
+        expected = 0.05 / 2 * (1 + math.cos(math.pi * (step - 2) / 19))
+        assert rates[step] == pytest.approx(expected, rel=1e-9)
+    assert rates[13] > rates[12]
+    summary = json.loads((RUNS / "r" / "summary.json").read_text())
+    assert (summary["steps"], summary["bytes_seen"]) == (20, 20 * 4 * 16)
+    assert "steps = 20\n" in (RUNS / "r" / "config.toml").read_text()
+    assert load_checkpoint(RUNS / "r" / "final").state["step"] == 20
+
+
+def test_an_interrupted_run_may_get_more_steps(workplace, settings, interrupt):
+    interrupt("take_step", 6, lambda: signal.raise_signal(signal.SIGINT))
+    assert start_training(settings, run="r") == 130
+    assert start_training({"steps": 16}, run="r", resume=True) == 0
+    assert json.loads((RUNS / "r" / "summary.json").read_text())["steps"] == 16
+
+
+@pytest.mark.parametrize("step", [13, 17])
+def test_a_longer_run_that_is_killed_goes_on_to_its_new_end(workplace, settings, interrupt, step):
+    for name in ("whole", "cut"):
+        assert start_training(settings, run=name) == 0
+    assert start_training({"steps": 20}, run="whole", resume=True) == 0
+    interrupt("take_step", step, kill)
+    with pytest.raises(Killed):
+        start_training({"steps": 20}, run="cut", resume=True)
+    assert not (RUNS / "cut" / "summary.json").exists()
+    assert start_training({}, run="cut", resume=True) == 0
+    assert_equal_runs("cut", "whole")
+
+
+def test_a_run_that_cannot_be_trained_longer_stays_as_it_is(workplace, settings):
+    assert start_training({**settings, "save": False}, run="r") == 0
+    before = {path: path.read_bytes() for path in (RUNS / "r").iterdir()}
+    with pytest.raises(UserError, match="runs/r holds no checkpoint"):
+        start_training({"steps": 20}, run="r", resume=True)
+    assert {path: path.read_bytes() for path in (RUNS / "r").iterdir()} == before
 
 
 def test_a_config_that_was_edited_is_refused(workplace, settings, interrupt):

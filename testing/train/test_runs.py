@@ -32,8 +32,13 @@ def test_names_count_up_and_fill_no_gap_twice():
     assert [runs.make_run("tiny").name for _ in range(3)] == ["tiny-1", "tiny-2", "tiny-3"]
     assert runs.make_run("small").name == "small-1"
     assert runs.make_run("tiny", "mine") == Path("runs/mine")
-    with pytest.raises(UserError, match="the run 'mine' exists: continue it with --resume"):
+    with pytest.raises(
+        UserError, match="the run 'mine' exists, without a checkpoint to go on from: start it"
+    ):
         runs.make_run("tiny", "mine")
+    make("half", "latest")
+    with pytest.raises(UserError, match="the run 'half' exists: continue it with --resume"):
+        runs.make_run("tiny", "half")
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "/abs", ".hidden", "a\\b", "nul\0"])

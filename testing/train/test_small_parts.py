@@ -1,15 +1,17 @@
 """Schedule, metrics file, picture, device, display formats."""
 
+import io
 import json
 import math
 
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
 from arbitor.errors import UserError
 from arbitor.train.device import deterministic, process_memory, resolve_device, thread_count
-from arbitor.train.display import format_bytes, format_seconds, printable
+from arbitor.train.display import Display, format_bytes, format_seconds, printable
 from arbitor.train.metrics import MetricsLog, read_metrics, seconds_so_far
 from arbitor.train.plot import _round_step, plot_loss
 from arbitor.train.schedule import learning_rate
@@ -63,6 +65,52 @@ def test_an_unfinished_line_ends_the_metrics(tmp_path):
     log.cut_after(9)
     log.close()
     assert path.read_text() == json.dumps(step_line(1)) + "\n"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"",
+        b"\n",
+        b"\xff\xfe\x00\n",
+        b"[" * 100_000 + b"\n",
+        b"[1]\n",
+        b"3\n",
+        b'{"step": 2}\n',
+        json.dumps(step_line(2, bytes_per_second=0)).encode() + b"\n",
+        json.dumps(step_line(2, bytes_per_second=None)).encode() + b"\n",
+        json.dumps(step_line(2, bytes_seen="many")).encode() + b"\n",
+        json.dumps(step_line(-1)).encode() + b"\n",
+        json.dumps(step_line(2.5)).encode() + b"\n",
+        json.dumps(step_line(2, loss=[])).encode() + b"\n",
+        b'{"step": 2, "held_out_bits_per_byte": 2.0, "held_out_bytes": 9, "seconds": null}\n',
+        b'{"step": 2, "held_out_bits_per_byte": 2.0, "held_out_bytes": 9, "seconds": NaN}\n',
+    ],
+)
+def test_a_damaged_line_costs_no_other_line(tmp_path, damage):
+    path = tmp_path / "metrics.jsonl"
+    before, after = (json.dumps(step_line(step)).encode() + b"\n" for step in (1, 3))
+    path.write_bytes(before + damage + after)
+    assert [line["step"] for line in read_metrics(path)] == [1, 3]
+    assert seconds_so_far(path) == 3 * 2.0
+    plot_loss(path, tmp_path / "loss.png", "a run")
+    log = MetricsLog(tmp_path)
+    log.cut_after(3)
+    log.close()
+    assert path.read_bytes() == before + damage + after
+    log = MetricsLog(tmp_path)
+    log.cut_after(2)
+    log.close()
+    assert path.read_bytes() == before
+
+
+def test_lines_that_the_disk_never_takes_are_an_error_at_the_end(tmp_path, monkeypatch):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    log = MetricsLog(tmp_path)
+    assert log.write(step_line(1)) == "No space left on device"
+    assert log.write(step_line(2)) is None, "told once"
+    with pytest.raises(UserError, match=r"cannot write the last lines of .*metrics\.jsonl: No space left"):
+        log.close()
 
 
 def test_one_process_at_a_time(tmp_path):
@@ -133,3 +181,20 @@ def test_figures_for_people():
     assert [format_seconds(n) for n in (0, 61, 3600 * 3 + 62)] == ["0:00", "1:01", "3:01:02"]
     assert printable("a\x1b[2J\tb\nc\x9b") == "a\ufffd[2J\tb\nc\ufffd"
     assert process_memory() > 1 << 20
+
+
+def test_progress_of_what_has_no_steps(monkeypatch):
+    """On a terminal a bar; elsewhere a line every ten seconds, and none for what is over before."""
+    clock = iter([0.0, 4.0, 11.0, 12.0, 30.0, 31.0])
+    monkeypatch.setattr("arbitor.train.display.time.monotonic", lambda: next(clock))
+    plain = Console(file=io.StringIO(), highlight=False)
+    display = Display(plain)
+    for done in range(1, 7):
+        display.progress("measuring: window", done, 6)
+    assert plain.file.getvalue() == "measuring: window 3/6\nmeasuring: window 5/6\n"
+    monkeypatch.setattr("arbitor.train.display.time.monotonic", iter(range(100)).__next__)
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=80, highlight=False)
+    with Display(terminal) as display:
+        display.progress("measuring: window", 1, 4)
+    assert "measuring: window 1/4" in terminal.file.getvalue()
+    assert "25 %" in terminal.file.getvalue()

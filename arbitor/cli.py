@@ -368,7 +368,7 @@ def finetune(
     state
         What training keeps with --full: full, compact or lean.
     steps
-        Optimizer steps; default 200.
+        Optimizer steps; default 400.
     batch
         Conversations per step; default 16.
     ctx
@@ -376,9 +376,9 @@ def finetune(
     seed
         Seed of adapters, order and rounding; default 0.
     eval_interval
-        Steps between evaluations, 0 at the end only; default 50.
+        Steps between evaluations, 0 at the end only; default 100.
     save_interval
-        Steps between checkpoints, 0 at the end only; default 50.
+        Steps between checkpoints, 0 at the end only; default 100.
     device
         Where to compute; default auto.
     run

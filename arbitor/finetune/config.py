@@ -55,13 +55,13 @@ class FinetuneConfig:
     targets: tuple[str, ...] = ()
     lr: float | None = None
     state: str = "full"
-    steps: int = 200
+    steps: int = 400
     batch: int = 16
     ctx: int | None = None
     seed: int = 0
     warmup: float = 0.05
-    eval_interval: int = 50
-    save_interval: int = 50
+    eval_interval: int = 100
+    save_interval: int = 100
     eval_examples: int = 256
     device: str = "auto"
 

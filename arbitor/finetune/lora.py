@@ -1,4 +1,4 @@
-"""Low-rank adapters (Hu et al. 2021, "LoRA") on frozen ternary linears: y = base(x) + (alpha / r) B A x.
+"""Low-rank adapters (Hu et al. 2021, "LoRA") on frozen integer linears: y = base(x) + (alpha / r) B A x.
 
 A and B are floats and belong to a finetune only; the base's integers are neither changed nor captured.
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from arbitor.config import did_you_mean
 from arbitor.errors import UserError
+from arbitor.model.heads import ByteHead
 from arbitor.ternary import TernaryLinear, named_ternary
 
 MAX_RANK = 4096
@@ -50,7 +51,7 @@ class Adapter:
 
 
 class LoraLinear(nn.Module):
-    """A ternary linear with a float update of low rank beside it.
+    """A frozen linear, ternary or the byte head, with a float update of low rank beside it.
 
     The parts are named as in the PEFT library: `base_layer`, `lora_A` [R, I] and `lora_B` [O, R]. B starts at
     zero, so that a fresh adapter changes nothing.
@@ -62,9 +63,11 @@ class LoraLinear(nn.Module):
 
     float_adapter = True  # tells the audit what these floats are
 
-    def __init__(self, base_layer: TernaryLinear, rank: int, alpha: float, dropout: float = 0.0) -> None:
+    def __init__(
+        self, base_layer: TernaryLinear | ByteHead, rank: int, alpha: float, dropout: float = 0.0
+    ) -> None:
         super().__init__()
-        device = base_layer.T_packed.device
+        device = base_layer.stored.device
         self.base_layer = base_layer
         self.scaling = alpha / rank
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
@@ -79,10 +82,14 @@ class LoraLinear(nn.Module):
         update = self.lora_B(self.lora_A(self.dropout(x.to(self.lora_A.weight.dtype))))
         return y + (self.scaling * update).to(y.dtype)
 
+    def logits(self, x: Tensor, quantize: bool = True) -> Tensor:
+        """The same, under the name that a head is called by."""
+        return self(x, quantize)
+
 
 def adaptable(model: nn.Module) -> list[str]:
-    """Full names of all ternary linears of a model, in its order; experts are not among them."""
-    return [name for name, module in named_ternary(model) if isinstance(module, TernaryLinear)]
+    """Full names of all ternary linears of a model and its byte head, in its order; experts are left out."""
+    return [name for name, module in named_ternary(model) if isinstance(module, TernaryLinear | ByteHead)]
 
 
 def choose_modules(model: nn.Module, targets: Sequence[str] = ()) -> tuple[str, ...]:
@@ -118,7 +125,7 @@ def attach(model: nn.Module, adapter: Adapter) -> None:
     The model is then in evaluation mode but for the adapters: the base is frozen.
 
     Raises:
-        UserError: there are adapters or an optimizer already, or a name is not that of a ternary linear.
+        UserError: there are adapters or an optimizer already, or a name is not that of a linear.
     """
     if any(isinstance(module, LoraLinear) for module in model.modules()):
         raise UserError("the model has an adapter already")
@@ -127,13 +134,13 @@ def attach(model: nn.Module, adapter: Adapter) -> None:
     names = set(adaptable(model))
     for name in adapter.modules:
         if name not in names:
-            raise UserError(f"the model has no ternary linear {name!r} to put an adapter beside")
+            raise UserError(f"the model has no linear {name!r} to put an adapter beside")
     if not adapter.modules:
         raise UserError("the adapter names no linear")
     for name in adapter.modules:
         parent, _, attribute = name.rpartition(".")
         base_layer = model.get_submodule(name)
-        assert isinstance(base_layer, TernaryLinear)
+        assert isinstance(base_layer, TernaryLinear | ByteHead)
         wrapped = LoraLinear(base_layer, adapter.rank, adapter.alpha, adapter.dropout)
         setattr(model.get_submodule(parent), attribute, wrapped)
     set_training(model, False)

@@ -337,7 +337,8 @@ def _show_end(console: Console, finetune: Finetune, summary: Mapping[str, Any], 
     base = "its trits voted on" if config.full else "not a bit of it changed (checksum verified)"
     rows = {
         "answers": f"held-out loss {before:.4f} -> {after:.4f} nats per byte "
-        f"({-summary['reduction']:+.1%}), over {summary['held_out_answer_bytes']:,} bytes of {summary['held_out_conversations']:,} conversations",
+        f"({-summary['reduction']:+.1%}), over {summary['held_out_answer_bytes']:,} bytes of "
+        f"{summary['held_out_conversations']:,} conversations",
         "base": f"{config.base}: {base}",
         "time": format_seconds(finetune.seconds),
         "run": f"{folder}: metrics.jsonl, loss.png, sample.txt, summary.json, latest/ best/ final/",

@@ -364,7 +364,7 @@ def finetune(
     targets
         Words of the names of the linears to adapt, such as attention or ffn.up; default all but routers.
     lr
-        Peak learning rate; default 0.005 (AdamW), with --full a fifth of training's.
+        Peak learning rate; default 0.005 (AdamW), with --full 0.6 of training's.
     state
         What training keeps with --full: full, compact or lean.
     steps

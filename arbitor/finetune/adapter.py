@@ -119,6 +119,9 @@ def read_adapter(folder: Path) -> SavedAdapter:
         for part in ("lora_A", "lora_B"):
             if f"{module}.{part}.weight" not in weights:
                 raise UserError(f"{folder / WEIGHTS_FILE}: {module!r} has no {part}")
+    listed = config.get("target_modules")
+    if isinstance(listed, list) and sorted(map(str, listed)) == sorted(modules):
+        modules = tuple(listed)  # in the model's order, where the file sorts by name
     base = config.get("base_model_name_or_path")
     return SavedAdapter(
         folder=folder,

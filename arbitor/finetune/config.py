@@ -14,7 +14,7 @@ from arbitor.train.runs import FINETUNE_FILE as CONFIG_FILE
 from arbitor.train.tensorfile import FORMAT, dump_document, parse_document, read_text
 
 LORA_LR = 5e-3
-FULL_LR_SHARE = 0.2  # of the peak with which the state trains from scratch
+FULL_LR_SHARE = 0.6  # of the peak with which the state trains from scratch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

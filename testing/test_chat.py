@@ -198,3 +198,19 @@ def test_the_verb_takes_the_newest_finetune(tmp_path, monkeypatch, capfd):
         assert out == "y\ny\n"
         assert "base/best with the adapter" in err
         assert "tuned/best on cpu" in err
+
+
+def test_an_interrupted_pass_through_the_model_leaves_no_trace():
+    def script():
+        yield ord("x")
+        raise KeyboardInterrupt  # when the ledger holds an id more than was answered
+
+    model = Scripted()
+    model.script = script()
+    chat = Chat(model, temperature=0)
+    with pytest.raises(KeyboardInterrupt):
+        said(chat, "a")
+    model.script = iter([STOP])
+    said(chat, "b")
+    talk = [Message(USER, b"a"), Message(ASSISTANT, b"x"), Message(USER, b"b")]
+    assert model.contexts[-1] == frame_prompt(talk)

@@ -49,7 +49,7 @@ def test_held_out_answers_improve_by_a_third(data_folder, tmp_path, monkeypatch,
     assert main(["finetune", "base", *data, "--steps", "120", "--lr", "0.02", "--run", "tuned", *flags]) == 0
     summary = json.loads(Path("runs/tuned/summary.json").read_text())
     assert summary["held_out_conversations"] == 256
-    # A third below the base, and well below 3.14 nats, the entropy of single ids of these answers: to know how
-    # often each comes would not do.
+    # A third below the base, and well below 3.14 nats, the entropy of single ids of these answers: knowing
+    # how often each comes would not do.
     assert summary["reduction"] > 1 / 3
     assert summary["held_out_answer_loss"] < 2.6

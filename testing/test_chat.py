@@ -214,3 +214,37 @@ def test_an_interrupted_pass_through_the_model_leaves_no_trace():
     said(chat, "b")
     talk = [Message(USER, b"a"), Message(ASSISTANT, b"x"), Message(USER, b"b")]
     assert model.contexts[-1] == frame_prompt(talk)
+
+
+def test_a_terminal_is_prompted_and_an_answer_can_be_stopped(monkeypatch, capfd):
+    lines = iter(["hi", "again"])
+
+    def ask(prompt):
+        assert prompt == "> "
+        line = next(lines, None)
+        if line is None:
+            raise EOFError
+        return line
+
+    def script():
+        yield ord("x")
+        raise KeyboardInterrupt
+
+    model = Scripted()
+    model.script = script()
+    terminal = SimpleNamespace(isatty=lambda: True)
+    monkeypatch.setattr(sys, "stdin", terminal)
+    monkeypatch.setattr("builtins.input", ask)
+    chat = Chat(model, temperature=0)
+    say = chat.say
+
+    def then_another_script(text):
+        if text == b"again":
+            model.script = iter([*b"y", STOP])
+        return say(text)
+
+    monkeypatch.setattr(chat, "say", then_another_script)
+    assert converse(chat) == 0
+    out, err = capfd.readouterr()
+    assert out == "x\ny\n\n"
+    assert "/reset forgets" in err

@@ -377,3 +377,31 @@ def test_ctrl_c_in_a_real_process_saves(workplace, repository):
     assert process.returncode == 130, err
     assert "go on with: arbitor finetune --resume --run base-lora-1" in out
     assert find_adapter("base-lora-1") is not None
+
+
+def test_a_base_that_changed_is_noticed(finetune, capsys, monkeypatch):
+    from arbitor.finetune.methods import AdapterMethod
+
+    step = AdapterMethod.step
+
+    def careless(self, loss, lr):
+        with torch.no_grad():
+            self.model.embed.q[0, 0] ^= 1
+        return step(self, loss, lr)
+
+    monkeypatch.setattr(AdapterMethod, "step", careless)
+    assert finetune("--steps", "1", "--run", "tuned") == 1
+    assert "the base's weights changed" in capsys.readouterr().err
+    assert not Path("runs/tuned/summary.json").exists()
+
+
+def test_the_recipe_is_the_command(workplace, repository):
+    recipe = repository / "training" / "finetuning" / "text.py"
+    result = subprocess.run(
+        [sys.executable, recipe, "base", "--data", "talk.jsonl", "--steps", "1", "--run", "tuned"],
+        env={**os.environ, "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "base_unchanged" in Path("runs/tuned/summary.json").read_text()

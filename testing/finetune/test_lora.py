@@ -191,6 +191,7 @@ def test_the_audit_names_adapters_and_passes_on_the_base(make_model):
     ids, is_answer = batch()
     answer_losses(model(ids).logits, ids, is_answer).mean().backward()
     optimizer.step()
+    optimizer.zero_grad()  # gradients are not kept from one step to the next
     report = audit(model, optimizer)
     assert report.ok
     adapters = {row.name: row for row in report.rows if row.role == "float adapter"}

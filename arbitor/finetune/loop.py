@@ -23,7 +23,7 @@ from arbitor.finetune.methods import Method
 from arbitor.model import ARBModel
 from arbitor.train.device import Device
 from arbitor.train.display import Display, Reading, format_bytes, format_seconds
-from arbitor.train.metrics import MetricsLog, seconds_so_far
+from arbitor.train.metrics import EVALUATION_KEYS, STEP_KEYS, MetricsLog, seconds_so_far
 from arbitor.train.schedule import learning_rate
 from arbitor.train.signals import Interrupted, SignalGuard
 
@@ -286,17 +286,9 @@ class Finetune:
                 f"step {self.step}: dropped, the loss or a gradient was not finite ({self.dropped} so far)"
             )
         rate, memory = len(losses) / seconds, self.device.memory()
-        self.log.write(
-            {
-                "step": self.step,
-                "bytes_seen": self._answer_bytes,
-                "loss": loss,
-                "bits_per_byte": loss / LN2,
-                "lr": lr,
-                "bytes_per_second": rate,
-                "memory": memory,
-            }
-        )
+        flips = self.method.flip_rate()
+        values = (self.step, self._answer_bytes, loss, loss / LN2, lr, rate, memory, flips)
+        self.log.write(dict(zip(STEP_KEYS, values, strict=True)))
         taken = self.step - self._first_step
         self.display.update(
             AnswerReading(
@@ -317,14 +309,8 @@ class Finetune:
             result = measure(self.model, self.data.held_out[: self.config.eval_examples], self.config.batch)
         seconds = time.perf_counter() - started
         self.seconds += seconds
-        self.log.write(
-            {
-                "step": self.step,
-                "held_out_bits_per_byte": result.bits,
-                "held_out_bytes": result.num_answer_ids,
-                "seconds": seconds,
-            }
-        )
+        values = (self.step, result.bits, result.num_answer_ids, seconds)
+        self.log.write(dict(zip(EVALUATION_KEYS, values, strict=True)))
         return result
 
     def _evaluate(self) -> None:

@@ -61,6 +61,9 @@ class Method(Protocol):
     def step(self, loss: Tensor, lr: float) -> bool:
         """Backward and one update; False if the step was dropped because something was not finite."""
 
+    def flip_rate(self) -> float | None:
+        """Share of all trits that flipped in the last step; None where none can."""
+
     def set_training(self, training: bool) -> None:
         """Switch between learning and measuring."""
 
@@ -111,6 +114,9 @@ class AdapterMethod:
             self.optimizer.step()
         self.optimizer.zero_grad()
         return finite
+
+    def flip_rate(self) -> None:
+        """None: the base is frozen."""
 
     def set_training(self, training: bool) -> None:
         """Dropout on or off."""
@@ -215,6 +221,10 @@ class VoteMethod:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return self.optimizer.last_step_applied
+
+    def flip_rate(self) -> float:
+        """Share of all trits that flipped in the last step."""
+        return self.optimizer.flip_rate()
 
     def set_training(self, training: bool) -> None:
         """The model's own switch."""

@@ -19,6 +19,7 @@ from arbitor.finetune.adapter import apply_adapter, find_adapter, read_adapter
 from arbitor.finetune.loop import batch_order
 from arbitor.finetune.lora import adapter_parameters
 from arbitor.train.checkpoint import load_checkpoint
+from arbitor.train.metrics import EVALUATION_KEYS, STEP_KEYS
 from testing.test_cli import tree
 
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -66,6 +67,9 @@ def test_a_finetune_learns_and_leaves_the_base_alone(finetune, workplace, capsys
     lines = [json.loads(line) for line in Path("runs/tuned/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 61))
     assert sum("held_out_bits_per_byte" in line for line in lines) == 2
+    for line in lines:
+        assert list(line) == list(STEP_KEYS if "loss" in line else EVALUATION_KEYS)
+        assert line.get("flip_rate") is None
 
 
 def test_the_files_have_the_names_and_shapes_of_peft(finetune):

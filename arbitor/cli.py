@@ -47,6 +47,12 @@ Checkpoint = Annotated[
         help="Name of a run (its best checkpoint is taken), or a checkpoint's path; default the newest run."
     ),
 ]
+Adapter = Annotated[
+    str | None,
+    Parameter(
+        help="Name of a finetune, or an adapter's folder; without a checkpoint, its own base is taken."
+    ),
+]
 
 
 @app.command(sort_key=0)
@@ -227,6 +233,7 @@ def generate(
     /,
     *,
     prompt: Annotated[str, Parameter(allow_leading_hyphen=True)] = "",
+    adapter: Adapter = None,
     max_bytes: Annotated[int, Parameter(name="--bytes", converter=whole)] = 400,
     temperature: float = 0.8,
     top_k: Count = 0,
@@ -257,12 +264,151 @@ def generate(
         checkpoint,
         prompt.encode("utf-8", "surrogateescape"),
         max_bytes,
+        adapter=adapter,
         device=device,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
         seed=seed,
     )
+
+
+@app.command(sort_key=1)
+def chat(
+    checkpoint: Annotated[
+        str | None,
+        Parameter(help="Name of a run or finetune, or a checkpoint's path; default the newest of them all."),
+    ] = None,
+    /,
+    *,
+    adapter: Adapter = None,
+    system: Annotated[str, Parameter(allow_leading_hyphen=True)] = "",
+    max_bytes: Annotated[int, Parameter(name="--bytes", converter=whole)] = 400,
+    temperature: float = 0.8,
+    top_k: Count = 0,
+    top_p: float = 1.0,
+    seed: Annotated[int | None, Parameter(converter=whole)] = None,
+    device: Device = "auto",
+) -> int:
+    """Talk with a finetuned model; a piped stdin is answered line by line.
+
+    Parameters
+    ----------
+    system
+        Text ahead of the conversation.
+    max_bytes
+        Bytes of an answer at most.
+    temperature
+        Below 1 safer, above 1 wilder; 0 takes the likeliest byte always.
+    top_k
+        Draw among the k likeliest bytes only; 0 is off.
+    top_p
+        Draw among the likeliest bytes that together have this probability; 1 is off.
+    seed
+        Equal seeds give equal answers; default a fresh one.
+    """
+    from arbitor.verbs import chat_with
+
+    return chat_with(
+        checkpoint,
+        adapter=adapter,
+        system=system.encode("utf-8", "surrogateescape"),
+        device=device,
+        max_bytes=max_bytes,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+    )
+
+
+@app.command(sort_key=3)
+def finetune(
+    checkpoint: Checkpoint = None,
+    /,
+    *,
+    data: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
+    held_out: str | None = None,
+    full: Annotated[bool, Parameter(show_default=False)] = False,
+    rank: Annotated[int | None, Parameter(name=("--rank", "--lora"), converter=whole)] = None,
+    alpha: float | None = None,
+    dropout: float | None = None,
+    targets: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
+    lr: float | None = None,
+    state: Literal["full", "compact", "lean"] | None = None,
+    steps: Annotated[int | None, Parameter(converter=whole)] = None,
+    batch: Annotated[int | None, Parameter(converter=whole)] = None,
+    ctx: Annotated[int | None, Parameter(converter=whole)] = None,
+    seed: Annotated[int | None, Parameter(converter=whole)] = None,
+    eval_interval: Annotated[int | None, Parameter(converter=whole)] = None,
+    save_interval: Annotated[int | None, Parameter(converter=whole)] = None,
+    device: Annotated[Literal["auto", "cpu", "cuda"] | None, Parameter()] = None,
+    run: str | None = None,
+    resume: Annotated[bool, Parameter(show_default=False)] = False,
+) -> int:
+    """Teach a trained model to answer: float adapters (LoRA) beside frozen trits, or --full.
+
+    Parameters
+    ----------
+    data
+        .jsonl files, folders or globs of conversations; default a small set of tasks made by code.
+    held_out
+        Path, or share of the conversations, to measure on; default 0.1.
+    full
+        Go on training the trits themselves by votes, without adapters.
+    rank
+        Rank of the adapters; default 8.
+    alpha
+        The adapters' update is scaled by alpha / rank; default twice the rank.
+    dropout
+        Share of the adapters' inputs zeroed in training; default 0.
+    targets
+        Words of the names of the linears to adapt, such as attention or ffn.up; default all but routers.
+    lr
+        Peak learning rate; default 0.005 (AdamW), with --full 0.6 of training's.
+    state
+        What training keeps with --full: full, compact or lean.
+    steps
+        Optimizer steps; default 400.
+    batch
+        Conversations per step; default 16.
+    ctx
+        Longest conversation in bytes; default the base's context.
+    seed
+        Seed of adapters, order and rounding; default 0.
+    eval_interval
+        Steps between evaluations, 0 at the end only; default 100.
+    save_interval
+        Steps between checkpoints, 0 at the end only; default 100.
+    device
+        Where to compute; default auto.
+    run
+        Name of the finetune, a folder under ./runs; default <base>-lora-1, ... (with --resume: the newest).
+    resume
+        Go on with a finetune from its latest checkpoint, with its own settings.
+    """
+    from arbitor.finetune.session import start_finetuning
+
+    given = {
+        "data": data,
+        "held_out": held_out,
+        "full": full or None,
+        "rank": rank,
+        "alpha": alpha,
+        "dropout": dropout,
+        "targets": targets,
+        "lr": lr,
+        "state": state,
+        "steps": steps,
+        "batch": batch,
+        "ctx": ctx,
+        "seed": seed,
+        "eval_interval": eval_interval,
+        "save_interval": save_interval,
+        "device": device,
+    }
+    settings = {name: value for name, value in given.items() if value is not None}
+    return start_finetuning(settings, checkpoint=checkpoint, run=run, resume=resume)
 
 
 @app.command(name="eval", sort_key=2)

@@ -63,7 +63,7 @@ def generate_stream(
     seed: int | None = None,
 ) -> Iterator[bytes]:
     """As `generate`, yielding single bytes as they are drawn. Arguments are checked at the call."""
-    _check(max_bytes, temperature, top_k, top_p, seed)
+    check_sampling(max_bytes, temperature, top_k, top_p, seed)
     ids = list(to_bytes(prompt))
     ids = [PAD] * (WINDOW - len(ids)) + ids
     generator = torch.Generator()
@@ -123,7 +123,7 @@ def _draw(
             fresh = ids = ids[-max(ctx // 2, WINDOW) :]
         output = model(torch.tensor([fresh]), ledger=ledger)
         next_id = sample_id(
-            _byte_logits(output.logits[0, -1]),
+            byte_logits(output.logits[0, -1]),
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
@@ -136,7 +136,7 @@ def _draw(
         fresh = [next_id]
 
 
-def _byte_logits(logits_S: Tensor) -> Tensor:
+def byte_logits(logits_S: Tensor) -> Tensor:
     """The logits without the control tokens that neither are bytes nor end the text."""
     allowed_S = torch.zeros_like(logits_S, dtype=torch.bool)
     allowed_S[:NUM_BYTES] = True
@@ -144,7 +144,8 @@ def _byte_logits(logits_S: Tensor) -> Tensor:
     return logits_S.masked_fill(~allowed_S, -math.inf)
 
 
-def _check(max_bytes: int, temperature: float, top_k: int, top_p: float, seed: int | None) -> None:
+def check_sampling(max_bytes: int, temperature: float, top_k: int, top_p: float, seed: int | None) -> None:
+    """Raise UserError for an argument of `generate` outside its range."""
     if max_bytes < 0:
         raise UserError(f"max_bytes is {max_bytes}; it must be 0 or more")
     if not 0 <= temperature < math.inf:

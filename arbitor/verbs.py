@@ -1,10 +1,11 @@
-"""The verbs of the command line that use a trained model: generate, eval, audit."""
+"""The verbs of the command line that use a trained model: generate, chat, eval, audit."""
 
 import codecs
 import functools
 import math
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 from rich.console import Console
@@ -18,6 +19,7 @@ from arbitor.errors import UserError
 from arbitor.evaluate import bits_per_byte
 from arbitor.flags import naming_flags
 from arbitor.generate import generate_stream
+from arbitor.model import ARBModel
 from arbitor.ternary.audit import audit_checkpoint
 from arbitor.train.checkpoint import load, load_checkpoint
 from arbitor.train.device import deterministic
@@ -25,11 +27,89 @@ from arbitor.train.display import Display, printable
 from arbitor.train.runs import find_checkpoint
 
 
+def open_model(
+    checkpoint: str | None, adapter: str | None, device: str, *, newest_finetune: bool = False
+) -> tuple[ARBModel, str]:
+    """The model that a command means, ready for inference, and what it was read from, in words.
+
+    Args:
+        checkpoint: as `find_checkpoint` takes it, or a finetune of adapters; None is the base of `adapter`,
+            or else the newest run.
+        adapter: an adapter to put onto it, as `find_adapter` takes it.
+        device: auto, cpu or cuda.
+        newest_finetune: without either, take the newest finetune if it is newer than the newest run.
+
+    Raises:
+        UserError: nothing there, damaged, or an adapter of another base.
+    """
+    from arbitor.finetune.adapter import apply_adapter, find_adapter, read_adapter
+    from arbitor.finetune.session import newest_adapter
+
+    if checkpoint is None and adapter is None and newest_finetune:
+        folder = newest_adapter()
+    else:
+        given = adapter if adapter is not None else checkpoint
+        folder = None if given is None else find_adapter(given)
+        if adapter is not None and folder is None:
+            raise UserError(
+                f"no adapter {adapter!r}: give a finetune's name, or a folder with adapter_config.json"
+            )
+        if adapter is None and folder is not None:
+            checkpoint = None
+    if folder is None:
+        base = find_checkpoint(checkpoint)
+        return load(base, device), str(base)
+    saved = read_adapter(folder)
+    if checkpoint is None and not Path(saved.base).exists():
+        where = repr(saved.base) if saved.base else "no path"
+        raise UserError(
+            f"{folder} names {where} as its base, which is not there; give the base: "
+            f"CHECKPOINT --adapter {adapter or folder}"
+        )
+    base = find_checkpoint(saved.base if checkpoint is None else checkpoint)
+    model = load(base, device)
+    apply_adapter(model, saved)
+    return model, f"{base} with the adapter {folder}"
+
+
+def chat_with(
+    checkpoint: str | None,
+    *,
+    adapter: str | None,
+    system: bytes,
+    device: str,
+    max_bytes: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: int | None,
+) -> int:
+    """Talk with a model in the terminal, or answer the lines of a pipe."""
+    from arbitor.chat import Chat, converse
+
+    model, source = open_model(checkpoint, adapter, device, newest_finetune=True)
+    chat = Chat(
+        model,
+        system=system,
+        max_bytes=max_bytes,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+    )
+    print(f"{source} on {model.device}", file=sys.stderr)
+    if sys.stdout is None:
+        raise UserError("stdout is closed; there is nowhere to write answers to")
+    with deterministic(0, model.device):
+        return converse(chat)
+
+
 def generate_text(
     checkpoint: str | None,
     prompt: bytes,
     max_bytes: int,
     *,
+    adapter: str | None = None,
     device: str,
     temperature: float,
     top_k: int,
@@ -37,13 +117,12 @@ def generate_text(
     seed: int | None,
 ) -> int:
     """Write the prompt and what the model makes of it to stdout, each byte as it is drawn."""
-    folder = find_checkpoint(checkpoint)
-    model = load(folder, device)
+    model, source = open_model(checkpoint, adapter, device)
     with naming_flags(("max_bytes", "temperature", "top_k", "top_p", "seed")):
         drawn = generate_stream(
             model, prompt, max_bytes, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
         )
-    print(f"{folder} on {model.device}", file=sys.stderr)
+    print(f"{source} on {model.device}", file=sys.stderr)
     if sys.stdout is None:
         raise UserError("stdout is closed; there is nowhere to write the text to")
     write = _terminal_writer() if sys.stdout.isatty() else _write_raw
@@ -61,8 +140,7 @@ def evaluate_data(checkpoint: str | None, data: Sequence[str], field: str | None
     if field is not None and not any(is_jsonl(source.path) for source in sources):
         print(f"arbitor: note: {unused_field(field)}", file=sys.stderr)
     stream = ByteStream(open_contents(sources, field or "text", Store()))
-    folder = find_checkpoint(checkpoint)
-    model = load(folder, device)
+    model, folder = open_model(checkpoint, None, device)
     data_1mb = np.array(stream.as_array(1_000_000))
     with deterministic(0, model.device), Display(Console(stderr=True, highlight=False)) as display:
         shown = functools.partial(display.progress, "measuring: window")
@@ -78,10 +156,18 @@ def evaluate_data(checkpoint: str | None, data: Sequence[str], field: str | None
 
 def audit_tensors(checkpoint: str | None) -> int:
     """Print every tensor of a checkpoint; 1 if a float weight or float training state is among them."""
-    folder = find_checkpoint(checkpoint)
-    report = audit_checkpoint(folder)
-    if report.ok:
-        load_checkpoint(folder)  # what is damaged proves nothing
+    from arbitor.finetune.adapter import audit_adapter, find_adapter, read_adapter
+
+    folder = None if checkpoint is None else find_adapter(checkpoint)
+    is_adapter = folder is not None
+    if folder is not None:
+        report = audit_adapter(folder)
+        read_adapter(folder)
+    else:
+        folder = find_checkpoint(checkpoint)
+        report = audit_checkpoint(folder)
+        if report.ok:
+            load_checkpoint(folder)  # what is damaged proves nothing
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 120  # of a pipe nothing is known, and names shall not be folded
@@ -93,6 +179,13 @@ def audit_tensors(checkpoint: str | None) -> int:
         shape = " x ".join(map(str, row.shape))
         table.add_row(row.name, row.role, row.dtype, shape, f"{row.bytes:,}")
     console.print(table)
+    if is_adapter:
+        floats = sum(row.weights for row in report.rows)
+        console.print(
+            f"a float adapter of {floats:,} weights, {report.total_bytes:,} bytes with AdamW's moments: "
+            "floats beside a frozen base, which holds none of them; `arbitor audit` of the base proves that"
+        )
+        return 0 if report.ok else 1
     console.print(
         f"{report.trit_weights:,} ternary weights and {report.trained_weights - report.trit_weights:,} int8 "
         f"ones in tables and vectors; {report.bytes_per_weight:.3f} bytes a weight kept in all, "

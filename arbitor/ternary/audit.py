@@ -70,8 +70,8 @@ class AuditRow:
         shape: its dimensions.
         bytes: what it takes.
         role: trits, scale exponents, table, table exponents, accumulator, scale accumulator, momentum or
-            momentum exponents; anything else is `integer`, `float weight`, `float training state` or
-            `unsaved float`.
+            momentum exponents; `float adapter` and `adapter training state` of a finetune beside a frozen
+            base; anything else is `integer`, `float weight`, `float training state` or `unsaved float`.
         weights: logical weights that it stores, padding not counted; 0 for everything but weights.
         trunk: whether it belongs to a ternary matrix.
         persistent: whether it is saved.
@@ -88,7 +88,10 @@ class AuditRow:
 
     @property
     def is_float(self) -> bool:
-        """Whether it breaks the promise that weights and training state are integers."""
+        """Whether it breaks the promise that weights and training state are integers.
+
+        An adapter is no weight of the model: it is made by a finetune, in modules and files of its own.
+        """
         return self.role in ("float weight", "float training state", "unsaved float")
 
     def __str__(self) -> str:
@@ -169,7 +172,9 @@ def audit(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> A
     state = dict(_optimizer_tensors(model, optimizer))
     entries = [_entry(name, tensor, False) for name, tensor in saved.items()]
     entries += [_entry(name, tensor, True) for name, tensor in state.items()]
-    rows = _rows(entries, {name: module.numel() for name, module in named_ternary(model)})
+    rows = _rows(
+        entries, {name: module.numel() for name, module in named_ternary(model)}, _adapter_prefixes(model)
+    )
     known = {id(tensor) for tensor in (*saved.values(), *state.values())}
     roots = {"": model} if optimizer is None else {"": model, "optimizer": optimizer}
     hidden = []
@@ -214,8 +219,34 @@ def audit_checkpoint(path: str | os.PathLike[str], model: nn.Module | None = Non
     return AuditReport(rows=_rows(entries, known))
 
 
-def _rows(entries: Iterable[_Entry], known_weights: Mapping[str, int]) -> tuple[AuditRow, ...]:
-    """Rows with roles, sorted by name; `known_weights` are the logical weights of modules by name."""
+def audit_adapter(path: str | os.PathLike[str], weights: str, state: str = OPTIMIZER_FILE) -> AuditReport:
+    """What the folder of an adapter holds, from the headers of its safetensors files.
+
+    Args:
+        path: the folder.
+        weights: name of the file with the adapter's weights.
+        state: name of the file with the optimizer's state; it may be missing.
+
+    Raises:
+        UserError: a file is missing or its header damaged.
+    """
+    path = Path(path)
+    entries = _read_header(path / weights, False)
+    if (path / state).is_file():
+        entries += _read_header(path / state, True)
+    return AuditReport(rows=_rows(entries, {}, ("",)))
+
+
+def _rows(
+    entries: Iterable[_Entry], known_weights: Mapping[str, int], adapters: tuple[str, ...] = ()
+) -> tuple[AuditRow, ...]:
+    """Rows with roles, sorted by name.
+
+    Args:
+        entries: the persistent tensors.
+        known_weights: logical weights of modules by name.
+        adapters: what the names of tensors of adapters begin with.
+    """
     entries = sorted(entries, key=lambda entry: entry.name)
     shapes = {entry.name: entry.shape for entry in entries}
     rows = []
@@ -225,7 +256,10 @@ def _rows(entries: Iterable[_Entry], known_weights: Mapping[str, int]) -> tuple[
         roles = _MATRIX_ROLES if in_matrix else _TABLE_ROLES
         role, weights = roles.get(key, "integer"), 0
         if entry.is_float:
-            role = "float training state" if entry.is_state else "float weight"
+            if adapters and entry.name.startswith(adapters):
+                role = "adapter training state" if entry.is_state else "float adapter"
+            else:
+                role = "float training state" if entry.is_state else "float weight"
             weights = 0 if entry.is_state else math.prod(entry.shape)
         elif role in ("trits", "table") and not entry.is_state:
             accumulator = shapes.get(_join(module, "T_accum"))
@@ -242,6 +276,16 @@ def _rows(entries: Iterable[_Entry], known_weights: Mapping[str, int]) -> tuple[
             )
         )
     return tuple(rows)
+
+
+def _adapter_prefixes(model: nn.Module) -> tuple[str, ...]:
+    """`<module>.lora_A.`, `<module>.lora_B.` of the modules that say they are adapters of a frozen base."""
+    return tuple(
+        _join(name, f"{part}.")
+        for name, module in model.named_modules()
+        if getattr(module, "float_adapter", False)
+        for part in ("lora_A", "lora_B")
+    )
 
 
 def _weights_of(role: str, shape: tuple[int, ...], accumulator: tuple[int, ...] | None) -> int:

@@ -13,6 +13,7 @@ from arbitor.train import swap
 
 RUNS = Path("runs")
 CONFIG_FILE = "config.toml"
+FINETUNE_FILE = "finetune.json"
 SUMMARY_FILE = "summary.json"
 METRICS_FILE = "metrics.jsonl"
 MODEL_FILE = "model.safetensors"

@@ -68,6 +68,11 @@ def start_training(
         raise UserError("--resume goes on with a run and --reset deletes it: give one of them")
     if resume:
         folder = runs.existing_run(run)
+        if (folder / runs.FINETUNE_FILE).is_file():
+            raise UserError(
+                f"the run {folder.name!r} is a finetune; go on with: "
+                f"arbitor finetune --resume --run {folder.name}"
+            )
         config = load_config(folder / runs.CONFIG_FILE)
         device = resolve_device(settings.get("device") or config.train.device)
         _refuse_contradiction(folder, config, device, settings, preset, config_file)

@@ -1,0 +1,1 @@
+"""Recipes that finetune a trained model."""

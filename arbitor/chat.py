@@ -13,7 +13,7 @@ import torch
 
 from arbitor.errors import UserError
 from arbitor.finetune.instructions import START, Message, frame_prompt
-from arbitor.generate import byte_logits, check_sampling, sample_id
+from arbitor.generate import byte_logits, check_sampling, new_generator, sample_id
 from arbitor.model.arb import ARBModel
 from arbitor.model.ledger import KVLedger
 from arbitor.model.vocab import END_IDS, to_bytes
@@ -59,11 +59,7 @@ class Chat:
                 f"the system text has {len(self._system[0].content)} bytes, which leaves too little of the "
                 f"context of {model.config.ctx}; use at most {self.capacity // 2 - len(START) - 2}"
             )
-        self._generator = torch.Generator()
-        if seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed(seed)
+        self._generator = new_generator(seed)
         self._ledger = KVLedger(model.config)
         self.history: list[Message] = []
         self._read: list[int] = []  # the ids that the ledger holds, or an empty list if it must start anew

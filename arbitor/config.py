@@ -38,7 +38,7 @@ def did_you_mean(name: str, allowed: Collection[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def _settle_types(config: Any) -> None:
+def settle_types(config: Any) -> None:
     """Check every field against its annotation; integers become floats, and lists tuples, where due."""
     for spec in dataclasses.fields(config):
         value = getattr(config, spec.name)
@@ -75,13 +75,15 @@ def _settled(name: str, kind: Any, value: Any) -> Any:
     return value
 
 
-def _require_range(config: Any, name: str, low: int, high: int) -> None:
+def require_range(config: Any, name: str, low: int, high: int) -> None:
+    """Raise UserError unless the field `name` is in low...high."""
     value = getattr(config, name)
     if not low <= value <= high:
         raise UserError(f"{name} must be between {low} and {high}, got {_short(value)}")
 
 
-def _require_name(setting: str, value: str, allowed: Collection[str]) -> None:
+def require_name(setting: str, value: str, allowed: Collection[str]) -> None:
+    """Raise UserError, with a suggestion, unless `value` is one of `allowed`."""
     if value not in allowed:
         hint = did_you_mean(value, allowed)
         raise UserError(f"{setting} must be one of {', '.join(allowed)}, got {_short(value)}{hint}")
@@ -184,52 +186,52 @@ class ModelConfig:
         return self.num_experts > 0 or self.graph_edges > 0
 
     def __post_init__(self) -> None:
-        _settle_types(self)
-        _require_range(self, "vocab_size", 288, 1 << 16)
+        settle_types(self)
+        require_range(self, "vocab_size", 288, 1 << 16)
         for name in ("dim", "num_heads", "head_dim", "value_dim", "kv_latent_dim", "ffn_dim"):
-            _require_range(self, name, *_WIDTH)
-        _require_range(self, "rope_dim", 2, 1 << 20)
+            require_range(self, name, *_WIDTH)
+        require_range(self, "rope_dim", 2, 1 << 20)
         if self.rope_dim % 2:
             raise UserError(f"rope_dim must be even (rotary dimensions come in pairs), got {self.rope_dim}")
-        _require_range(self, "num_prelude_layers", 0, 10_000)
-        _require_range(self, "num_coda_layers", 0, 10_000)
+        require_range(self, "num_prelude_layers", 0, 10_000)
+        require_range(self, "num_coda_layers", 0, 10_000)
         if self.num_prelude_layers + self.num_coda_layers == 0:
             raise UserError(
                 "num_prelude_layers and num_coda_layers are both 0; a model needs at least one layer"
             )
-        _require_range(self, "ctx", 4, 1 << 24)
-        _require_range(self, "attention_window", *_FROM_ZERO)
+        require_range(self, "ctx", 4, 1 << 24)
+        require_range(self, "attention_window", *_FROM_ZERO)
         if not 1.0 < self.rope_theta <= 1e12:
             raise UserError(f"rope_theta must be above 1 and at most 1e12, got {self.rope_theta!r}")
-        _require_name("tscale", self.tscale, TSCALES)
+        require_name("tscale", self.tscale, TSCALES)
         self._check_parts()
 
     def _check_parts(self) -> None:
-        _require_range(self, "motif_trits", 0, MAX_MOTIF_TRITS)
-        _require_range(self, "codebook_rows", 0, 1 << 24)
+        require_range(self, "motif_trits", 0, MAX_MOTIF_TRITS)
+        require_range(self, "codebook_rows", 0, 1 << 24)
         if self.motif_trits and self.codebook_rows:
             raise UserError(
                 f"motif_trits is {self.motif_trits} and codebook_rows {self.codebook_rows}; motifs are codes "
                 "of trits or rows of a learned codebook: set one of them to 0"
             )
-        _require_range(self, "num_experts", 0, 4096)
+        require_range(self, "num_experts", 0, 4096)
         if self.num_experts:
-            _require_range(self, "num_active_experts", 1, self.num_experts)
-        _require_range(self, "expert_dim", *_WIDTH)
-        _require_range(self, "max_moe_iters", 1, 64)
+            require_range(self, "num_active_experts", 1, self.num_experts)
+        require_range(self, "expert_dim", *_WIDTH)
+        require_range(self, "max_moe_iters", 1, 64)
         if not 0.0 < self.halt_threshold <= 1.0:
             raise UserError(f"halt_threshold must be above 0 and at most 1, got {self.halt_threshold!r}")
         if not 0.0 <= self.ponder_weight <= 100.0:
             raise UserError(f"ponder_weight must be between 0 and 100, got {self.ponder_weight!r}")
-        _require_range(self, "graph_edges", 0, 1 << 24)
+        require_range(self, "graph_edges", 0, 1 << 24)
         if self.graph_edges and not self.has_motifs:
             raise UserError("graph_edges is set, but there are no motifs to link; set motif_trits as well")
-        _require_range(self, "graph_neighbours", 1, 256)
-        _require_range(self, "graph_heads", 1, 4096)
-        _require_range(self, "memory_rows", 0, 1 << 28)
-        _require_range(self, "memory_heads", 1, 64)
-        _require_range(self, "memory_dim", *_WIDTH)
-        _require_name("memory_over", self.memory_over, ("bytes", "motifs"))
+        require_range(self, "graph_neighbours", 1, 256)
+        require_range(self, "graph_heads", 1, 4096)
+        require_range(self, "memory_rows", 0, 1 << 28)
+        require_range(self, "memory_heads", 1, 64)
+        require_range(self, "memory_dim", *_WIDTH)
+        require_name("memory_over", self.memory_over, ("bytes", "motifs"))
         if self.memory_rows and self.memory_over == "motifs" and not self.has_motifs:
             raise UserError("memory_over is 'motifs', but there are none; set motif_trits, or use 'bytes'")
 
@@ -277,24 +279,24 @@ class TrainConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        _settle_types(self)
+        settle_types(self)
         for name in ("steps", "batch", "accum", "eval_steps", "log_interval"):
-            _require_range(self, name, *_COUNT)
+            require_range(self, name, *_COUNT)
         for name in ("eval_interval", "save_interval"):
-            _require_range(self, name, *_FROM_ZERO)
+            require_range(self, name, *_FROM_ZERO)
         if self.lr is not None and not 0.0 < self.lr <= 100.0:
             raise UserError(f"lr must be above 0 and at most 100 (trits per step), got {self.lr!r}")
-        _require_name("state", self.state, STATES)
-        _require_name("rule", self.rule, RULES)
-        _require_range(self, "seed", 0, (1 << 63) - 1)
+        require_name("state", self.state, STATES)
+        require_name("rule", self.rule, RULES)
+        require_range(self, "seed", 0, (1 << 63) - 1)
         if not 0.0 <= self.warmup <= 1.0:
             raise UserError(f"warmup must be between 0 and 1 (a share of the steps), got {self.warmup!r}")
         if self.accum_threshold is not None:
-            _require_range(self, "accum_threshold", 2, 127)
-        _require_range(self, "e_accum_threshold", 1, 127)
+            require_range(self, "accum_threshold", 2, 127)
+        require_range(self, "e_accum_threshold", 1, 127)
         if not 0.0 <= self.scale_lr <= 1.0:
             raise UserError(f"scale_lr must be between 0 and 1 (octaves per step), got {self.scale_lr!r}")
-        _require_name("device", self.device, DEVICES)
+        require_name("device", self.device, DEVICES)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -315,7 +317,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         if isinstance(self.held_out, (int, float)) and not isinstance(self.held_out, bool):
             object.__setattr__(self, "held_out", repr(self.held_out))  # `held_out = 0.1` in TOML
-        _settle_types(self)
+        settle_types(self)
         for path in self.data:
             if not path:
                 raise UserError("data contains an empty path; give a file, a folder or a glob")
@@ -344,7 +346,7 @@ class RunConfig:
     version: str = __version__
 
     def __post_init__(self) -> None:
-        _settle_types(self)
+        settle_types(self)
 
 
 SECTIONS = {"model": ModelConfig, "train": TrainConfig, "data": DataConfig}

@@ -78,7 +78,7 @@ class PartFlags:
             given["--enable-memory"] = {"memory_rows": base.memory_rows or MEMORY_ROWS}
         for name, value in (("memory_rows", self.memory_rows), ("max_moe_iters", self.max_moe_iters)):
             if value is not None:
-                given[f"--{name.replace('_', '-')} {value}"] = {name: value}
+                given[f"{flag_of(name)} {value}"] = {name: value}
         return given
 
     def settings(self, base: ModelConfig) -> dict[str, Any]:

@@ -66,12 +66,17 @@ def generate_stream(
     check_sampling(max_bytes, temperature, top_k, top_p, seed)
     ids = list(to_bytes(prompt))
     ids = [PAD] * (WINDOW - len(ids)) + ids
+    return _draw(model, ids, max_bytes, temperature, top_k, top_p, new_generator(seed))
+
+
+def new_generator(seed: int | None) -> torch.Generator:
+    """A CPU generator for draws; None takes a fresh seed."""
     generator = torch.Generator()
     if seed is None:
         generator.seed()
     else:
         generator.manual_seed(seed)
-    return _draw(model, ids, max_bytes, temperature, top_k, top_p, generator)
+    return generator
 
 
 def sample_id(

@@ -4,6 +4,7 @@ The text of a JSON Lines file is its records' fields, each followed by a newline
 which no UTF-8 can hold, becomes a question mark.
 """
 
+import contextlib
 import gzip
 import json
 import os
@@ -92,19 +93,50 @@ def _whole(source: Source) -> bytes:
 
 
 def _decoded(path: Path, field: str) -> Iterator[bytes]:
+    with opened(path) as file:
+        if is_jsonl(path):
+            yield from _field_of_lines(file, path, field)
+        else:
+            while chunk := file.read(_CHUNK_BYTES):
+                yield chunk
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[IO[bytes] | gzip.GzipFile]:
+    """A file to read, uncompressed if it ends in .gz.
+
+    Raises:
+        UserError: on opening or inside, for a file that cannot be read or is no whole gzip file.
+    """
     try:
         with gzip.open(path, "rb") if path.name.lower().endswith(".gz") else open(path, "rb") as file:
-            if is_jsonl(path):
-                yield from _field_of_lines(file, path, field)
-            else:
-                while chunk := file.read(_CHUNK_BYTES):
-                    yield chunk
+            yield file
     except EOFError as error:
         raise UserError(f"{str(path)!r} is a truncated gzip file; copy or download it again") from error
     except (gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{str(path)!r} is not a valid gzip file: {error}") from error
     except OSError as error:
         raise UserError(f"cannot read {str(path)!r}: {reason(error)}") from error
+
+
+class BadLineError(Exception):
+    """What is wrong with a line of JSON Lines."""
+
+
+def parse_line(line: bytes, *, first: bool) -> Any:
+    """The value of a line of JSON Lines; the `first` one of a file may begin with a byte order mark.
+
+    Raises:
+        BadLineError: it is not UTF-8 or not JSON.
+    """
+    try:
+        return json.loads(line.decode("utf-8-sig" if first else "utf-8"))
+    except UnicodeDecodeError as error:
+        raise BadLineError(f"not UTF-8 ({error.reason} at byte {error.start + 1})") from error
+    except json.JSONDecodeError as error:
+        raise BadLineError(f"not valid JSON: {error.msg} (column {error.colno})") from error
+    except (RecursionError, ValueError) as error:
+        raise BadLineError("not usable JSON: nested too deeply or a number too long") from error
 
 
 def _field_of_lines(file: IO[bytes] | gzip.GzipFile, path: Path, field: str) -> Iterator[bytes]:
@@ -114,13 +146,9 @@ def _field_of_lines(file: IO[bytes] | gzip.GzipFile, path: Path, field: str) -> 
             continue
         where = f"{str(path)!r}, line {number}"
         try:
-            record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-        except UnicodeDecodeError as error:
-            raise UserError(f"{where}: not UTF-8 ({error.reason} at byte {error.start + 1})") from error
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: not valid JSON: {error.msg} (column {error.colno})") from error
-        except (RecursionError, ValueError) as error:
-            raise UserError(f"{where}: not usable JSON: nested too deeply or a number too long") from error
+            record = parse_line(line, first=number == 1)
+        except BadLineError as error:
+            raise UserError(f"{where}: {error}") from error
         chunk += _text(record, field, where).encode("utf-8", "replace") + b"\n"
         if len(chunk) >= _CHUNK_BYTES:
             yield bytes(chunk)

@@ -71,7 +71,7 @@ def open_corpus(
     Raises:
         UserError: for data that is missing, unreadable, malformed, empty or too short; one line.
     """
-    share = None if held_out is None else _share(held_out)
+    share = None if held_out is None else held_out_share(held_out)
     held_out_path = held_out if share is None else None
     skipped = Skipped()
     if data:
@@ -104,7 +104,7 @@ def open_corpus(
     return corpus
 
 
-def _share(held_out: str) -> Fraction | None:
+def held_out_share(held_out: str) -> Fraction | None:
     """The share that `held_out` spells, or None if it is a path. Exact, so 0.1 of 1000 bytes are 100."""
     try:
         number = float(held_out)

@@ -1,15 +1,12 @@
 """Settings of a finetune, checked where they are made, and `finetune.json`, where a run keeps them."""
 
 import dataclasses
-import math
-import types
-import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from arbitor.config import DEVICES, STATES
+from arbitor.config import DEVICES, STATES, require_name, require_range, settle_types
 from arbitor.errors import UserError
+from arbitor.flags import naming_flags
 from arbitor.train.runs import FINETUNE_FILE as CONFIG_FILE
 from arbitor.train.tensorfile import FORMAT, dump_document, parse_document, read_text
 
@@ -66,8 +63,14 @@ class FinetuneConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, _settled(field.name, field.type, getattr(self, field.name)))
+        with naming_flags([field.name for field in dataclasses.fields(self)]):
+            self._check()
+
+    def _check(self) -> None:
+        settle_types(self)
+        for name in ("data", "targets"):
+            if not all(getattr(self, name)):
+                raise UserError(f"{name} holds an empty name")
         for name, low, high in (
             ("steps", 1, 1 << 31),
             ("batch", 1, 1 << 20),
@@ -76,16 +79,13 @@ class FinetuneConfig:
             ("save_interval", 0, 1 << 31),
             ("eval_examples", 1, 1 << 31),
         ):
-            if not low <= getattr(self, name) <= high:
-                raise UserError(f"{_flag(name)} must be between {low} and {high}, got {getattr(self, name)}")
+            require_range(self, name, low, high)
         if self.ctx is not None and self.ctx < 4:
-            raise UserError(f"--ctx must be at least 4, got {self.ctx}")
+            raise UserError(f"ctx must be at least 4, got {self.ctx}")
         if self.lr is not None and not 0 < self.lr <= 100:
-            raise UserError(f"--lr must be above 0 and at most 100, got {self.lr!r}")
-        if self.state not in STATES:
-            raise UserError(f"--state must be one of {', '.join(STATES)}, got {self.state!r}")
-        if self.device not in DEVICES:
-            raise UserError(f"--device must be one of {', '.join(DEVICES)}, got {self.device!r}")
+            raise UserError(f"lr must be above 0 and at most 100, got {self.lr!r}")
+        require_name("state", self.state, STATES)
+        require_name("device", self.device, DEVICES)
 
     def dump(self) -> str:
         """Text of `finetune.json`."""
@@ -108,27 +108,3 @@ def load_finetune(folder: Path) -> FinetuneConfig:
         return FinetuneConfig(**{name: value for name, value in document.items() if name in names})
     except (UserError, TypeError) as error:
         raise UserError(f"{path}: {error}") from error
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-def _settled(name: str, kind: Any, value: Any) -> Any:
-    """`value` in the type of its field."""
-    if isinstance(kind, types.UnionType):
-        if value is None:
-            return None
-        kind = next(k for k in typing.get_args(kind) if k is not type(None))
-    if typing.get_origin(kind) is tuple:
-        value = (value,) if isinstance(value, str) else tuple(value)
-        if not all(isinstance(item, str) and item for item in value):
-            raise UserError(f"{_flag(name)} holds an empty name")
-        return value
-    if kind is float and type(value) is int:
-        value = float(value)
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise UserError(f"{_flag(name)} must be a {kind.__name__}, got {value!r}")
-    if kind is float and not math.isfinite(value):
-        raise UserError(f"{_flag(name)} must be finite, got {value!r}")
-    return value

@@ -7,10 +7,7 @@ A line is one of
 and may have other fields, which are ignored. The last two may have a "system" text, too.
 """
 
-import gzip
 import hashlib
-import json
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -19,7 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from arbitor.data.sources import Skipped, find_sources, reason
+from arbitor.data.contents import BadLineError, opened, parse_line
+from arbitor.data.corpus import held_out_share
+from arbitor.data.sources import Skipped, find_sources
 from arbitor.errors import UserError
 from arbitor.finetune import synthetic
 from arbitor.finetune.instructions import ROLES, Example, Message, fitted, frame
@@ -71,7 +70,7 @@ def open_instructions(data: Sequence[str], held_out: str | None, ctx: int) -> In
     """
     name = " ".join(data) if data else synthetic.DESCRIPTION
     conversations = read_conversations(data) if data else synthetic.synthetic_conversations()
-    share = _share(OWN_SHARE if held_out is None else held_out)
+    share = held_out_share(OWN_SHARE if held_out is None else held_out)
     if share is None:
         assert held_out is not None
         kept_out = read_conversations([held_out])
@@ -117,7 +116,7 @@ def read_conversations(data: Sequence[str]) -> list[list[Message]]:
         for number, line in _lines(source.path):
             try:
                 conversations.append(_conversation(_record(line, first=number == 1)))
-            except _BadLineError as error:
+            except BadLineError as error:
                 problems.append(f"{str(source.path)!r}, line {number}: {error}")
         if len(conversations) + len(problems) == before:
             raise UserError(f"{str(source.path)!r} holds no conversations")
@@ -128,43 +127,25 @@ def read_conversations(data: Sequence[str]) -> list[list[Message]]:
     return conversations
 
 
-class _BadLineError(Exception):
-    """What is wrong with a line."""
-
-
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Numbered lines that are not blank."""
-    try:
-        with gzip.open(path, "rb") if path.name.lower().endswith(".gz") else open(path, "rb") as file:
-            number = 0
-            while line := file.readline(MAX_LINE_BYTES + 1):
-                number += 1
-                if len(line) > MAX_LINE_BYTES:
-                    raise UserError(
-                        f"{str(path)!r}, line {number}: longer than {MAX_LINE_BYTES >> 20} MiB, which no "
-                        "conversation is; is this a JSON Lines file?"
-                    )
-                if line.strip():
-                    yield number, line
-    except EOFError as error:
-        raise UserError(f"{str(path)!r} is a truncated gzip file; copy or download it again") from error
-    except (gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{str(path)!r} is not a valid gzip file: {error}") from error
-    except OSError as error:
-        raise UserError(f"cannot read {str(path)!r}: {reason(error)}") from error
+    with opened(path) as file:
+        number = 0
+        while line := file.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            if len(line) > MAX_LINE_BYTES:
+                raise UserError(
+                    f"{str(path)!r}, line {number}: longer than {MAX_LINE_BYTES >> 20} MiB, which no "
+                    "conversation is; is this a JSON Lines file?"
+                )
+            if line.strip():
+                yield number, line
 
 
 def _record(line: bytes, *, first: bool) -> dict[str, Any]:
-    try:
-        record = json.loads(line.decode("utf-8-sig" if first else "utf-8"))
-    except UnicodeDecodeError as error:
-        raise _BadLineError(f"not UTF-8 ({error.reason} at byte {error.start + 1})") from error
-    except json.JSONDecodeError as error:
-        raise _BadLineError(f"not valid JSON: {error.msg} (column {error.colno})") from error
-    except (RecursionError, ValueError) as error:
-        raise _BadLineError("not usable JSON: nested too deeply or a number too long") from error
+    record = parse_line(line, first=first)
     if not isinstance(record, dict):
-        raise _BadLineError(f"a JSON object is needed, {_FORMS}; got a {type(record).__name__}")
+        raise BadLineError(f"a JSON object is needed, {_FORMS}; got a {type(record).__name__}")
     return record
 
 
@@ -179,10 +160,10 @@ def _conversation(record: dict[str, Any]) -> list[Message]:
             question += b"\n" + _text(record, "input")
     else:
         names = ", ".join(repr(name) for name in list(record)[:8])[:200] or "none"
-        raise _BadLineError(f"neither messages nor a prompt; needed are {_FORMS}, the fields are {names}")
+        raise BadLineError(f"neither messages nor a prompt; needed are {_FORMS}, the fields are {names}")
     answer = next((name for name in _RESPONSES if name in record), None)
     if answer is None:
-        raise _BadLineError(f"a prompt without its answer: a field of {', '.join(_RESPONSES)} is needed")
+        raise BadLineError(f"a prompt without its answer: a field of {', '.join(_RESPONSES)} is needed")
     messages = [Message("user", question), Message("assistant", _text(record, answer))]
     if record.get("system"):
         messages.insert(0, Message("system", _text(record, "system")))
@@ -191,44 +172,33 @@ def _conversation(record: dict[str, Any]) -> list[Message]:
 
 def _messages(given: Any) -> list[Message]:
     if not isinstance(given, list):
-        raise _BadLineError(f"messages must be a list, got a {type(given).__name__}")
+        raise BadLineError(f"messages must be a list, got a {type(given).__name__}")
     messages = []
     for number, message in enumerate(given, 1):
         if not isinstance(message, dict) or "role" not in message or "content" not in message:
-            raise _BadLineError(f"message {number} must be an object with a role and a content")
+            raise BadLineError(f"message {number} must be an object with a role and a content")
         role = message["role"]
         if role not in ROLES:
-            raise _BadLineError(
+            raise BadLineError(
                 f"message {number} has the role {str(role)[:40]!r}; roles are {', '.join(ROLES)}"
             )
         if role == "system" and number > 1:
-            raise _BadLineError(f"message {number} is a system message; only the first one can be")
+            raise BadLineError(f"message {number} is a system message; only the first one can be")
         messages.append(Message(role, _text(message, "content")))
     return _checked(messages)
 
 
 def _checked(messages: list[Message]) -> list[Message]:
     if not any(message.role == "assistant" for message in messages):
-        raise _BadLineError("no message of the assistant, so there is nothing to learn")
+        raise BadLineError("no message of the assistant, so there is nothing to learn")
     return messages
 
 
 def _text(record: dict[str, Any], name: str) -> bytes:
     text = record[name]
     if not isinstance(text, str):
-        raise _BadLineError(f"{name} must be a string, got a {type(text).__name__}")
+        raise BadLineError(f"{name} must be a string, got a {type(text).__name__}")
     return text.encode("utf-8", "replace")
-
-
-def _share(held_out: str) -> Fraction | None:
-    """The share that `held_out` spells, or None if it is a path."""
-    try:
-        number = float(held_out)
-    except ValueError:
-        return None
-    if not 0 < number < 1:
-        raise UserError(f"--held-out must be a path or a share between 0 and 1, got {held_out!r}")
-    return Fraction(repr(number))
 
 
 def _key(conversation: list[Message]) -> bytes:

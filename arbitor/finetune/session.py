@@ -23,6 +23,7 @@ from arbitor.finetune.data import Instructions, open_instructions
 from arbitor.finetune.loop import MAX_DROPPED_IN_A_ROW, Finetune
 from arbitor.finetune.lora import fingerprint
 from arbitor.finetune.methods import AdapterMethod, VoteMethod, adapter_of, verified_state
+from arbitor.flags import flag_of
 from arbitor.model import ARBModel
 from arbitor.train import runs, swap
 from arbitor.train.checkpoint import Checkpoint, load_checkpoint
@@ -222,7 +223,7 @@ def _refuse_contradiction(
         own = getattr(config, name)
         given = tuple(value) if isinstance(value, list) else value
         if given != own and name != "device":
-            raise UserError(f"--{name.replace('_', '-')} {value} contradicts {name} = {own} in {where}")
+            raise UserError(f"{flag_of(name)} {value} contradicts {name} = {own} in {where}")
 
 
 def _refuse_idle_settings(config: FinetuneConfig, settings: Mapping[str, Any]) -> None:

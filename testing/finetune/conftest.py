@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,29 +12,15 @@ import torch
 from arbitor.cli import main
 from arbitor.config import ModelConfig
 from arbitor.model import ARBModel
+from testing.small_run import MODEL, one_thread  # noqa: F401 - a fixture that runs by itself
 
 SMALL = {
-    "dim": 32,
-    "num_prelude_layers": 1,
-    "num_heads": 2,
-    "head_dim": 8,
-    "rope_dim": 8,
-    "value_dim": 16,
-    "kv_latent_dim": 32,
-    "ffn_dim": 64,
+    **MODEL,
     "ctx": 32,
 }
 TOML = "[model]\n" + "".join(f"{name} = {value}\n" for name, value in SMALL.items())
 TOML += "[train]\nsteps = 3\nbatch = 4\neval_steps = 4\ndevice = 'cpu'\n"
 PARTS = {"motif_trits": 4, "num_experts": 3, "expert_dim": 32, "graph_edges": 64, "output_router": True}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    former = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(former)
 
 
 @pytest.fixture

@@ -8,23 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from arbitor.config import RunConfig, preset
 from arbitor.data import open_corpus
 from arbitor.train.checkpoint import Checkpoint
 from arbitor.train.device import Device, deterministic, resolve_device
 from arbitor.train.loop import Trainer
+from testing.small_run import MODEL, one_thread  # noqa: F401 - a fixture that runs by itself
 
 SMALL: dict[str, Any] = {
-    "dim": 32,
-    "num_prelude_layers": 1,
-    "num_heads": 2,
-    "head_dim": 8,
-    "rope_dim": 8,
-    "value_dim": 16,
-    "kv_latent_dim": 32,
-    "ffn_dim": 64,
+    **MODEL,
     "ctx": 16,
     "steps": 12,
     "batch": 4,
@@ -33,14 +26,6 @@ SMALL: dict[str, Any] = {
     "save_interval": 4,
     "device": "cpu",
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    former = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(former)
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,45 @@
+"""What every comparison notes beside its figures: where, with what, when, from which commit."""
+
+import datetime
+import subprocess
+from pathlib import Path
+
+import torch
+
+REPOSITORY = Path(__file__).parents[1]
+RESULTS = REPOSITORY / "benchmarks" / "results"
+UNKNOWN_COMMIT = "unknown"
+
+
+def commit() -> str:
+    """Short hash of the checkout, then `+` if tracked files were changed; "unknown" without git."""
+    hash_ = _git("rev-parse", "--short", "HEAD")
+    if hash_ is None:
+        return UNKNOWN_COMMIT
+    return hash_ + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+def device_name(device: torch.device) -> str:
+    """Name of the GPU, or "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def provenance(device: torch.device, from_commit: str) -> dict[str, str]:
+    """The columns `commit`, `device`, `torch` and `date` of a row."""
+    return {
+        "commit": from_commit,
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    """Output of a git command in the repository; None if there is no git, or it refuses."""
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, timeout=20, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,207 @@
+"""The ablation's command end to end with a micro size: rows, resuming, failures, bad arguments."""
+
+import dataclasses
+from concurrent.futures import Future
+
+import pytest
+
+from arbitor.config import ModelConfig
+from benchmarks.ablation import __main__ as command
+from benchmarks.ablation import runner, sizes, summary
+from benchmarks.ablation.training import COLUMNS, KEY
+from benchmarks.ablation.variants import variants_of
+from benchmarks.learning.table import Table
+
+MICRO = dataclasses.replace(
+    sizes.SIZES["tiny"],
+    model=ModelConfig(
+        dim=80,
+        num_prelude_layers=1,
+        num_heads=2,
+        head_dim=8,
+        rope_dim=4,
+        value_dim=16,
+        kv_latent_dim=16,
+        ffn_dim=32,
+        ctx=16,
+        motif_trits=3,
+        num_experts=4,
+        expert_dim=320,
+        graph_edges=64,
+        memory_rows=50,
+        memory_heads=2,
+        memory_dim=20,
+    ),
+    steps=2,
+    batch=2,
+    corpus="given",
+    held_out_bytes=64,
+)
+TEXT = "what is said once need not be said again. " * 50
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Calls the command on a small text; returns exit code, output and the table."""
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    monkeypatch.setitem(sizes.SIZES, "tiny", MICRO)
+
+    def call(*arguments):
+        code = command.main(
+            ["--size", "tiny", "--data", str(text), "--results", str(tmp_path), "--device", "cpu", *arguments]
+        )
+        return code, capsys.readouterr(), Table(tmp_path / "ablation-tiny.csv", COLUMNS, KEY)
+
+    return call
+
+
+def row_of(run, bits):
+    """A row as a finished run gives it."""
+    values = dict.fromkeys(COLUMNS, "") | run.identify()
+    figures = {
+        "trit_weights": "1000",
+        "active_trit_weights": "500",
+        "bytes_per_weight": "2.3",
+        "seconds": "4.0",
+        "held_out_bits_per_byte": str(bits),
+        "text": "abc",
+        "device": "cpu",
+    }
+    return values | figures
+
+
+def fake_runner(bits, failing=()):
+    """Stands in for the processes: the figure of a run is a function of the run."""
+
+    def run_all(runs, record, job, jobs):
+        for run in runs:
+            if run.variant not in failing:
+                record(run, row_of(run, bits(run)))
+        return [f"{run}: died" for run in runs if run.variant in failing]
+
+    return run_all
+
+
+def test_runs_in_processes_of_their_own_and_is_not_run_twice(run):
+    arguments = ("--variants", "base,all", "--seeds", "3")
+    code, captured, table = run(*arguments)
+    assert code == 0, captured.err
+    rows = {row["variant"]: row for row in table.rows()}
+    assert list(rows) == ["base", "all"]
+    assert {row["seed"] for row in rows.values()} == {"3"}
+    assert rows["base"]["motif_perplexity"] == rows["base"]["max_load"] == ""
+    assert float(rows["base"]["mean_iterations"]) == 1
+    assert 1 <= float(rows["all"]["motif_perplexity"]) <= 27
+    assert 1 <= float(rows["all"]["max_load"]) <= 4
+    assert 1 <= float(rows["all"]["mean_iterations"]) <= 4
+    assert {row["bytes_seen"] for row in rows.values()} == {str(2 * 2 * 16)}
+    assert "bytes/s" in captured.out
+    before = table.path.read_text()
+    code, captured, _ = run(*arguments)
+    assert code == 0
+    assert table.path.read_text() == before
+    assert "to base" in captured.out
+
+
+def test_other_steps_and_rates_are_other_rows(run, monkeypatch):
+    monkeypatch.setattr(command, "run_all", fake_runner(lambda run: 2 + run.lr))
+    run("--variants", "base")
+    run("--variants", "base", "--lr", "0.5")
+    _, captured, table = run("--variants", "base", "--steps", "3")
+    assert len(table.rows()) == 6
+    assert captured.out.count("full state") == 3
+    run("--variants", "base", "--force")
+    assert len(table.rows()) == 6
+
+
+def test_what_fails_is_told_and_the_rest_is_kept(run, monkeypatch):
+    monkeypatch.setattr(command, "run_all", fake_runner(lambda run: 2.0, failing=("vq",)))
+    code, captured, table = run("--variants", "base,vq", "--seeds", "0")
+    assert code == 1
+    assert "failed: vq seed 0" in captured.err
+    assert [row["variant"] for row in table.rows()] == ["base"]
+
+
+def test_a_run_that_raises_does_not_stop_the_others(run, monkeypatch):
+    calls = []
+
+    class Pool:
+        def __init__(self, *_args, **_options):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_args):
+            pass
+
+        def submit(self, _function, gpu, run, _job):
+            calls.append((gpu, run.variant))
+            future = Future()
+            if run.variant == "base":
+                future.set_exception(RuntimeError("CUDA out of memory\nand more"))
+            else:
+                future.set_result(row_of(run, 2.0))
+            return future
+
+    monkeypatch.setattr(runner, "ProcessPoolExecutor", Pool)
+    code, captured, table = run("--variants", "base,vq", "--seeds", "0")
+    assert code == 1
+    assert "base seed 0 lr 0.025 full: RuntimeError: CUDA out of memory" in captured.err
+    assert "and more" not in captured.err
+    assert [row["variant"] for row in table.rows()] == ["vq"]
+    assert sorted(calls) == [(None, "base"), (None, "vq")]
+
+
+def test_plan_runs_nothing(run):
+    code, captured, table = run("--plan")
+    assert code == 0
+    assert not table.path.exists()
+    assert "26 runs to do" in captured.out
+    assert all(v.reason in captured.out for v in variants_of(MICRO.model).values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--variants", "vqq"), "unknown variant 'vqq'"),
+        (("--seeds", "0,-1"), "--seeds must be"),
+        (("--seeds", "x"), "--seeds must be"),
+        (("--steps", "0"), "--steps must be at least 1"),
+        (("--steps", "1000"), "fewer --steps"),
+        (("--lr", "nan"), "--lr must be"),
+        (("--lr", "0"), "--lr must be"),
+        (("--jobs", "0"), "--jobs must be"),
+        (("--stability", "/nowhere"), "is not the folder of a run"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_bad_arguments_are_one_line(run, arguments, message):
+    code, captured, table = run(*arguments)
+    assert code == 2
+    assert captured.err.count("\n") == 1
+    assert message in captured.err
+    assert not table.path.exists()
+
+
+def test_differences_are_paired_by_seed():
+    def row(variant, seed, bits):
+        run = command.Run(variant, seed, 0.1, "full", 4000)
+        return row_of(run, bits)
+
+    rows = [row("base", 0, 2.0), row("base", 1, 2.5), row("vq", 0, 1.9), row("vq", 1, 2.3)]
+    found = summary.standings(rows, variants_of(MICRO.model))
+    mean, error = found["vq"].minus(found["base"])
+    assert mean == pytest.approx(-0.15)
+    assert error == pytest.approx(0.05)
+    assert "-0.1500 +- 0.0500 to base" in summary.report(rows, variants_of(MICRO.model))
+
+
+def test_gpus_are_those_that_may_be_seen(monkeypatch):
+    monkeypatch.setattr(runner.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(runner.torch.cuda, "device_count", lambda: 3)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert runner.visible_gpus() == ["0", "1", "2"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    assert runner.visible_gpus() == ["4", "6"]

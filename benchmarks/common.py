@@ -2,6 +2,7 @@
 
 import datetime
 import subprocess
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -22,6 +23,20 @@ def commit() -> str:
 def device_name(device: torch.device) -> str:
     """Name of the GPU, or "cpu"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def slug(device: torch.device) -> str:
+    """The device in a file's name: "cpu", "h100", "h200", or the whole name of another GPU."""
+    words = device_name(device).lower().replace("nvidia", "").split()
+    return next((word for word in words if word in ("h100", "h200")), "-".join(words))
+
+
+def triton_version() -> str:
+    """Of the installed Triton; empty without one."""
+    try:
+        return metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def provenance(device: torch.device, from_commit: str) -> dict[str, str]:

@@ -17,8 +17,9 @@ from benchmarks.ablation import stability, summary
 from benchmarks.ablation.runner import run_all, visible_gpus
 from benchmarks.ablation.sizes import SIZES
 from benchmarks.ablation.training import COLUMNS, KEY, Job, Run
-from benchmarks.ablation.variants import chosen, config_of, counts, variants_of
+from benchmarks.ablation.variants import chosen, config_of, variants_of
 from benchmarks.common import RESULTS, commit
+from benchmarks.counts import counts
 from benchmarks.learning.corpus import Texts, keep_to_one_text, load_texts
 from benchmarks.learning.sizes import Size
 from benchmarks.learning.table import Row, Table

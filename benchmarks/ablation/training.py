@@ -17,8 +17,9 @@ from arbitor.evaluate import bits_per_byte
 from arbitor.ternary.audit import audit
 from arbitor.train.device import deterministic, resolve_device
 from arbitor.train.loop import Trainer
-from benchmarks.ablation.variants import config_of, counts, variants_of
+from benchmarks.ablation.variants import config_of, variants_of
 from benchmarks.common import provenance
+from benchmarks.counts import counts
 from benchmarks.learning.sizes import Size
 
 EVAL_BATCH = 256

@@ -1,7 +1,7 @@
 """The variants: which parts each has, and the width that makes it comparable to the others.
 
-A variant's size is a measure (see `Counts`) that has to be equal to another variant's; one width of the core
-is solved for.
+A variant's size is a measure (`benchmarks.counts.Counts`) that has to be equal to another variant's; one
+width of the core is solved for.
 """
 
 import dataclasses
@@ -10,34 +10,14 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import torch
-
 from arbitor.config import MEMORY_ROWS, ModelConfig
 from arbitor.errors import UserError
-from arbitor.model import ARBModel
-from arbitor.model.memgram import MemoryTable
-from arbitor.ternary import TernaryExperts, TernaryScaleTensor, named_ternary
+from benchmarks.counts import counts
 from benchmarks.learning.sizes import Size
 
 ANCHOR = "preset"
 TOLERANCE = 0.01  # how far a measure may be from its target
 WIDTH_STEP = 16  # widths are multiples of it
-
-
-@dataclass(frozen=True, slots=True)
-class Counts:
-    """Sizes of a model in trits; byte tables and vectors are not counted.
-
-    Attributes:
-        total: all trits.
-        active: those that one position meets: of the routed experts the active ones, of the memory the rows
-            it reads.
-        work: the same, the core's as many times as it may be iterated.
-    """
-
-    total: int
-    active: int
-    work: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -209,7 +189,8 @@ def _config_of(name: str, preset: ModelConfig) -> ModelConfig:
     target = _measured(_config_of(variant.like, preset), variant.measure)
 
     def at(width: int) -> ModelConfig:
-        return dataclasses.replace(config, **{field: width})
+        change: dict[str, Any] = {field: width}
+        return dataclasses.replace(config, **change)
 
     # A measure is a linear function of a width.
     low, high = (_measured(at(width), variant.measure) for width in (WIDTH_STEP, 2 * WIDTH_STEP))
@@ -226,25 +207,6 @@ def _config_of(name: str, preset: ModelConfig) -> ModelConfig:
 
 def _measured(config: ModelConfig, measure: str) -> int:
     return int(getattr(counts(config), measure))
-
-
-@cache
-def counts(config: ModelConfig) -> Counts:
-    """Sizes of a model, from its modules; nothing is allocated."""
-    model = ARBModel(config=config, device=torch.device("meta"))
-    total = active = work = 0
-    for name, module in named_ternary(model):
-        if not isinstance(module, TernaryScaleTensor):
-            continue
-        met = module.numel()
-        if isinstance(module, TernaryExperts):
-            met = met // config.num_experts * config.num_active_experts
-        elif isinstance(module, MemoryTable):
-            met = 2 * config.memory_heads * config.memory_dim
-        total += module.numel()
-        active += met
-        work += met * (config.max_moe_iters if name.startswith("core.") else 1)
-    return Counts(total, active, work)
 
 
 def _blocks(preset: ModelConfig, prelude: int, coda: int) -> dict[str, int]:

@@ -7,7 +7,8 @@ import pytest
 from arbitor.config import PRESETS
 from arbitor.errors import UserError
 from benchmarks.ablation.sizes import SIZES
-from benchmarks.ablation.variants import ANCHOR, TOLERANCE, chosen, config_of, counts, variants_of
+from benchmarks.ablation.variants import ANCHOR, TOLERANCE, chosen, config_of, variants_of
+from benchmarks.counts import counts
 
 SIZE = SIZES["arb-small"]
 NAMES = list(variants_of(SIZE.model))

@@ -8,7 +8,7 @@ from pathlib import Path
 from arbitor.errors import UserError
 from arbitor.train.device import resolve_device
 from benchmarks.learning import scale_votes, summary
-from benchmarks.learning.contestants import CONTESTANTS, Contestant, Run
+from benchmarks.learning.contestants import ALL_CONTESTANTS, ATTEMPTS, CONTESTANTS, Contestant, Run
 from benchmarks.learning.corpus import keep_to_one_text, load_texts
 from benchmarks.learning.runner import Planner, Recorder, run_all
 from benchmarks.learning.sizes import SIZES, Size
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def sweep_command(options: argparse.Namespace) -> int:
     """The sweep over learning rates of the chosen contestants."""
     size = SIZES[options.size]
-    contestants = _contestants(options.contestant)
+    contestants = _contestants(options.contestant, options.attempts)
     table = Table(options.results / f"learning-{size.name}.csv")
     replaced = {c.name for c in contestants} if options.force else set()
     rows = [row for row in table.rows() if row["contestant"] not in replaced]
@@ -137,11 +137,13 @@ def _plot(rows: Sequence[Row], size: Size, path: Path) -> None:
         print(f"plot: {path}")
 
 
-def _contestants(names: Sequence[str]) -> list[Contestant]:
+def _contestants(names: Sequence[str], attempts: bool) -> list[Contestant]:
     for name in names:
-        if name not in CONTESTANTS:
-            raise UserError(f"unknown contestant {name!r}; choose from {', '.join(CONTESTANTS)}")
-    return [c for name, c in CONTESTANTS.items() if not names or name in names]
+        if name not in ALL_CONTESTANTS:
+            raise UserError(f"unknown contestant {name!r}; choose from {', '.join(ALL_CONTESTANTS)}")
+    if names:
+        return [c for name, c in ALL_CONTESTANTS.items() if name in names]
+    return list((ATTEMPTS if attempts else CONTESTANTS).values())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -152,6 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--size", choices=SIZES, default="cpu")
     add("--contestant", action="extend", nargs="+", default=[], help="only these; all by default")
+    add("--attempts", action="store_true", help="all recorded attempts at other constants instead")
     add("--minutes", type=float, help="stop cleanly after this long; run again to go on")
     add("--jobs", type=int, help="worker processes that share the device")
     add("--data", action="extend", nargs="+", default=[], help="own text: files, folders, globs")

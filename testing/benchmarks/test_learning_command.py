@@ -103,6 +103,20 @@ def test_plan_runs_nothing(run):
     assert "trits-compact lr 0.07 seed 0" in captured.out
 
 
+def test_attempts_are_run_when_they_are_asked_for(run, monkeypatch):
+    monkeypatch.setattr(command, "run_all", fake_runner(lambda run: 2 + abs(run.lr - 0.1) + run.seed / 100))
+    code, captured, table = run("--attempts", "--contestant", "trits-lean-more")
+    assert code == 0
+    points = {(float(r["lr"]), int(r["seed"])) for r in table.rows()}
+    assert points == {(lr, seed) for lr in (0.075, 0.1, 0.15) for seed in range(6)}
+    (standing,) = summary.standings(table.rows())
+    assert (standing.lr, len(standing.values)) == (0.1, 6)
+    assert "trits-lean-more" in captured.out
+    code, captured, _ = run("--attempts", "--plan")
+    assert "trits-compact-g16 lr 0.035 seed 0" in captured.out
+    assert "15 runs are left" in captured.out
+
+
 def test_unknown_contestant_is_one_line(run):
     code, captured, _ = run("--contestant", "trits-fat")
     assert code == 2

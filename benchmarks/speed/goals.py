@@ -18,7 +18,7 @@ from arbitor.ops.backend import VARIABLE
 from arbitor.train.device import Device
 from benchmarks.common import device_name
 from benchmarks.learning.table import Table
-from benchmarks.speed import kernels, whole_model
+from benchmarks.speed import decoding, kernels, whole_model
 
 PREDICTIONS = Path(__file__).with_name("predictions.csv")
 COLUMNS = ("goal", "clause", "unit", "predicted", "measured", "target", "met", "command", "device", "date")
@@ -115,6 +115,14 @@ GOALS = {
     "G8": Goal(
         whole_model.under_a_cap,
         {"weights trained": Clause("weights", 2e9), "steps of 256 tokens": Clause("steps", 100.0)},
+    ),
+    "G9": Goal(
+        decoding.decoding,
+        {
+            "speed over bf16 under CUDA graphs": Clause("ratio", 3.0),
+            "trits": Clause("bytes/s", None),
+            "bf16": Clause("bytes/s", None),
+        },
     ),
     "C1": Goal(
         whole_model.on_the_cpu,

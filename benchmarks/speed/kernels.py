@@ -72,7 +72,7 @@ def state_update(device: Device, shape: tuple[int, int, int] = UPDATE_SHAPE) -> 
         return state_update_drawn(packed, accumulator, direction, keys, active, 6.4, 128, 64, 63, False)
 
     moved = 2 * packed.nbytes + 2 * accumulator.nbytes + direction.nbytes
-    return {"share of copy bandwidth": moved / _seconds(update, device) / bandwidth}
+    return {"share of copy bandwidth": moved / graphed_seconds(update, device) / bandwidth}
 
 
 def _in_turn(layers: Sequence[TernaryLinear], x_NI: torch.Tensor, device: Device) -> float:
@@ -91,11 +91,14 @@ def _each(
         for part in rounds:
             work(part)
 
-    return _seconds(all_of_them, device) / len(rounds)
+    return graphed_seconds(all_of_them, device) / len(rounds)
 
 
-def _seconds(work: Callable[[], object], device: Device) -> float:
-    """Seconds of `work`; on a GPU of its replay as a CUDA graph, so that Python's overhead does not count."""
+def graphed_seconds(work: Callable[[], object], device: Device) -> float:
+    """Seconds of `work`; on a GPU of its replay as a CUDA graph, so that Python's overhead does not count.
+
+    What cannot be captured is timed as it is, and a line says so.
+    """
     if not device.is_cuda:
         return seconds_of(work, device)
     stream = torch.cuda.Stream()

@@ -5,13 +5,15 @@ import csv
 import pytest
 import torch
 
+from arbitor.config import preset
 from arbitor.errors import UserError
 from arbitor.model import ARBModel
 from arbitor.ternary import VoteOptimizer
 from arbitor.train.device import resolve_device
+from benchmarks.counts import counts
 from benchmarks.learning.table import Table
 from benchmarks.speed import __main__ as command
-from benchmarks.speed import goals, kernels, whole_model
+from benchmarks.speed import decoding, goals, kernels, whole_model
 from benchmarks.speed.contestants import Timing
 from benchmarks.speed.goals import COLUMNS, GOALS, KEY, Clause, planned
 
@@ -99,6 +101,19 @@ def test_figures_of_kernels_are_those_of_the_clauses(monkeypatch, goal, measure)
     figures = measure()
     assert figures.keys() == GOALS[goal].clauses.keys()
     assert all(figure > 0 for figure in figures.values())
+
+
+def test_decoding_reads_the_same_byte_again_and_again():
+    config = preset("tiny").model
+    figures = decoding.decoding(CPU, config)
+    assert figures.keys() == GOALS["G9"].clauses.keys()
+    assert figures["speed over bf16 under CUDA graphs"] == pytest.approx(figures["trits"] / figures["bf16"])
+
+
+def test_the_large_configuration_is_dense_and_large_enough():
+    config = decoding.large_dense()
+    assert not config.has_core
+    assert 1.2e9 <= counts(config).total < 1.3e9
 
 
 def test_few_tokens_leave_idle_experts_alone():

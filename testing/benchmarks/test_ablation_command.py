@@ -1,14 +1,15 @@
 """The ablation's command end to end with a micro size: rows, resuming, failures, bad arguments."""
 
 import dataclasses
-from concurrent.futures import Future
+import os
 
+import numpy as np
 import pytest
 
 from arbitor.config import ModelConfig
 from benchmarks.ablation import __main__ as command
 from benchmarks.ablation import runner, sizes, summary
-from benchmarks.ablation.training import COLUMNS, KEY
+from benchmarks.ablation.training import COLUMNS, KEY, Job, Run
 from benchmarks.ablation.variants import variants_of
 from benchmarks.learning.table import Table
 
@@ -115,6 +116,15 @@ def test_other_steps_and_rates_are_other_rows(run, monkeypatch):
     assert len(table.rows()) == 6
 
 
+def test_each_state_has_a_rate_of_its_own(run, monkeypatch):
+    monkeypatch.setattr(command, "run_all", fake_runner(lambda run: 2.0))
+    for state in ("full", "compact", "lean"):
+        run("--variants", "base", "--seeds", "0", "--state", state)
+    _, _, table = run("--variants", "base", "--seeds", "0", "--state", "lean", "--lr", "0.1")
+    rates = [(row["state"], float(row["lr"])) for row in table.rows()]
+    assert rates == [("full", 0.025), ("compact", 0.035), ("lean", 0.15), ("lean", 0.1)]
+
+
 def test_what_fails_is_told_and_the_rest_is_kept(run, monkeypatch):
     monkeypatch.setattr(command, "run_all", fake_runner(lambda run: 2.0, failing=("vq",)))
     code, captured, table = run("--variants", "base,vq", "--seeds", "0")
@@ -123,35 +133,46 @@ def test_what_fails_is_told_and_the_rest_is_kept(run, monkeypatch):
     assert [row["variant"] for row in table.rows()] == ["base"]
 
 
-def test_a_run_that_raises_does_not_stop_the_others(run, monkeypatch):
-    calls = []
+def test_a_process_that_fails_does_not_stop_the_others(tmp_path):
+    for part in ("train", "held_out"):
+        np.save(tmp_path / part, np.frombuffer(TEXT.encode(), dtype=np.uint8))
+    paths = [str(tmp_path / f"{part}.npy") for part in ("train", "held_out")]
+    job = Job(MICRO, *paths, text="abc", device="cpu", threads=1, commit="0123abc")
+    runs = [Run(name, 0, 0.05, "lean", MICRO.bytes_seen) for name in ("no such variant", "base")]
+    recorded = []
+    failures = runner.run_all(runs, lambda run, row: recorded.append((run, row)), job, jobs=2)
+    assert failures == ["no such variant seed 0 lr 0.05 lean: KeyError: 'no such variant'"]
+    ((run, row),) = recorded
+    assert run == runs[1]
+    assert tuple(sorted(row)) == tuple(sorted(COLUMNS))
+    assert (row["commit"], row["text"], row["state"]) == ("0123abc", "abc", "lean")
 
-    class Pool:
-        def __init__(self, *_args, **_options):
-            pass
 
-        def __enter__(self):
-            return self
+def test_a_process_that_dies_is_told(monkeypatch):
+    monkeypatch.setattr(runner, "_send_measured", os._exit)  # with the wrong arguments: it ends at once
+    job = Job(MICRO, "", "", text="", device="cpu", threads=1, commit="")
+    (failure,) = runner.run_all([Run("base", 0, 0.05, "full", 1)], print, job, jobs=1)
+    assert failure.startswith("base seed 0 lr 0.05 full: its process ended with code 1")
 
-        def __exit__(self, *_args):
-            pass
 
-        def submit(self, _function, gpu, run, _job):
-            calls.append((gpu, run.variant))
-            future = Future()
-            if run.variant == "base":
-                future.set_exception(RuntimeError("CUDA out of memory\nand more"))
-            else:
-                future.set_result(row_of(run, 2.0))
-            return future
+def test_an_interruption_ends_the_processes(monkeypatch):
+    started = []
+    real = runner._start
 
-    monkeypatch.setattr(runner, "ProcessPoolExecutor", Pool)
-    code, captured, table = run("--variants", "base,vq", "--seeds", "0")
-    assert code == 1
-    assert "base seed 0 lr 0.025 full: RuntimeError: CUDA out of memory" in captured.err
-    assert "and more" not in captured.err
-    assert [row["variant"] for row in table.rows()] == ["vq"]
-    assert sorted(calls) == [(None, "base"), (None, "vq")]
+    def start(*arguments):
+        started.append(real(*arguments))
+        return started[-1]
+
+    def interrupted(_receivers):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "_start", start)
+    monkeypatch.setattr(runner, "wait", interrupted)
+    job = Job(MICRO, "", "", text="", device="cpu", threads=1, commit="")
+    with pytest.raises(KeyboardInterrupt):
+        runner.run_all([Run("base", seed, 0.05, "full", 1) for seed in range(3)], print, job, jobs=2)
+    assert len(started) == 2
+    assert not any(running.process.is_alive() for _, running in started)
 
 
 def test_plan_runs_nothing(run):
@@ -187,7 +208,7 @@ def test_bad_arguments_are_one_line(run, arguments, message):
 
 def test_differences_are_paired_by_seed():
     def row(variant, seed, bits):
-        run = command.Run(variant, seed, 0.1, "full", 4000)
+        run = Run(variant, seed, 0.1, "full", 4000)
         return row_of(run, bits)
 
     rows = [row("base", 0, 2.0), row("base", 1, 2.5), row("vq", 0, 1.9), row("vq", 1, 2.3)]

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from arbitor.config import ModelConfig
 from arbitor.config import preset as preset_config
 from arbitor.errors import UserError
 from arbitor.model import ARBModel
@@ -65,12 +66,13 @@ def on_the_cpu(device: Device, preset: str = "tiny", steps: int = 20) -> Mapping
     }
 
 
-def few_tokens(device: Device, preset: str = "arb-1b", steps: int = 20) -> Mapping[str, float]:
-    """G4: one window of 4 bytes through forward, backward and update, lean state."""
+def few_tokens(device: Device, config: ModelConfig | None = None, steps: int = 20) -> Mapping[str, float]:
+    """G4: one window of 4 bytes through forward, backward and update of `arb-1b`, lean state."""
+    config = preset_config("arb-1b").model if config is None else config
     figures: dict[str, float] = {}
     for rule in ("spectral", "row"):
         with deterministic(0, device.device):
-            model = ARBModel(preset, device=device.device)
+            model = ARBModel(config=config, device=device.device)
             optimizer = VoteOptimizer(model, rule=rule, state="lean")
             if device.is_cuda:
                 torch.cuda.reset_peak_memory_stats(device.device)

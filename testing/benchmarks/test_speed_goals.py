@@ -116,14 +116,19 @@ def test_the_large_configuration_is_dense_and_large_enough():
     assert 1.2e9 <= counts(config).total < 1.3e9
 
 
+def small_with_experts():
+    small = {"dim": 32, "expert_dim": 32, "ffn_dim": 32, "num_prelude_layers": 1, "num_coda_layers": 0}
+    return preset("arb-small", **small).model
+
+
 def test_few_tokens_leave_idle_experts_alone():
-    figures = whole_model.few_tokens(CPU, preset="arb-small", steps=1)
+    figures = whole_model.few_tokens(CPU, small_with_experts(), steps=1)
     assert figures.keys() == GOALS["G4"].clauses.keys()
     assert figures["experts changed without tokens"] == 0
 
 
 def test_an_expert_that_changes_without_tokens_is_counted():
-    model = ARBModel("arb-small", dim=32, expert_dim=32, ffn_dim=32, num_prelude_layers=1, num_coda_layers=0)
+    model = ARBModel(config=small_with_experts())
     optimizer = VoteOptimizer(model, state="lean")
 
     def step():

@@ -13,11 +13,13 @@ UNKNOWN_COMMIT = "unknown"
 
 
 def commit() -> str:
-    """Short hash of the checkout, then `+` if tracked files were changed; "unknown" without git."""
-    hash_ = _git("rev-parse", "--short", "HEAD")
-    if hash_ is None:
+    """The commit of this checkout, with `-dirty` behind it if files differ from it; "unknown" without git."""
+    command = ("git", "describe", "--always", "--dirty", "--exclude", "*", "--abbrev=12")
+    try:
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError):
         return UNKNOWN_COMMIT
-    return hash_ + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")
+    return done.stdout.strip()
 
 
 def device_name(device: torch.device) -> str:
@@ -47,14 +49,3 @@ def provenance(device: torch.device, from_commit: str) -> dict[str, str]:
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
     }
-
-
-def _git(*arguments: str) -> str | None:
-    """Output of a git command in the repository; None if there is no git, or it refuses."""
-    try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, timeout=20, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()

@@ -20,7 +20,7 @@ from benchmarks.ablation.training import COLUMNS, KEY, Job, Run
 from benchmarks.ablation.variants import chosen, config_of, variants_of
 from benchmarks.common import RESULTS, commit
 from benchmarks.counts import counts
-from benchmarks.learning.corpus import Texts, keep_to_one_text, load_texts
+from benchmarks.learning.corpus import Texts, load_texts
 from benchmarks.learning.sizes import Size
 from benchmarks.learning.table import Row, Table
 
@@ -82,7 +82,7 @@ def _train(options: argparse.Namespace, size: Size, table: Table, runs: Sequence
     device = resolve_device(options.device)
     texts = load_texts(size, options.data, options.held_out)
     _refuse_short(texts, size)
-    keep_to_one_text(table.path, texts, fresh=not table.rows())
+    _refuse_other_text(texts, table, runs)
     jobs = options.jobs or (len(visible_gpus()) if device.is_cuda else 1)
     print(f"{size.name}: {len(runs)} runs of {size.steps} steps of {size.batch} x {size.model.ctx} bytes")
     print(f"{jobs} at a time on {device.name}; {texts.description} (text {texts.fingerprint})", flush=True)
@@ -117,6 +117,19 @@ def _refuse_short(texts: Texts, size: Size) -> None:
         raise UserError(
             f"the text has {len(texts.train) / 1e6:.1f} MB and a run reads {size.bytes_seen / 1e6:.1f} MB; "
             "give more with --data, or fewer --steps"
+        )
+
+
+def _refuse_other_text(texts: Texts, table: Table, runs: Sequence[Run]) -> None:
+    """Raise UserError if rows that stay are of another text; they could not be compared with new ones."""
+    replaced = {table.identity(run.identify()) for run in runs}
+    others = {row["text"] for row in table.rows() if table.identity(row) not in replaced} - {
+        texts.fingerprint
+    }
+    if others:
+        raise UserError(
+            f"{table.path} has rows of another text ({min(others)}, this is {texts.fingerprint}); give that "
+            "text, another --results folder, or --force for all variants and seeds"
         )
 
 

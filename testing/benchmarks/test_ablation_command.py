@@ -48,10 +48,9 @@ def run(tmp_path, monkeypatch, capsys):
     text.write_text(TEXT)
     monkeypatch.setitem(sizes.SIZES, "tiny", MICRO)
 
-    def call(*arguments):
-        code = command.main(
-            ["--size", "tiny", "--data", str(text), "--results", str(tmp_path), "--device", "cpu", *arguments]
-        )
+    def call(*arguments, text=text):
+        given = ["--size", "tiny", "--data", str(text), "--results", str(tmp_path), "--device", "cpu"]
+        code = command.main([*given, *arguments])
         return code, capsys.readouterr(), Table(tmp_path / "ablation-tiny.csv", COLUMNS, KEY)
 
     return call
@@ -78,7 +77,7 @@ def fake_runner(bits, failing=()):
     def run_all(runs, record, job, jobs):
         for run in runs:
             if run.variant not in failing:
-                record(run, row_of(run, bits(run)))
+                record(run, row_of(run, bits(run)) | {"text": job.text})
         return [f"{run}: died" for run in runs if run.variant in failing]
 
     return run_all
@@ -123,6 +122,23 @@ def test_each_state_has_a_rate_of_its_own(run, monkeypatch):
     _, _, table = run("--variants", "base", "--seeds", "0", "--state", "lean", "--lr", "0.1")
     rates = [(row["state"], float(row["lr"])) for row in table.rows()]
     assert rates == [("full", 0.025), ("compact", 0.035), ("lean", 0.15), ("lean", 0.1)]
+
+
+def test_rows_of_another_text_are_not_mixed_with_new_ones(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(command, "run_all", fake_runner(lambda run: 2.0))
+    run("--variants", "base,vq", "--seeds", "0")
+    other = tmp_path / "other.txt"
+    other.write_text(TEXT.upper())
+    arguments = ("--variants", "base", "--seeds", "0", "--force")
+    before = (tmp_path / "ablation-tiny.csv").read_text()
+    code, captured, table = run(*arguments, text=other)
+    assert code == 2
+    assert "rows of another text" in captured.err
+    assert table.path.read_text() == before
+    code, _, table = run("--variants", "base,vq", "--seeds", "0", "--force", text=other)
+    assert code == 0
+    assert len({row["text"] for row in table.rows()}) == 1
+    assert table.path.read_text() != before
 
 
 def test_what_fails_is_told_and_the_rest_is_kept(run, monkeypatch):

@@ -4,8 +4,10 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from arbitor.config import dump_toml, override, preset
+from arbitor.model import ARBModel
 from benchmarks.ablation import __main__ as command
 from benchmarks.ablation import stability
 
@@ -130,6 +132,22 @@ def test_the_perplexity_wanted_is_a_fifth_of_the_smaller_number(make_run):
     check = next(c for c in stability.judge(folder) if c.name == "motif perplexity")
     assert check.met  # 2 of 9 motifs is more than a fifth
     assert check.wanted.startswith(">= 2: a fifth of the smaller of 9 motifs")
+
+
+def test_the_model_gives_what_the_judge_reads():
+    small = {
+        "dim": 32,
+        "expert_dim": 32,
+        "ffn_dim": 32,
+        "graph_edges": 64,
+        "memory_rows": 64,
+        "memory_dim": 20,
+    }
+    model = ARBModel("arb-small", **small)
+    assert stability.missing_parts(model.config) == []
+    ids = torch.randint(0, 256, (2, 16))
+    model(ids, targets=ids)
+    assert {"expert_load", "motif_perplexity", "mean_iterations"} <= model.part_metrics().keys()
 
 
 def test_what_is_no_finished_run_is_one_line(make_run, tmp_path, capsys):

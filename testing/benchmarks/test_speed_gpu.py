@@ -50,4 +50,4 @@ def test_few_tokens_touch_only_the_experts_in_use(gpu):
     config = dataclasses.replace(preset("arb-small").model, ctx=16)
     figures = whole_model.few_tokens(gpu, config, steps=2)
     assert figures["experts changed without tokens"] == 0
-    assert 1.2 < figures["peak"]
+    assert figures["peak"] > 1.2

@@ -129,6 +129,8 @@ class ModelConfig:
         num_experts: Routed experts of the core; 0 leaves the mixture of experts out.
         num_active_experts: Routed experts that each position uses; a shared one comes on top.
         expert_dim: Hidden width of every expert.
+        core_ffn_dim: Hidden width of one feed-forward part that the core has in place of experts; 0 leaves it
+            out.
         max_moe_iters: Most iterations of the core.
         halt_threshold: Sum of halting probabilities at which a position leaves the core.
         ponder_weight: Weight of the ponder cost (iterations and remainder of a position) in the loss, nats.
@@ -162,6 +164,7 @@ class ModelConfig:
     num_experts: int = 0
     num_active_experts: int = 2
     expert_dim: int = 640
+    core_ffn_dim: int = 0
     max_moe_iters: int = 4
     halt_threshold: float = 0.99
     ponder_weight: float = 0.001
@@ -182,8 +185,8 @@ class ModelConfig:
 
     @property
     def has_core(self) -> bool:
-        """Whether there is a core to iterate: experts, or a graph that sends messages."""
-        return self.num_experts > 0 or self.graph_edges > 0
+        """Whether there is a core to iterate: experts or what replaces them, or a graph."""
+        return self.num_experts > 0 or self.core_ffn_dim > 0 or self.graph_edges > 0
 
     def __post_init__(self) -> None:
         settle_types(self)
@@ -218,6 +221,12 @@ class ModelConfig:
         if self.num_experts:
             require_range(self, "num_active_experts", 1, self.num_experts)
         require_range(self, "expert_dim", *_WIDTH)
+        require_range(self, "core_ffn_dim", 0, _WIDTH[1])
+        if self.num_experts and self.core_ffn_dim:
+            raise UserError(
+                f"num_experts is {self.num_experts} and core_ffn_dim {self.core_ffn_dim}; the core has "
+                "experts or one feed-forward part: set one of them to 0"
+            )
         require_range(self, "max_moe_iters", 1, 64)
         if not 0.0 < self.halt_threshold <= 1.0:
             raise UserError(f"halt_threshold must be above 0 and at most 1, got {self.halt_threshold!r}")

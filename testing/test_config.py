@@ -166,6 +166,7 @@ def test_every_setting_is_documented_in_its_class():
         (lambda: ModelConfig(halt_threshold=0.0), ["halt_threshold", "above 0"]),
         (lambda: ModelConfig(ponder_weight=-0.1), ["ponder_weight", "between 0"]),
         (lambda: ModelConfig(graph_edges=10), ["graph_edges", "set motif_trits"]),
+        (lambda: ModelConfig(num_experts=4, core_ffn_dim=8), ["core_ffn_dim", "one of them to 0"]),
         (lambda: ModelConfig(memory_rows=10, memory_over="motifs"), ["memory_over", "motif_trits"]),
         (lambda: ModelConfig(memory_over="words"), ["memory_over", "bytes, motifs"]),
         (lambda: DataConfig(data=3), ["data", "list of strings"]),

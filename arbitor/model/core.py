@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from arbitor.config import ModelConfig
+from arbitor.model.ffn import FeedForward
 from arbitor.model.graph import MotifGraph, Neighbours
 from arbitor.model.moe import MoE
 from arbitor.model.precision import sigmoid
@@ -128,7 +129,8 @@ class MoEGraph(nn.Module):
     position is n + R. The rows of those that have halted are left out of what follows.
 
     Args:
-        config: `max_moe_iters`, `halt_threshold`; experts and graph are made if it asks for them.
+        config: `max_moe_iters`, `halt_threshold`; experts (or the feed-forward part in their place) and graph
+            are made if it asks for them.
         code_dim: width of a motif's code vector; needed for a graph.
         device: where to make it.
 
@@ -143,6 +145,7 @@ class MoEGraph(nn.Module):
         self.max_iters = config.max_moe_iters
         self.threshold = config.halt_threshold
         self.moe = MoE(config, device) if config.num_experts else None
+        self.ffn = FeedForward(config, device, config.core_ffn_dim) if config.core_ffn_dim else None
         self.graph = None
         if config.graph_edges:
             assert code_dim is not None, "a graph needs the code vectors of a VQ bridge"
@@ -190,6 +193,8 @@ class MoEGraph(nn.Module):
         if self.moe is not None:
             y_LD, load_E = self.moe(s_LD)
             s_LD = s_LD + y_LD
+        elif self.ffn is not None:
+            s_LD = s_LD + self.ffn(s_LD)
         if self.graph is not None and neighbours is not None:
             s_LD = s_LD + self.graph.messages(s_LD, neighbours)
         return s_LD, load_E

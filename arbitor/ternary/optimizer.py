@@ -45,6 +45,7 @@ class StateKind:
         span_ratio: span over threshold.
         rail_ratio: rail limit over threshold; None for threshold - 1.
         workspace_bytes: about how much transient memory a step may take beside one matrix's gradient.
+        momentum_group: neighbours that share an exponent of the matrices' momentum, 32 or 16; tables have 32.
     """
 
     momentum_bits: int
@@ -55,6 +56,7 @@ class StateKind:
     span_ratio: float
     rail_ratio: float | None
     workspace_bytes: int
+    momentum_group: int = GROUP
 
 
 STATES = {
@@ -82,8 +84,8 @@ class VoteOptimizer(torch.optim.Optimizer):
         lr: trits per step; None takes the state's own (full 0.05, compact 0.07, lean 0.15). Rule `sign` uses
             it for the byte tables only.
         rule: direction of the vote: spectral, sinkhorn, row or sign.
-        state: full (int8 momentum), compact (4-bit) or lean (none). With rule `sign` matrices have no
-            momentum in any of them.
+        state: full (int8 momentum), compact (4-bit) or lean (none), or other constants than theirs. With rule
+            `sign` matrices have no momentum in any of them.
         seed: of the stochastic rounding.
         accum_threshold: accumulator value at which a trit flips; sets span and rail limit along with it.
         e_accum_threshold: votes that make a scale exponent move by one octave.
@@ -101,7 +103,7 @@ class VoteOptimizer(torch.optim.Optimizer):
         model: nn.Module,
         lr: float | None = None,
         rule: str = "spectral",
-        state: str = "full",
+        state: str | StateKind = "full",
         seed: int = 0,
         *,
         accum_threshold: int | None = None,
@@ -109,12 +111,12 @@ class VoteOptimizer(torch.optim.Optimizer):
         scale_lr: float = 0.0,
     ) -> None:
         requested_backend()
-        if state not in STATES:
+        if isinstance(state, str) and state not in STATES:
             raise UserError(f"unknown state {state!r}; choose one of {', '.join(STATES)}")
         get_rule(rule)
         self.rule = rule
-        self.state_name = state
-        self.kind = STATES[state]
+        self.kind = STATES[state] if isinstance(state, str) else state
+        self.state_name = state if isinstance(state, str) else str(state)
         if rule == "sign":
             self.kind = replace(self.kind, momentum_bits=0, beta=0.0, lr=SIGN_LR)
         rates = {"lr": self.kind.lr if lr is None else lr, "scale_lr": scale_lr}
@@ -207,7 +209,7 @@ class VoteOptimizer(torch.optim.Optimizer):
         else:
             assert isinstance(module, Int8Weights)
             rows, columns = (1, *module.q.shape)[-2:]
-            self.state[module.q] = self._new_momentum((rows,), columns, 8, module.q.device)
+            self.state[module.q] = self._new_momentum((rows,), columns, 8, GROUP, module.q.device)
             capture = GradientCapture(rows, columns)
         capture.optimizer = weakref.ref(self)
         module.capture = capture
@@ -225,18 +227,20 @@ class VoteOptimizer(torch.optim.Optimizer):
         module.T_residual = None
         state = {"T_accum": accumulator, "E_accum": torch.zeros_like(module.E)}
         if self.kind.momentum_bits:
-            state |= self._new_momentum(rows, module.in_features, self.kind.momentum_bits, device)
+            state |= self._new_momentum(
+                rows, module.in_features, self.kind.momentum_bits, self.kind.momentum_group, device
+            )
         return state
 
     @staticmethod
     def _new_momentum(
-        rows: tuple[int, ...], columns: int, bits: int, device: torch.device
+        rows: tuple[int, ...], columns: int, bits: int, group: int, device: torch.device
     ) -> dict[str, Tensor]:
         if bits == 8:
             codes = torch.zeros((*rows, columns), dtype=torch.int8, device=device)
         else:
             codes = torch.full((*rows, -(-columns // 2)), _NO_MOMENTUM, dtype=torch.uint8, device=device)
-        exponent = torch.zeros((*rows, -(-columns // GROUP)), dtype=torch.int16, device=device)
+        exponent = torch.zeros((*rows, -(-columns // group)), dtype=torch.int16, device=device)
         return {"M": codes, "M_exp": exponent}
 
     def detach(self) -> None:

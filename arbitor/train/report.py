@@ -73,6 +73,8 @@ def describe_parts(model: ModelConfig) -> str:
         parts.append(f"memory over {model.memory_over}: {tables}{place}")
     if model.num_experts:
         parts.append(f"{model.num_experts} experts, {model.num_active_experts} active and one shared")
+    elif model.core_ffn_dim:
+        parts.append("one feed-forward part in the core")
     if model.graph_edges:
         parts.append(f"graph of {model.graph_edges:,} edges")
     if model.has_core:

@@ -1,22 +1,20 @@
 """Command line of the learning benchmark; see the package's docstring and `--help`."""
 
 import argparse
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from arbitor.errors import UserError
 from arbitor.train.device import resolve_device
+from benchmarks.common import RESULTS, commit
 from benchmarks.learning import scale_votes, summary
-from benchmarks.learning.contestants import CONTESTANTS, Contestant, Run
+from benchmarks.learning.contestants import ALL_CONTESTANTS, ATTEMPTS, CONTESTANTS, Contestant, Run
 from benchmarks.learning.corpus import keep_to_one_text, load_texts
 from benchmarks.learning.runner import Planner, run_all
 from benchmarks.learning.sizes import SIZES, Size
 from benchmarks.learning.sweep import plan, remaining, results_of
 from benchmarks.learning.table import Row, Table
-
-RESULTS = Path(__file__).parents[1] / "results"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def sweep_command(options: argparse.Namespace) -> int:
     """The sweep over learning rates of the chosen contestants."""
     size = SIZES[options.size]
-    contestants = _contestants(options.contestant)
+    contestants = _contestants(options.contestant, options.attempts)
     table = Table(options.results / f"learning-{size.name}.csv")
     replaced = {c.name for c in contestants} if options.force else set()
     rows: list[Row] = [row for row in table.rows() if row["contestant"] not in replaced]
@@ -96,7 +94,7 @@ def _run(
     device = resolve_device(options.device)
     texts = load_texts(size, options.data, options.held_out)
     keep_to_one_text(table, texts, kept)
-    provenance = {"text": texts.fingerprint, "commit": commit()}
+    provenance = {"text": texts.fingerprint, "commit": options.commit or commit()}
     print(f"{size.name}: {size.steps} steps of {size.batch} x {size.model.ctx} bytes on {device.name}")
     print(f"{texts.description} (text {texts.fingerprint})", flush=True)
     return run_all(
@@ -108,18 +106,6 @@ def _run(
         jobs=options.jobs or size.jobs,
         minutes=options.minutes,
     )
-
-
-def commit() -> str:
-    """The commit of this checkout, with `-dirty` behind it if files differ from it; empty outside of git."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude", "*", "--abbrev=12"]
-    try:
-        done = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=60
-        )
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return done.stdout.strip()
 
 
 def _line(run: Run, row: Row) -> str:
@@ -154,11 +140,13 @@ def _plot(rows: Sequence[Row], size: Size, path: Path) -> None:
         print(f"plot: {path}")
 
 
-def _contestants(names: Sequence[str]) -> list[Contestant]:
+def _contestants(names: Sequence[str], attempts: bool) -> list[Contestant]:
     for name in names:
-        if name not in CONTESTANTS:
-            raise UserError(f"unknown contestant {name!r}; choose from {', '.join(CONTESTANTS)}")
-    return [c for name, c in CONTESTANTS.items() if not names or name in names]
+        if name not in ALL_CONTESTANTS:
+            raise UserError(f"unknown contestant {name!r}; choose from {', '.join(ALL_CONTESTANTS)}")
+    if names:
+        return [c for name, c in ALL_CONTESTANTS.items() if name in names]
+    return list((ATTEMPTS if attempts else CONTESTANTS).values())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -169,11 +157,13 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--size", choices=SIZES, default="cpu")
     add("--contestant", action="extend", nargs="+", default=[], help="only these; all by default")
+    add("--attempts", action="store_true", help="all recorded attempts at other constants instead")
     add("--minutes", type=float, help="stop cleanly after this long; run again to go on")
     add("--jobs", type=int, help="worker processes that share the device")
     add("--data", action="extend", nargs="+", default=[], help="own text: files, folders, globs")
     add("--held-out", help="a path or a share of the data, as in `arbitor train`")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--commit", help="what to note as the commit where there is no git")
     add("--results", type=Path, default=RESULTS, help="folder of the CSV files and plots")
     add("--force", action="store_true", help="run again what is there already, and replace its rows")
     add("--plan", action="store_true", help="print what would run, and stop")

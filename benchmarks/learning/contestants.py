@@ -12,6 +12,7 @@ from torch.optim import AdamW, Muon, Optimizer
 from arbitor.config import ModelConfig
 from arbitor.model import ARBModel
 from arbitor.ternary import VoteOptimizer
+from arbitor.ternary.optimizer import STATES, StateKind
 from arbitor.ternary.tensor import TernaryScaleTensor
 from benchmarks.learning.twins import BitLinear, DenseLinear, FloatTable, make_twin
 
@@ -32,13 +33,20 @@ class Contestant:
         vote: arguments of `VoteOptimizer`, or None for a float twin.
         linear: the twin's linear layer, or None for trits.
         muon: whether the twin's matrices are trained by Muon, else by AdamW.
+        seeds: every rate is run with each of these, instead of a sweep; empty sweeps.
     """
 
     name: str
     lrs: tuple[float, ...]
-    vote: dict[str, str] | None = None
+    vote: dict[str, Any] | None = None
     linear: type[DenseLinear] | None = None
     muon: bool = False
+    seeds: tuple[int, ...] = ()
+
+
+def _changed(state: str, **constants: Any) -> StateKind:
+    """The constants of a state with some replaced."""
+    return dataclasses.replace(STATES[state], **constants)
 
 
 _ADAMW_LRS = (0.002, 0.004, 0.008)
@@ -58,6 +66,21 @@ CONTESTANTS = {
         Contestant("dense-muon", _MUON_LRS, linear=DenseLinear, muon=True),
     )
 }
+
+_COMPACT_LRS = (0.0175, 0.035, 0.07)
+
+# Recorded attempts at better constants of the smaller states; only `--attempts` runs them.
+ATTEMPTS = {
+    contestant.name: contestant
+    for contestant in (
+        Contestant("trits-compact-g16", _COMPACT_LRS, vote={"state": _changed("compact", momentum_group=16)}),
+        Contestant("trits-compact-beta0.7", _COMPACT_LRS, vote={"state": _changed("compact", beta=0.7)}),
+        Contestant("trits-compact-beta0.9", _COMPACT_LRS, vote={"state": _changed("compact", beta=0.9)}),
+        # The sweep's steps are a factor 2 apart, and three seeds of lean spread over 0.036 bits per byte.
+        Contestant("trits-lean-more", (0.075, 0.1, 0.15), vote={"state": "lean"}, seeds=tuple(range(6))),
+    )
+}
+ALL_CONTESTANTS = CONTESTANTS | ATTEMPTS
 
 
 @dataclass(frozen=True)
@@ -143,7 +166,7 @@ class Trainee:
 
 def build(run: Run, config: ModelConfig, device: torch.device) -> Trainee:
     """A fresh model and its optimizers; all random numbers come from the run's seed."""
-    contestant = CONTESTANTS[run.contestant]
+    contestant = ALL_CONTESTANTS[run.contestant]
     torch.manual_seed(run.seed)
     model = ARBModel(config=dataclasses.replace(config, tscale=run.tscale), device=device)
     if contestant.linear is None:

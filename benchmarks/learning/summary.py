@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.learning.contestants import CONTESTANTS
+from benchmarks.learning.contestants import ALL_CONTESTANTS, ATTEMPTS
 from benchmarks.learning.sweep import SWEEP_SEED, best_lr, results_of
 from benchmarks.learning.table import Row
 
@@ -44,11 +44,13 @@ class Standing:
 
 
 def standings(rows: Sequence[Row]) -> list[Standing]:
-    """Every contestant that has a row of the sweep, in the order of `CONTESTANTS`."""
+    """Every contestant that has a row of the sweep, in the order of `ALL_CONTESTANTS`."""
     found = []
-    for name in CONTESTANTS:
+    for name, contestant in ALL_CONTESTANTS.items():
         results = results_of(name, rows)
         swept = {lr: value for (lr, seed), value in results.items() if seed == SWEEP_SEED}
+        if contestant.seeds:  # all rates have as many seeds, so that their means decide
+            swept = {lr: statistics.fmean(v for (r, _), v in results.items() if r == lr) for lr in swept}
         if not swept:
             continue
         lr = best_lr(swept)
@@ -63,14 +65,14 @@ def report(rows: Sequence[Row]) -> str:
     table = standings(rows)
     means = {standing.name: standing.mean for standing in table}
     lines = [
-        f"{'contestant':<14}{'bytes/weight':>13}{'best lr':>9}{'points':>7}{'seeds':>6}{'bits/byte':>11}"
+        f"{'contestant':<22}{'bytes/weight':>13}{'best lr':>9}{'points':>7}{'seeds':>6}{'bits/byte':>11}"
         f"{'s.e.':>8}" + "".join(f"{'/ ' + name:>15}" for name in REFERENCES)
     ]
     for s in table:
         error = "" if s.standard_error is None else f"{s.standard_error:.4f}"
         ratios = [f"{s.mean / means[name]:.4f}" if name in means else "" for name in REFERENCES]
         lines.append(
-            f"{s.name:<14}{s.bytes_per_weight:>13.3f}{s.lr:>9g}{s.points:>7}{len(s.values):>6}{s.mean:>11.4f}"
+            f"{s.name:<22}{s.bytes_per_weight:>13.3f}{s.lr:>9g}{s.points:>7}{len(s.values):>6}{s.mean:>11.4f}"
             f"{error:>8}" + "".join(f"{ratio:>15}" for ratio in ratios)
         )
     return "\n".join(lines)
@@ -84,7 +86,7 @@ def plot(rows: Sequence[Row], path: Path, title: str) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5), dpi=120, layout="constrained")
-    for standing in standings(rows):
+    for standing in standings([row for row in rows if row["contestant"] not in ATTEMPTS]):
         trits = standing.name.startswith("trits")
         color = "#1b7837" if trits else ("#b35806" if standing.name.startswith("bitnet") else "#555555")
         marker = "s" if standing.name.endswith("muon") else "o"

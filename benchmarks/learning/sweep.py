@@ -20,9 +20,13 @@ def next_runs(contestant: Contestant, results: Mapping[tuple[float, int], float]
         results: held-out bits per byte by (lr, seed); what is not finite counts as the worst.
 
     Returns:
-        First the missing points of the grid on seed 0; then, while the best point stands at an edge, the
-        next point beyond it; then the other seeds at the best point.
+        Of a contestant with seeds of its own, every rate with each of them. Of others first the missing
+        points of the grid on seed 0; then, while the best point stands at an edge, the next point beyond it;
+        then the other seeds at the best point.
     """
+    if contestant.seeds:
+        points = [(lr, seed) for seed in contestant.seeds for lr in contestant.lrs]
+        return [Run(contestant.name, *point) for point in points if point not in results]
     if not contestant.lrs:
         return [Run(contestant.name, 0.0, seed) for seed in SEEDS if (0.0, seed) not in results]
     swept = {lr: value for (lr, seed), value in results.items() if seed == SWEEP_SEED}
@@ -66,7 +70,7 @@ def plan(contestants: Sequence[Contestant], rows: Sequence[Row], running: Collec
 def remaining(contestant: Contestant, results: Mapping[tuple[float, int], float]) -> int:
     """How many runs are left if no grid has to be extended any further."""
     runs = next_runs(contestant, results)
-    if not runs or not contestant.lrs:
+    if not runs or not contestant.lrs or contestant.seeds:
         return len(runs)
     sweeping = runs[0].seed == SWEEP_SEED
     return len(runs) + (len(SEEDS) - 1 if sweeping else 0)

@@ -1,7 +1,6 @@
 """The command end to end with a micro size: rows, resuming, replacing, plan, plot, scale votes."""
 
 import dataclasses
-import subprocess
 
 import pytest
 
@@ -142,16 +141,6 @@ def test_the_report_has_a_ratio_to_each_twin(run, monkeypatch):
     assert line.split()[-4:] == [f"{best['trits-sign'] / best[name]:.4f}" for name in names[1:]]
 
 
-def test_the_commit_is_that_of_git(repository, monkeypatch, tmp_path):
-    found = command.commit()
-    asked = subprocess.run(
-        ["git", "-C", str(repository), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
-    assert found.removesuffix("-dirty") == asked.stdout[:12]
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert command.commit() == ""
-
-
 def test_time_that_runs_out_leaves_what_is_finished(run):
     code, _, table = run("--contestant", "trits-lean", "--minutes", "0")
     assert code == 75
@@ -164,6 +153,20 @@ def test_plan_runs_nothing(run):
     assert not table.path.exists()
     assert "38 runs are left" in captured.out
     assert "trits-compact lr 0.07 seed 0" in captured.out
+
+
+def test_attempts_are_run_when_they_are_asked_for(run, monkeypatch):
+    monkeypatch.setattr(command, "run_all", fake_runner(lambda run: 2 + abs(run.lr - 0.1) + run.seed / 100))
+    code, captured, table = run("--attempts", "--contestant", "trits-lean-more")
+    assert code == 0
+    points = {(float(r["lr"]), int(r["seed"])) for r in table.rows()}
+    assert points == {(lr, seed) for lr in (0.075, 0.1, 0.15) for seed in range(6)}
+    (standing,) = summary.standings(table.rows())
+    assert (standing.lr, len(standing.values)) == (0.1, 6)
+    assert "trits-lean-more" in captured.out
+    code, captured, _ = run("--attempts", "--plan")
+    assert "trits-compact-g16 lr 0.035 seed 0" in captured.out
+    assert "15 runs are left" in captured.out
 
 
 def test_unknown_contestant_is_one_line(run):

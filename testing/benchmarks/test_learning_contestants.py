@@ -11,7 +11,7 @@ from torch.optim import AdamW, Muon
 from arbitor.config import ModelConfig
 from arbitor.ternary import Int8Embedding, TernaryLinear, VoteOptimizer
 from benchmarks.learning import training
-from benchmarks.learning.contestants import CONTESTANTS, TABLE_LR_SHARE, Run, build
+from benchmarks.learning.contestants import ALL_CONTESTANTS, ATTEMPTS, CONTESTANTS, TABLE_LR_SHARE, Run, build
 from benchmarks.learning.sizes import SIZES, Size
 from benchmarks.learning.table import MEASURED
 from benchmarks.learning.training import measure, train
@@ -55,7 +55,7 @@ def text_tensor():
 
 
 def run_of(name, seed=0):
-    return Run(name, (CONTESTANTS[name].lrs or (0.0,))[0], seed)
+    return Run(name, (ALL_CONTESTANTS[name].lrs or (0.0,))[0], seed)
 
 
 def test_contestants_are_those_of_the_contract():
@@ -85,6 +85,22 @@ def test_a_step_changes_weights_and_drops_gradients(name):
     assert any("ffn" in key for key in changed)
     assert any("embed" in key for key in changed)
     assert all(p.grad is None for p in trainee.model.parameters())
+
+
+@pytest.mark.parametrize("name", ATTEMPTS)
+def test_attempts_keep_what_they_say(name):
+    row = measure(run_of(name), dataclasses.replace(MICRO, steps=1), text_tensor(), text_tensor().numpy())
+    kept = {"trits-compact-g16": 1.7 + 2 / 16, "trits-lean-more": 1.2}.get(name, 1.7 + 2 / 32)
+    assert kept <= float(row["bytes_per_weight"]) < kept + 0.02
+
+
+def test_attempts_differ_in_one_constant_and_are_not_in_a_normal_sweep():
+    assert not set(ATTEMPTS) & set(CONTESTANTS)
+    betas = {
+        name: build(run_of(name), MICRO.model, CPU).optimizers[0].kind.beta
+        for name in ("trits-compact", "trits-compact-g16", "trits-compact-beta0.7", "trits-compact-beta0.9")
+    }
+    assert list(betas.values()) == [0.8, 0.8, 0.7, 0.9]
 
 
 def test_all_contestants_have_the_same_trunk():

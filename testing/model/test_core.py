@@ -313,3 +313,24 @@ def test_the_ponder_cost_alone_makes_positions_halt_earlier():
         iterations.append(float(output.metrics["mean_iterations"]))
     assert iterations[0] > 3
     assert iterations[-1] <= 2
+
+
+# -- a feed-forward part in place of experts -----------------------------------------------------------------
+
+
+def test_a_feed_forward_part_stands_in_for_the_experts():
+    core = make("graph", graph_edges=0, core_ffn_dim=16, max_moe_iters=1)
+    assert core.moe is None
+    h = stream()
+    output = core(h)
+    assert torch.equal(output.state, h + core.ffn(h))
+    assert set(output.metrics) == {"mean_iterations"}
+
+
+def test_a_feed_forward_part_is_iterated_like_experts():
+    core = make("graph", graph_edges=0, core_ffn_dim=16, max_moe_iters=3, halt_threshold=1.0)
+    bias_to(core, -2.9)
+    rows = []
+    core.ffn.register_forward_hook(lambda _, args, __: rows.append(len(args[0])))
+    assert core(stream(batch=2, count=5)).metrics["mean_iterations"] == 3
+    assert rows == [10, 10, 10]

@@ -111,7 +111,8 @@ def test_state_update_of_some_rows_of_larger_matrices(transposed):
 @each_shape
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("by_row", [False, True])
-def test_momentum_equals_the_reference_over_several_steps(shape, bits, by_row):
+@pytest.mark.parametrize("group", [32, 16])
+def test_momentum_equals_the_reference_over_several_steps(shape, bits, by_row, group):
     from arbitor.ops.momentum import reference, triton
 
     torch.manual_seed(hash(shape) % 1000)
@@ -120,7 +121,7 @@ def test_momentum_equals_the_reference_over_several_steps(shape, bits, by_row):
         codes = torch.zeros(shape, dtype=torch.int8)
     else:
         codes = torch.full((n, rows, -(-columns // 2)), 0x88, dtype=torch.uint8)
-    exponent = torch.zeros((n, rows, -(-columns // 32)), dtype=torch.int16)
+    exponent = torch.zeros((n, rows, -(-columns // group)), dtype=torch.int16)
     guarded = Guarded()
     expected = codes.clone(), exponent.clone()
     found = guarded(codes), guarded(exponent)

@@ -11,6 +11,7 @@ from arbitor.ops.momentum.reference import (
     decode,
     encode,
     group_exponent,
+    group_of,
     pack_nibbles,
     unpack_nibbles,
 )
@@ -85,6 +86,20 @@ def test_each_group_of_32_has_its_own_exponent():
     assert group_exponent(values).tolist() == [[0, 16, -72], [32, LOWEST, LOWEST]]
 
 
+def test_each_group_of_16_has_its_own_exponent():
+    values = torch.zeros(1, 40)
+    values[0, 15], values[0, 16], values[0, 39] = 1.0, -4.0, 2.0**-9
+    assert group_exponent(values, 16).tolist() == [[0, 16, -72]]
+
+
+def test_the_size_of_groups_follows_from_their_number():
+    for columns in range(1, 200):
+        assert group_of(columns, -(-columns // 32)) == 32
+        assert group_of(columns, -(-columns // 16)) == (16 if columns > 16 else 32)
+    with pytest.raises(ValueError, match="5 exponents for 97 elements"):
+        group_of(97, 5)
+
+
 @pytest.mark.parametrize(
     ("value", "e"),
     [
@@ -134,14 +149,15 @@ def test_every_code_decodes_to_its_value(bits, e):
 
 
 @both_widths
+@pytest.mark.parametrize("group", [16, 32])
 @pytest.mark.parametrize("scale", [1.0, 3e-5, 1e-29, 1e29], ids=str)
-def test_a_round_trip_is_within_one_code(bits, scale):
+def test_a_round_trip_is_within_one_code(bits, scale, group):
     values = gaussian(4, 97) * scale
-    codes, exponent = encode(values, words(4, 97), bits)
+    codes, exponent = encode(values, words(4, 97), bits, group)
     restored = decode(codes, exponent, 97, bits)
     for i in range(4):
         for j in range(97):
-            unit = exp2_eighths(exponent[i, j // GROUP].item()) / code_max(bits)
+            unit = exp2_eighths(exponent[i, j // group].item()) / code_max(bits)
             difference = abs(Fraction(restored[i, j].item()) - Fraction(values[i, j].item()))
             assert difference < unit * (1 + Fraction(1, 1 << 15))
 
@@ -169,9 +185,10 @@ def test_only_the_high_half_of_the_random_bits_counts(bits):
 
 @both_widths
 @pytest.mark.parametrize("columns", [1, 31, 32, 33, 64, 161])
-def test_fold_is_decode_average_encode(bits, columns):
+@pytest.mark.parametrize("group", [16, 32])
+def test_fold_is_decode_average_encode(bits, columns, group):
     gradient, random = gaussian(3, columns, seed=2), words(3, columns)
-    codes, exponent = encode(gaussian(3, columns, seed=1) * 0.1, words(3, columns, seed=5), bits)
+    codes, exponent = encode(gaussian(3, columns, seed=1) * 0.1, words(3, columns, seed=5), bits, group)
     beta, lookahead = 0.9, 0.95
     old = decode(codes, exponent, columns, bits).to(torch.float64)
     active = torch.ones(3, 1, dtype=torch.bool)
@@ -181,7 +198,7 @@ def test_fold_is_decode_average_encode(bits, columns):
     tolerance = 8 * float(HALF_ULP) * (old.abs() + gradient.abs())
     expected = (1 - lookahead) * gradient + lookahead * momentum
     assert ((direction - expected).abs() <= tolerance).all()
-    unit = torch.exp2(exponent.to(torch.float64) / 8).repeat_interleave(GROUP, -1)[:, :columns] / code_max(
+    unit = torch.exp2(exponent.to(torch.float64) / 8).repeat_interleave(group, -1)[:, :columns] / code_max(
         bits
     )
     new = decode(codes, exponent, columns, bits)

@@ -5,11 +5,11 @@ from torch import Tensor
 
 from arbitor.ops.backend import uses_triton
 from arbitor.ops.momentum import reference
-from arbitor.ops.momentum.reference import GROUP, code_max
+from arbitor.ops.momentum.reference import GROUP, SMALL_GROUP, code_max
 from arbitor.ops.random_bits import random_bits
 from arbitor.ops.registry import register
 
-__all__ = ["GROUP", "code_max", "momentum_fold", "momentum_fold_drawn"]
+__all__ = ["GROUP", "SMALL_GROUP", "code_max", "momentum_fold", "momentum_fold_drawn"]
 
 
 def momentum_fold(
@@ -30,7 +30,7 @@ def momentum_fold(
     Args:
         gradient: fp32 [..., I].
         codes: int8 [..., I], or uint8 [..., ceil(I/2)] for 4 bits; changed.
-        exponent: int16 [..., ceil(I/32)]; changed.
+        exponent: int16 [..., ceil(I/32)], or [..., ceil(I/16)] for groups of 16; changed.
         random_bits: int32 [..., I], of which the high 16 bits round.
         active: bool, broadcasts over [..., 1]; where False nothing changes.
         bits: 8 or 4.

@@ -1,10 +1,10 @@
-"""Momentum kept as int8 or 4-bit codes with a shared exponent for every 32 neighbours.
+"""Momentum kept as int8 or 4-bit codes with a shared exponent for every group of neighbours: 32, or 16.
 
 value = code / Q * 2^(e / 8), Q = 127 or 7, with e int16 in eighths of an octave: the smallest e whose
 2^(e/8) covers the group's largest magnitude, found from the float's bits and eight thresholds (no
 logarithm), so that every device finds the same one. Codes are rounded stochastically.
 
-Shape letters: O out, I in, C code bytes a row (I, or ceil(I/2) for 4 bits), H groups of 32 a row.
+Shape letters: O out, I in, C code bytes a row (I, or ceil(I/2) for 4 bits), H groups a row.
 """
 
 from functools import cache
@@ -15,6 +15,7 @@ from torch import Tensor
 from arbitor.ops.exponent import exp2_int
 
 GROUP = 32
+SMALL_GROUP = 16
 OCTAVE = 8  # exponent steps in a factor of two
 MIN_EXPONENT = -100 * OCTAVE
 MAX_EXPONENT = 100 * OCTAVE
@@ -38,26 +39,41 @@ def _scale(exponent: Tensor, factor: float, sign: int) -> Tensor:
     return _fractions(e.device, factor, sign)[e & (OCTAVE - 1)] * exp2_int(sign * (e >> 3))
 
 
-def _scaled(values: Tensor, per_group: Tensor) -> Tensor:
+def group_of(in_features: int, num_groups: int) -> int:
+    """The size of the groups that a row of `in_features` has `num_groups` exponents for: 32 or 16.
+
+    Where both sizes give as many, the row is a single group and they mean the same.
+
+    Raises:
+        ValueError: neither size gives that many.
+    """
+    for group in (GROUP, SMALL_GROUP):
+        if num_groups == -(-in_features // group):
+            return group
+    raise ValueError(f"{num_groups} exponents for {in_features} elements are not one for every 32 or 16")
+
+
+def _scaled(values: Tensor, per_group: Tensor, group: int) -> Tensor:
     """values [..., I] times the factor [..., H] of their group, as fp32."""
     in_features = values.shape[-1]
-    if in_features % GROUP:
-        return values * per_group.repeat_interleave(GROUP, dim=-1)[..., :in_features]
-    return (values.unflatten(-1, (-1, GROUP)) * per_group[..., None]).flatten(-2)
+    if in_features % group:
+        return values * per_group.repeat_interleave(group, dim=-1)[..., :in_features]
+    return (values.unflatten(-1, (-1, group)) * per_group[..., None]).flatten(-2)
 
 
-def group_exponent(values: Tensor) -> Tensor:
-    """Smallest e with 2^(e/8) >= max |values| in each group of 32.
+def group_exponent(values: Tensor, group: int = GROUP) -> Tensor:
+    """Smallest e with 2^(e/8) >= max |values| in each group.
 
     Args:
         values: fp32 [..., I], finite.
+        group: neighbours that share an exponent.
 
     Returns:
         int16 [..., H], clamped to the legal range.
     """
     in_features = values.shape[-1]
-    padded = torch.nn.functional.pad(values, (0, -in_features % GROUP)) if in_features % GROUP else values
-    absmax = padded.unflatten(-1, (-1, GROUP)).abs().amax(dim=-1)
+    padded = torch.nn.functional.pad(values, (0, -in_features % group)) if in_features % group else values
+    absmax = padded.unflatten(-1, (-1, group)).abs().amax(dim=-1)
     bits = absmax.view(torch.int32)
     thresholds = _fractions(values.device, 1.0, 1).view(torch.int32) & 0x7FFFFF
     eighths = ((bits & 0x7FFFFF)[..., None] > thresholds).sum(dim=-1)
@@ -81,19 +97,27 @@ def decode(codes: Tensor, exponent: Tensor, in_features: int, bits: int) -> Tens
     """Momentum as fp32 [..., I] from codes [..., C] and exponent int16 [..., H]."""
     if bits == 4:
         codes = unpack_nibbles(codes, in_features)
-    return _scaled(codes, _scale(exponent, 1 / code_max(bits), 1))
+    group = group_of(in_features, exponent.shape[-1])
+    return _scaled(codes, _scale(exponent, 1 / code_max(bits), 1), group)
 
 
-def encode(values: Tensor, random_bits: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def encode(values: Tensor, random_bits: Tensor, bits: int, group: int = GROUP) -> tuple[Tensor, Tensor]:
     """Round fp32 [..., I] stochastically; the high 16 of `random_bits` int32 [..., I] are used.
+
+    Neighbours share an exponent in groups of `group`, 32 or 16.
 
     Returns:
         codes int8 [..., I] or uint8 [..., ceil(I/2)], and exponent int16 [..., H].
     """
-    exponent = group_exponent(values)
+    exponent = group_exponent(values, group)
     largest = code_max(bits) * 65536.0
     # Beyond 2^100 the exponent no longer covers the values, and int32 would not hold them.
-    fixed = _scaled(values, _scale(exponent, largest, -1)).clamp_(-largest, largest).round_().to(torch.int32)
+    fixed = (
+        _scaled(values, _scale(exponent, largest, -1), group)
+        .clamp_(-largest, largest)
+        .round_()
+        .to(torch.int32)
+    )
     codes = fixed.add_((random_bits >> 16).bitwise_and_(0xFFFF)).bitwise_right_shift_(16)
     codes = codes.clamp_(-code_max(bits), code_max(bits)).to(torch.int8)
     return (pack_nibbles(codes) if bits == 4 else codes), exponent
@@ -112,7 +136,9 @@ def fold(
     """Momentum step in place; see `arbitor.ops.momentum.momentum_fold`."""
     momentum = decode(codes, exponent, gradient.shape[-1], bits)
     momentum = momentum.mul_(beta).add_(gradient * (1 - beta))
-    new_codes, new_exponent = encode(momentum, random_bits, bits)
+    new_codes, new_exponent = encode(
+        momentum, random_bits, bits, group_of(gradient.shape[-1], exponent.shape[-1])
+    )
     torch.where(active, new_codes, codes, out=codes)
     torch.where(active, new_exponent, exponent, out=exponent)
     return momentum.mul_(lookahead).add_(gradient * (1 - lookahead))

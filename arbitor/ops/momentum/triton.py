@@ -1,6 +1,6 @@
 """Triton kernel of `momentum_fold`: decode, fold, round and repack in one pass.
 
-A program takes some groups of 32 neighbours, as even and odd elements, which are the low and high halves of a
+A program takes some groups of neighbours, as even and odd elements, which are the low and high halves of a
 byte of 4-bit codes.
 
 Shape letters: n matrices, O out, I in, C code bytes a row, H groups a row.
@@ -74,13 +74,14 @@ def _fold_kernel(
     BITS: tl.constexpr,
     LARGEST: tl.constexpr,
     GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     matrix = tl.program_id(1).to(tl.int64)
     group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
     inside = group < rows * groups
     row = group // groups
-    first = (group % groups) * 32
-    pair = tl.arange(0, 16)
+    first = (group % groups) * GROUP
+    pair = tl.arange(0, GROUP // 2)
     even = first[:, None] + 2 * pair[None, :]
     odd = even + 1
     even_used = inside[:, None] & (even < columns)
@@ -188,6 +189,7 @@ def fold(
         BITS=bits,
         LARGEST=largest,
         GROUPS=GROUPS,
+        GROUP=reference.group_of(columns, groups),
         enable_fp_fusion=False,
     )
     return direction

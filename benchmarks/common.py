@@ -1,0 +1,50 @@
+"""What every comparison notes beside its figures: where, with what, when, from which commit."""
+
+import datetime
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+REPOSITORY = Path(__file__).parents[1]
+RESULTS = REPOSITORY / "benchmarks" / "results"
+
+
+def commit() -> str:
+    """The commit of this checkout, with `-dirty` behind it if files differ from it; empty without git."""
+    command = ("git", "describe", "--always", "--dirty", "--exclude", "*", "--abbrev=12")
+    try:
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()
+
+
+def device_name(device: torch.device) -> str:
+    """Name of the GPU, or "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def slug(device: torch.device) -> str:
+    """The device in a file's name: "cpu", "h100", "h200", or the whole name of another GPU."""
+    words = device_name(device).lower().replace("nvidia", "").split()
+    return next((word for word in words if word in ("h100", "h200")), "-".join(words))
+
+
+def triton_version() -> str:
+    """Of the installed Triton; empty without one."""
+    try:
+        return metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def provenance(device: torch.device, from_commit: str) -> dict[str, str]:
+    """The columns `commit`, `device`, `torch` and `date` of a row."""
+    return {
+        "commit": from_commit,
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "date": datetime.date.today().isoformat(),
+    }

@@ -1,0 +1,43 @@
+"""Times, and the limits of the device that figures are shares of: copy bandwidth and bf16 matmul peak."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from arbitor.train.device import Device
+
+COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}
+PEAK_SIZE = {"cuda": 8192, "cpu": 1024}
+
+
+def seconds_of(
+    work: Callable[[], object], device: Device, *, warmup: int = 3, repeats: int = 10, calls: int = 1
+) -> float:
+    """Median over `repeats` of the time of `work`, of `calls` calls in a row; the device is idle between."""
+    for _ in range(warmup):
+        work()
+    times = []
+    for _ in range(repeats):
+        device.synchronize()
+        began = time.perf_counter()
+        for _ in range(calls):
+            work()
+        device.synchronize()
+        times.append((time.perf_counter() - began) / calls)
+    return statistics.median(times)
+
+
+def copy_bandwidth(device: Device) -> float:
+    """Bytes a second that a copy reads and writes together."""
+    source = torch.empty(COPY_BYTES[device.device.type], dtype=torch.uint8, device=device.device).random_()
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / seconds_of(lambda: target.copy_(source), device, calls=5)
+
+
+def matmul_peak(device: Device) -> float:
+    """Operations a second of a large square matrix product in bf16."""
+    size = PEAK_SIZE[device.device.type]
+    a, b = (torch.randn(size, size, device=device.device, dtype=torch.bfloat16) for _ in range(2))
+    return 2 * size**3 / seconds_of(lambda: a @ b, device, calls=3)

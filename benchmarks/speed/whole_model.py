@@ -1,0 +1,273 @@
+"""Goals of whole models: steps of training, first updates, and what fits under a cap of memory."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from arbitor.config import ModelConfig
+from arbitor.config import preset as preset_config
+from arbitor.errors import UserError
+from arbitor.model import ARBModel
+from arbitor.smoke import fingerprint
+from arbitor.ternary import TernaryExperts, VoteOptimizer
+from arbitor.ternary.audit import audit
+from arbitor.train.device import Device, deterministic, peak_memory
+from benchmarks.common import REPOSITORY
+from benchmarks.counts import counts
+from benchmarks.speed.clock import seconds_of
+from benchmarks.speed.contestants import Setting, why_absent
+from benchmarks.speed.table import in_own_process
+
+ROUNDS_ON_CPU = 3
+FEW_TOKENS_CTX = 4
+CAP_BYTES = 3.5 * (1 << 30)
+CAP_WEIGHTS = 2_000_000_000
+CAP_STEPS = 100
+CAP_CTX = 260  # 257 bytes of it are predicted
+PAIRS = 50
+
+
+def training_step(
+    device: Device, preset: str = "base", batch: int = 32, ctx: int = 1024
+) -> Mapping[str, float]:
+    """G3: a step of `arbitor train` against the dense twins, compiled, with fused AdamW."""
+    setting = Setting(preset=preset, batch=batch, ctx=ctx, state="full", device=device.device.type)
+    rates = {
+        name: 1e3 * setting.bytes_per_step / in_own_process(name, setting).ms_per_step
+        for name in ("trits", "dense-autocast", "dense-bf16")
+        if why_absent(name, setting) is None
+    }
+    return {"speed over the faster dense twin": _over_the_faster(rates), **rates}
+
+
+def on_the_cpu(device: Device, preset: str = "tiny", steps: int = 20) -> Mapping[str, float]:
+    """C1: `tiny` against plain fp32 and bf16, the import, and the default job."""
+    config = preset_config(preset)
+    setting = Setting(
+        preset=preset, batch=config.train.batch, ctx=config.model.ctx, state="full", device="cpu", steps=steps
+    )
+    times: dict[str, list[float]] = {}
+    for _ in range(ROUNDS_ON_CPU):  # in turn, so that what else the machine does meets all alike
+        for name in ("trits", "dense-fp32", "dense-bf16"):
+            times.setdefault(name, []).append(in_own_process(name, setting).ms_per_step)
+    rates = {name: 1e3 * setting.bytes_per_step / min(taken) for name, taken in times.items()}
+    return {
+        "speed over the faster dense twin": _over_the_faster(rates),
+        "import arbitor": min(_import_seconds() for _ in range(3)),
+        "default job": _default_job_seconds(),
+    }
+
+
+def few_tokens(device: Device, config: ModelConfig | None = None, steps: int = 20) -> Mapping[str, float]:
+    """G4: one window of 4 bytes through forward, backward and update of `arb-1b`, lean state."""
+    config = preset_config("arb-1b").model if config is None else config
+    figures: dict[str, float] = {}
+    for rule in ("spectral", "row"):
+        with deterministic(0, device.device):
+            model = ARBModel(config=config, device=device.device)
+            optimizer = VoteOptimizer(model, rule=rule, state="lean")
+            if device.is_cuda:
+                torch.cuda.reset_peak_memory_stats(device.device)
+
+            def step(model: ARBModel = model, optimizer: VoteOptimizer = optimizer) -> None:
+                ids_BL = torch.randint(0, 256, (1, FEW_TOKENS_CTX))
+                loss = model(ids_BL, targets=ids_BL).loss
+                optimizer.note_loss(loss)
+                loss.backward()
+                optimizer.step()
+
+            figures[f"step, {rule} votes"] = 1e3 * seconds_of(step, device, warmup=5, repeats=steps)
+            if rule == "spectral":
+                weights = audit(model, optimizer).trained_weights
+                figures["peak"] = peak_memory(device) / weights
+                figures["experts changed without tokens"] = _changed_without_tokens(model, optimizer, step)
+        optimizer.detach()
+        del model, optimizer, step
+    return figures
+
+
+def many_tokens(
+    device: Device, preset: str = "arb-1b", batch: int = 8, accum: int = 8
+) -> Mapping[str, float]:
+    """G5: steps of 64 x 1,024 bytes in micro-batches, lean state."""
+    config = preset_config(preset).model
+    setting = Setting(
+        preset=preset,
+        batch=batch,
+        accum=accum,
+        ctx=config.ctx,
+        state="lean",
+        device=device.device.type,
+        warmup=1,
+        steps=3,
+    )
+    timing = in_own_process("trits", setting)
+    sizes = counts(config)
+    core = (sizes.work - sizes.active) / max(1, config.max_moe_iters - 1)
+    again = core * max(0.0, timing.iterations - 1)
+    return {
+        "share of bf16 peak on active weights": timing.share_of_peak,
+        "share of bf16 peak, the core as often as iterated": timing.share_of_peak
+        * (1 + again / sizes.active),
+    }
+
+
+def cold_start(device: Device, preset: str = "arb-1b", pairs: int = PAIRS) -> Mapping[str, float]:
+    """G7: from the start of Python to the end of the first update, with empty caches and with warm ones."""
+    with tempfile.TemporaryDirectory() as scratch:
+        caches = {
+            "TRITON_CACHE_DIR": str(Path(scratch, "triton")),
+            "TORCHINDUCTOR_CACHE_DIR": str(Path(scratch, "inductor")),
+            "CUDA_CACHE_PATH": str(Path(scratch, "cuda")),
+        }
+        first = _run_script("first", preset, device.device.type, "0", extra=caches)
+        second = _run_script("first", preset, device.device.type, str(pairs), extra=caches)
+    return {
+        "first update, empty caches": first[0],
+        "first update, second process": second[0],
+        f"kernels compiled over {PAIRS} batches and contexts": second[1],
+    }
+
+
+def under_a_cap(device: Device, preset: str = "arb-1b") -> Mapping[str, float]:
+    """G8: as many experts as make 2 billion weights, 100 steps of 257 predicted bytes under 3.5 GiB."""
+    config = preset_config(preset).model
+    while counts(config).total < CAP_WEIGHTS:
+        config = dataclasses.replace(config, num_experts=config.num_experts + 1)
+    weights, steps = _run_script("cap", preset, device.device.type, str(config.num_experts))
+    return {"weights trained": weights, "steps of 256 tokens": steps}
+
+
+def first_update(preset: str, device: str, pairs: int) -> tuple[float, float]:
+    """For `cold_start`, in a fresh process: seconds since Python started, and kernels compiled later.
+
+    The later steps are of `pairs` pairs of a batch and a context that all differ.
+    """
+    began = float(os.environ["ARB_BENCHMARK_BEGAN"])
+    torch.manual_seed(0)
+    model = ARBModel(preset, device=device)
+    optimizer = VoteOptimizer(model, state="lean")
+
+    def step(batch: int, ctx: int) -> None:
+        ids_BL = torch.randint(0, 256, (batch, ctx))
+        model(ids_BL, targets=ids_BL).loss.backward()
+        optimizer.step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    step(1, 64)
+    seconds = time.time() - began
+    cache = Path(os.environ["TRITON_CACHE_DIR"])
+    before = len(list(cache.rglob("*.cubin")))
+    for number in range(pairs):
+        step(1 + number % 5, 16 + 13 * number)
+    return seconds, float(len(list(cache.rglob("*.cubin"))) - before)
+
+
+def capped_training(preset: str, num_experts: int) -> tuple[float, float]:
+    """For `under_a_cap`, in a fresh process: weights that were trained, and steps until memory ran out."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(CAP_BYTES / total)
+    steps = 0
+    weights = 0
+    try:
+        model = ARBModel(preset, device="cuda", num_experts=num_experts)
+        optimizer = VoteOptimizer(model, state="lean")
+        weights = counts(model.config).total
+        while steps < CAP_STEPS:
+            ids_BL = torch.randint(0, 256, (1, CAP_CTX))
+            model(ids_BL, targets=ids_BL).loss.backward()
+            optimizer.step()
+            torch.cuda.synchronize()
+            steps += 1
+    except torch.cuda.OutOfMemoryError as error:
+        print(f"out of memory after {steps} steps: {str(error).splitlines()[0]}", file=sys.stderr)
+    return float(weights if steps else 0), float(steps)
+
+
+def _changed_without_tokens(model: ARBModel, optimizer: VoteOptimizer, step: object) -> float:
+    """How many experts a step changes that no position used; 0 without experts."""
+    if model.core is None or model.core.moe is None:
+        return 0.0
+    used: list[Tensor] = []
+    hook = model.core.moe.router.register_forward_hook(lambda _, __, routing: used.append(routing.load))
+    before = _expert_fingerprints(model, optimizer)
+    assert callable(step)
+    step()
+    hook.remove()
+    after = _expert_fingerprints(model, optimizer)
+    idle_E = torch.stack(used).sum(dim=0) == 0
+    return float(sum(before[e] != after[e] for e in idle_E.nonzero()[:, 0].tolist()))
+
+
+def _expert_fingerprints(model: ARBModel, optimizer: VoteOptimizer) -> list[list[int]]:
+    """What each expert keeps, as integers that any change of it changes."""
+    experts: list[list[Tensor]] = [[] for _ in range(model.config.num_experts)]
+    for module in model.modules():
+        if isinstance(module, TernaryExperts):
+            state = optimizer.state[module.stored]
+            for tensor in (module.T_packed, module.E, *state.values()):
+                if isinstance(tensor, Tensor) and tensor.shape[:1] == (len(experts),):
+                    for kept, part in zip(experts, tensor, strict=True):
+                        kept.append(part)
+    return [fingerprint(kept) for kept in experts]
+
+
+def _over_the_faster(rates: Mapping[str, float]) -> float:
+    return rates["trits"] / max(rate for name, rate in rates.items() if name != "trits")
+
+
+def _import_seconds() -> float:
+    code = "import time; t = time.perf_counter(); import arbitor; print(time.perf_counter() - t)"
+    return float(_python(["-c", code]).split()[-1])
+
+
+def _default_job_seconds() -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        _python(["-m", "arbitor", "train", "--device", "cpu"], cwd=folder)
+        return time.perf_counter() - began
+
+
+def _run_script(what: str, *arguments: str, extra: Mapping[str, str] | None = None) -> tuple[float, float]:
+    """The two figures that `python -m benchmarks.speed.whole_model` prints."""
+    output = _python(["-m", "benchmarks.speed.whole_model", what, *arguments], extra=extra)
+    first, second = output.split()[-2:]
+    return float(first), float(second)
+
+
+def _python(
+    arguments: Sequence[str], cwd: str | Path = REPOSITORY, extra: Mapping[str, str] | None = None
+) -> str:
+    """Output of this interpreter, which finds the repository's packages.
+
+    Raises:
+        UserError: it failed; the last line of what it complained about.
+    """
+    path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]))
+    environment = dict(os.environ, PYTHONPATH=path, ARB_BENCHMARK_BEGAN=repr(time.time())) | dict(extra or {})
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise UserError(f"`python {' '.join(arguments)}` failed: {last}")
+    return done.stdout
+
+
+def _main(what: str, preset: str, device: str, number: str) -> None:
+    figures = (
+        first_update(preset, device, int(number)) if what == "first" else capped_training(preset, int(number))
+    )
+    print(*figures)
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

@@ -8,6 +8,7 @@ import torch
 
 from arbitor.config import dump_toml, override, preset
 from arbitor.model import ARBModel
+from arbitor.train.metrics import STEP_KEYS
 from benchmarks.ablation import __main__ as command
 from benchmarks.ablation import stability
 
@@ -36,15 +37,18 @@ def make_run(tmp_path):
         (folder / "config.toml").write_text(dump_toml(config))
         lines = []
         for step in range(1, STEPS + 1):
-            line = {"step": step, "loss": 5.0 / step**0.3, "expert_load": 1.4}
+            line = dict.fromkeys(STEP_KEYS, 1.0) | {"step": step, "bytes_seen": 512 * step}
+            line |= {"loss": 5.0 / step**0.3, "expert_load": 1.4}
             line |= {"motif_perplexity": 200.0, "mean_iterations": 2.1}
             if change is not None:
                 change(line)
             lines.append(line)
-        lines.insert(80, {"step": 80, "held_out_bits_per_byte": 3.0})
+        evaluation = {"step": 80, "held_out_bits_per_byte": 3.0, "held_out_bytes": 512, "seconds": 1.0}
+        lines.insert(80, evaluation)
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         if finished:
-            (folder / "summary.json").write_text(json.dumps({"bytes_per_weight": bytes_per_weight}))
+            summary = {"steps": STEPS, "held_out_bits_per_byte": 3.0, "bytes_per_weight": bytes_per_weight}
+            (folder / "summary.json").write_text(json.dumps(summary))
         return folder
 
     return make

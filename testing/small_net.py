@@ -49,7 +49,8 @@ def batch(seed: int = 0, size: int = 4) -> tuple[Tensor, Tensor]:
 
 def loss_of(net: SmallNet, data: tuple[Tensor, Tensor], reduction: str = "mean") -> Tensor:
     """Cross-entropy of the net on a batch."""
-    ids, targets = data
+    device = next(net.parameters()).device
+    ids, targets = (tensor.to(device) for tensor in data)
     return F.cross_entropy(net(ids).flatten(0, 1).float(), targets.flatten(), reduction=reduction)
 
 

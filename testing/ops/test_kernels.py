@@ -224,7 +224,7 @@ def test_the_kernels_are_what_runs(triton_backend, monkeypatch):
     seen = []
     update = triton.update
     monkeypatch.setattr(triton, "update", lambda *args: seen.append(args[0].shape) or update(*args))
-    net = SmallNet()
+    net = SmallNet().to(DEVICE)
     train(net, VoteOptimizer(net), range(1))
     assert sum(shape[0] for shape in seen) == 5, "every matrix was updated by the kernel"
 

@@ -27,7 +27,7 @@ class SmallNet(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [B, L] -> logits [B, L, VOCABULARY]."""
-        x = self.embed(ids) + self.position(torch.arange(ids.shape[1]))
+        x = self.embed(ids) + self.position(torch.arange(ids.shape[1], device=ids.device))
         for up, down in zip(self.up, self.down, strict=True):
             x = x + down(F.relu(up(x)).square())
         return self.head.logits(x)

@@ -45,7 +45,7 @@ class ARBOutput:
             the id that follows).
         loss: fp32 scalar, the weighted sum of `losses`; None without targets.
         losses: fp32 scalars, unweighted; empty without targets. "text" is the mean cross entropy in nats;
-            "ponder", "commitment" and "router" are there if the part is that they belong to.
+            "ponder", "commitment", "diversity" and "router" are there if the part is that they belong to.
         modalities: fp32 [B, N, C], the output router's logits of `MODALITIES`; None without a router.
     """
 
@@ -230,9 +230,8 @@ class ARBModel(nn.Module):
             h_BND = self.sequencer(self.embed(ids_BL))
             motif_BN = None
             if self.vq is not None:
-                h_BND, motif_BN, commitment = self.vq(h_BND)
-                if commitment is not None:
-                    losses["commitment"] = commitment
+                h_BND, motif_BN, vq_losses = self.vq(h_BND)
+                losses |= vq_losses
                 metrics |= self.vq.metrics(motif_BN)
             rotation = rotary.rotation(
                 start, h_BND.shape[1], self.config.rope_dim, self.config.rope_theta, device
@@ -286,7 +285,12 @@ class ARBModel(nn.Module):
 
     def _weighted(self, losses: dict[str, Tensor]) -> Tensor:
         """Sum of the losses, each times its weight."""
-        weights = {"commitment": 1.0, "ponder": self.config.ponder_weight, "router": ROUTER_WEIGHT}
+        weights = {
+            "commitment": 1.0,
+            "diversity": 1.0,
+            "ponder": self.config.ponder_weight,
+            "router": ROUTER_WEIGHT,
+        }
         total = losses["text"]
         for name, weight in weights.items():
             if weight and name in losses:

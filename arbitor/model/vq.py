@@ -14,6 +14,7 @@ from arbitor.model.norm import rms_norm
 from arbitor.ops.fsq import fsq, fsq_backward, fsq_trits
 from arbitor.ternary import TernaryLinear, TernaryVQCodebook
 
+OWN_MOMENT = 0.5  # of tanh of a trit; of numbers of RMS 1 it is 0.58 at most, when all are as large
 CODEBOOK_DIM = 32  # width of a learned codebook's rows
 PRODUCT_ABOVE = 1 << 12  # rows of a codebook from which on it is the product of two, if they are a square
 
@@ -24,13 +25,13 @@ class BridgeOutput(NamedTuple):
     Attributes:
         state: [B, N, D], the residual stream with the codes' vectors added.
         motifs: int64 [B, N] in 0...num_motifs - 1.
-        commitment: scalar loss of a learned codebook, its commitment term already weighted; None for finite
-            scalar quantisation, which needs none.
+        losses: scalars of training. "commitment", of a learned codebook, its commitment term already
+            weighted; "diversity", of codes of trits, while an optimizer trains them.
     """
 
     state: Tensor
     motifs: Tensor
-    commitment: Tensor | None
+    losses: dict[str, Tensor]
 
 
 class _Quantize(torch.autograd.Function):
@@ -54,8 +55,10 @@ class VQBridge(nn.Module):
     """h + up(code), with code = quantise(down(h)).
 
     With `motif_trits` k the code is k trits by finite scalar quantisation (`arbitor.ops.fsq`), and the motifs
-    are all 3^k of them. With `codebook_rows` it is the nearest row of a learned `TernaryVQCodebook`, the
-    product of two codebooks where the rows are more than 4096 and a square.
+    are all 3^k of them. What a code adds to the stream says little about which trits are worth having, and
+    left to it they become alike; so `down` also learns to keep them apart, by a loss of its own
+    (`diversity`). With `codebook_rows` the code is the nearest row of a learned `TernaryVQCodebook`, the product of two
+    codebooks where the rows are more than 4096 and a square.
 
     Attributes:
         num_motifs: how many motifs there are.
@@ -87,12 +90,14 @@ class VQBridge(nn.Module):
         # Outside of bf16: rounded numbers would fall onto a threshold, or between two rows, more often.
         with torch.autocast(h_BND.device.type, enabled=False):
             x_BNC = self.down(h_BND)
-            commitment = None
+            losses: dict[str, Tensor] = {}
             if self.codebook is None:
                 code_BNC, motif_BN = _Quantize.apply(x_BNC)
+                if self.down.capture is not None and torch.is_grad_enabled():
+                    losses["diversity"] = diversity(self.down(h_BND.detach()))
             else:
-                code_BNC, motif_BN, commitment = self.codebook(rms_norm(x_BNC))
-        return BridgeOutput(h_BND + self.up(code_BNC), motif_BN, commitment)
+                code_BNC, motif_BN, losses["commitment"] = self.codebook(rms_norm(x_BNC))
+        return BridgeOutput(h_BND + self.up(code_BNC), motif_BN, losses)
 
     def code_vectors(self, ids: Tensor) -> Tensor:
         """Code vectors of motifs: int64 [...] -> fp32 [..., C], without gradient."""
@@ -103,6 +108,26 @@ class VQBridge(nn.Module):
     def metrics(self, motif_BN: Tensor) -> dict[str, Tensor]:
         """`motif_perplexity` and `motif_dead_share` of these motifs; see `motif_metrics`."""
         return motif_metrics(motif_BN, self.num_motifs)
+
+
+def diversity(x: Tensor) -> Tensor:
+    """How far the trits of codes are from being balanced, spread out and independent of each other.
+
+    The off-diagonal second moments of (1, z_1 ... z_C), squared and summed, with z = tanh(x / rms(x)), the
+    codes ahead of rounding; and the square of what a trit's own second moment lacks to a half. It is the
+    covariance and the variance term of VICReg (Bardes et al. 2022, section 4.1), of moments about 0.
+
+    Args:
+        x: fp32 [..., C], ahead of quantisation.
+
+    Returns:
+        scalar, 0 at best.
+    """
+    z_MC = torch.tanh(rms_norm(x)).flatten(0, -2)
+    moment_CC = z_MC.T @ z_MC / len(z_MC)
+    own_C = moment_CC.diagonal()
+    between = (moment_CC - own_C.diag()).square().sum() + 2 * z_MC.mean(dim=0).square().sum()
+    return between + (OWN_MOMENT - own_C).clamp_min(0).square().sum()
 
 
 def motif_metrics(ids: Tensor, num_motifs: int) -> dict[str, Tensor]:

@@ -1,9 +1,9 @@
 """`metrics.jsonl`: one line of JSON for every optimizer step, and one for every evaluation.
 
 Step lines have the keys of `STEP_KEYS`; evaluation lines have `EVALUATION_KEYS`. The last step of every
-reading of the device also has the unweighted losses of the model's parts ("ponder", "commitment", "router")
-and their metrics (see `ARBModel.part_metrics`), those that the model has. A number that is not finite is
-written as null, since JSON has no other word for it.
+reading of the device also has the unweighted losses of the model's parts ("ponder", "commitment",
+"diversity", "router") and their metrics (see `ARBModel.part_metrics`), those that the model has. A number
+that is not finite is written as null, since JSON has no other word for it.
 """
 
 import contextlib

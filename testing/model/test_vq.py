@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from arbitor.config import ModelConfig
-from arbitor.model.vq import VQBridge, motif_metrics
+from arbitor.model.vq import VQBridge, diversity, motif_metrics
 from arbitor.ternary import VoteOptimizer, named_ternary
 from testing.model.conftest import SMALL
 from testing.small_net import changed, snapshot
@@ -44,7 +44,7 @@ def test_a_large_codebook_is_a_product_if_it_can_be(rows, parts):
 @each_kind
 def test_what_is_added_is_the_motifs_code_through_up(kind):
     bridge, h = make(kind), stream()
-    state, motif_BN, commitment = bridge(h)
+    state, motif_BN, losses = bridge(h)
     assert motif_BN.shape == (3, 11)
     assert motif_BN.dtype == torch.int64
     assert motif_BN.unique().numel() > 5
@@ -55,7 +55,7 @@ def test_what_is_added_is_the_motifs_code_through_up(kind):
     assert not codes.requires_grad
     assert torch.equal(state, h + bridge.up(codes))
     assert state.dtype == h.dtype
-    assert (commitment is None) == (kind == "fsq")
+    assert set(losses) == (set() if kind == "fsq" else {"commitment"})
 
 
 def literal_motif(x):
@@ -77,9 +77,9 @@ def test_learned_motifs_are_the_nearest_rows(kind):
     x = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
     rows = bridge.code_vectors(torch.arange(bridge.num_motifs)).double()
     distance = (x[..., None, :] - rows).square().sum(-1)
-    _, motif_BN, loss = bridge(h)
+    _, motif_BN, losses = bridge(h)
     assert torch.equal(motif_BN, distance.argmin(-1))
-    assert loss.item() == pytest.approx(1.25 * distance.amin(-1).mean().item() / 32, rel=1e-5)
+    assert losses["commitment"].item() == pytest.approx(1.25 * distance.amin(-1).mean().item() / 32, rel=1e-5)
 
 
 @each_kind
@@ -114,8 +114,8 @@ def test_gradients_are_those_of_plain_torch(kind, unrounded):
     bridge = unrounded(make(kind))
     h = stream().double().requires_grad_()
     weights = stream(seed=2).double()
-    state, motif_BN, commitment = bridge(h)
-    total = (state * weights).sum() + (0 if commitment is None else 7 * commitment)
+    state, motif_BN, losses = bridge(h)
+    total = (state * weights).sum() + 7 * sum(losses.values())
     (actual,) = torch.autograd.grad(total, h)
 
     down, up = (linear.decode(torch.float64) for linear in (bridge.down, bridge.up))
@@ -139,8 +139,9 @@ def test_every_weight_gets_a_gradient_and_moves(kind):
     bridge = make(kind)
     optimizer = VoteOptimizer(bridge, lr=0.3)
     before = snapshot(bridge)
-    state, _, commitment = bridge(stream())
-    ((state * stream(seed=2)).sum() + (0 if commitment is None else commitment)).backward()
+    state, _, losses = bridge(stream())
+    assert set(losses) == {"diversity" if kind == "fsq" else "commitment"}
+    ((state * stream(seed=2)).sum() + sum(losses.values())).backward()
     assert not any(module.capture.empty for _, module in named_ternary(bridge))
     optimizer.step()
     moved = {"down.T_packed", "up.T_packed"}
@@ -163,6 +164,52 @@ def test_a_forward_changes_nothing_and_repeats(kind):
     first.state.sum().backward()
     assert changed(before, snapshot(bridge, optimizer)) == []
     assert not any(tensor.is_floating_point() for tensor in bridge.state_dict().values())
+
+
+# -- diversity of trits -------------------------------------------------------------------------------------
+
+
+def test_diversity_is_that_of_the_definition():
+    x = stream().double()
+    z = [
+        [math.tanh(v / math.sqrt(sum(w * w for w in row) / DIM + 1e-6)) for v in row]
+        for row in x.flatten(0, 1).tolist()
+    ]
+    z = [[1.0, *row] for row in z]
+    moment = [[sum(row[i] * row[j] for row in z) / len(z) for j in range(DIM + 1)] for i in range(DIM + 1)]
+    expected = sum(moment[i][j] ** 2 for i in range(DIM + 1) for j in range(DIM + 1) if i != j)
+    expected += sum(max(0.0, 0.5 - moment[i][i]) ** 2 for i in range(1, DIM + 1))
+    assert diversity(x).item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_codes_of_independent_balanced_trits_are_diverse():
+    every = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 5)
+    assert diversity(every).item() == pytest.approx(0.0, abs=1e-10)
+    assert diversity(every.abs()) > 5
+
+
+def test_training_spreads_motifs_out():
+    bridge = make("fsq")
+    optimizer = VoteOptimizer(bridge, lr=0.03)
+    # Positions that share most of what they are, which a random `down` hardly tells apart.
+    h = stream(batch=8, length=64) + 3 * stream(batch=1, length=1, seed=3)
+    use = []
+    for _ in range(60):
+        output = bridge(h)
+        use.append(bridge.metrics(output.motifs)["motif_perplexity"].item())
+        output.losses["diversity"].backward()
+        optimizer.step()
+    assert use[-1] > 2 * use[0]
+
+
+def test_diversity_is_a_loss_of_down_alone():
+    bridge, h = make("fsq"), stream().requires_grad_()
+    VoteOptimizer(bridge)
+    bridge(h).losses["diversity"].backward()
+    assert h.grad is None
+    assert [name for name, module in named_ternary(bridge) if not module.capture.empty] == ["down"]
+    with torch.no_grad():
+        assert bridge(h).losses == {}
 
 
 # -- use of motifs ------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ PARTS = {
 }
 READINGS = {
     "ponder",
+    "diversity",
     "router",
     "mean_iterations",
     "expert_load",

@@ -57,8 +57,8 @@ class VQBridge(nn.Module):
     With `motif_trits` k the code is k trits by finite scalar quantisation (`arbitor.ops.fsq`), and the motifs
     are all 3^k of them. What a code adds to the stream says little about which trits are worth having, and
     left to it they become alike; so `down` also learns to keep them apart, by a loss of its own
-    (`diversity`). With `codebook_rows` the code is the nearest row of a learned `TernaryVQCodebook`, the product of two
-    codebooks where the rows are more than 4096 and a square.
+    (`diversity`). With `codebook_rows` the code is the nearest row of a learned `TernaryVQCodebook`, the
+    product of two codebooks where the rows are more than 4096 and a square.
 
     Attributes:
         num_motifs: how many motifs there are.

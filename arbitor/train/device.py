@@ -9,7 +9,7 @@ import torch
 from torch.utils import deterministic as torch_deterministic
 
 from arbitor.errors import UserError
-from arbitor.ops.backend import VARIABLE, requested_backend
+from arbitor.ops.backend import VARIABLE, has_triton, requested_backend
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +72,16 @@ def backend(device: torch.device) -> str:
     requested = requested_backend()
     if requested == "torch":
         return f"torch: the reference operations, asked for by {VARIABLE}"
-    if requested == "auto":
-        return "torch: the reference operations, since which kernels are faster has not been measured"
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise UserError(f"{VARIABLE} is 'triton', which needs a CUDA GPU; use auto or torch")
-    return f"triton: kernels around torch's matrix products, asked for by {VARIABLE}"
+    on_gpu = device.type == "cuda"
+    if requested == "triton":
+        if not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
+            raise UserError(f"{VARIABLE} is 'triton', which needs a CUDA GPU; use auto or torch")
+        return f"triton: kernels around torch's matrix products, asked for by {VARIABLE}"
+    if not on_gpu:
+        return "torch: the reference operations, as there is no GPU"
+    if not has_triton():
+        return "torch: the reference operations, since Triton is not installed"
+    return "triton: kernels around torch's matrix products"
 
 
 def _why_no_cuda() -> str | None:

@@ -10,6 +10,7 @@ from arbitor.ops import activations
 from arbitor.ops.int8_table import reference
 from arbitor.ops.int8_table.reference import FRACTION_BITS, Q_MAX
 from arbitor.ops.registry import register
+from arbitor.ops.scalar import scalar
 
 __all__ = [
     "FRACTION_BITS",
@@ -49,9 +50,14 @@ def int8_linear_backward(dy: Tensor, x: Tensor, rstd: Tensor, q: Tensor, exponen
     return _linear_backward(dy, x, rstd, q, exponent)
 
 
-def int8_table_update(q: Tensor, direction: Tensor, step: float, bits: Tensor, active: Tensor) -> None:
-    """q += floor(-step * sign(direction) + uniform), in place; see `reference.update`."""
-    _update(q, direction, step, bits, active)
+def int8_table_update(
+    q: Tensor, direction: Tensor, step: float | Tensor, bits: Tensor, active: Tensor
+) -> None:
+    """q += floor(-step * sign(direction) + uniform), in place; see `reference.update`.
+
+    `step` is a number or an fp32 scalar on the device.
+    """
+    _update(q, direction, scalar(step, q.device), bits, active)
 
 
 _gather = register(
@@ -73,7 +79,7 @@ _linear_backward = register(
     lambda dy, x, rstd, q, exponent: torch.empty_like(x),
 )
 _update = register(
-    "int8_table_update(Tensor(a!) q, Tensor direction, float step, Tensor bits, Tensor active) -> ()",
+    "int8_table_update(Tensor(a!) q, Tensor direction, Tensor step, Tensor bits, Tensor active) -> ()",
     reference.update,
     lambda q, direction, step, bits, active: None,
 )

@@ -1,13 +1,32 @@
-"""Counter-based random bits: `stream_keys` on the host, `random_bits` on the device."""
+"""Counter-based random bits: the keys of streams, and `random_bits` of a stream."""
 
 import torch
 from torch import Tensor
 
+from arbitor.ops.backend import uses_triton
 from arbitor.ops.random_bits import reference
 from arbitor.ops.random_bits.reference import stream_keys
 from arbitor.ops.registry import register
 
-__all__ = ["random_bits", "skip", "stream_keys"]
+__all__ = ["random_bits", "skip", "step_keys", "stream_keys"]
+
+
+def step_keys(seed: int, step: Tensor, tensors: Tensor) -> Tensor:
+    """`stream_keys` of many tensors where the number of the step is on the device.
+
+    Args:
+        seed: of the run, any integer; all of its 64 low bits count.
+        step: int32 scalar.
+        tensors: int32 [n], the low 32 bits of their numbers.
+
+    Returns:
+        int32 [n, 2].
+    """
+    if uses_triton(step):
+        from arbitor.ops.random_bits import triton
+
+        return triton.step_keys(reference.seed_base(seed), step, tensors)
+    return reference.step_keys(seed, step, tensors)
 
 
 def random_bits(keys: Tensor, count: int) -> Tensor:

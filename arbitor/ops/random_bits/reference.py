@@ -33,9 +33,26 @@ def stream_keys(seed: int, step: int, tensor: int) -> tuple[int, int]:
         step: number of the optimizer step; its low 32 bits count.
         tensor: number of the tensor (and use) within the step.
     """
-    base = _mix_int(_mix_int(seed) + (seed >> 32))
-    key = _mix_int(_mix_int(base + step) + tensor)
+    key = _mix_int(_mix_int(seed_base(seed) + step) + tensor)
     return _signed(key), _signed(_mix_int(key + _GOLDEN))
+
+
+def seed_base(seed: int) -> int:
+    """What a seed contributes to keys, as the int32 with the same bits."""
+    return _signed(_mix_int(_mix_int(seed) + (seed >> 32)))
+
+
+def step_keys(seed: int, step: Tensor, tensors: Tensor) -> Tensor:
+    """int32 [n, 2]; see `arbitor.ops.random_bits.step_keys`."""
+    key = _mix(_mix(step + seed_base(seed)) + tensors)
+    return torch.stack([key, _mix(key + _signed(_GOLDEN))], dim=-1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """`_mix_int` on int32."""
+    x = (x ^ ((x >> 16) & 0xFFFF)) * _MULTIPLIER_A
+    x = (x ^ ((x >> 15) & 0x1FFFF)) * _MULTIPLIER_B
+    return x ^ ((x >> 16) & 0xFFFF)
 
 
 def random_bits(keys: Tensor, count: int) -> Tensor:

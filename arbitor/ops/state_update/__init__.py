@@ -9,6 +9,7 @@ from torch import Tensor
 from arbitor.ops.backend import uses_triton
 from arbitor.ops.random_bits import random_bits
 from arbitor.ops.registry import register
+from arbitor.ops.scalar import scalar
 from arbitor.ops.state_update import reference
 from arbitor.ops.state_update.reference import MAX_SCALE_EXPONENT, MIN_SCALE_EXPONENT
 
@@ -21,7 +22,7 @@ def state_update(
     direction: Tensor,
     bits: Tensor,
     active: Tensor,
-    step: float,
+    step: float | Tensor,
     span: int,
     threshold: int,
     rail: int,
@@ -40,7 +41,8 @@ def state_update(
         direction: fp32 [..., O, I], steps go against it.
         bits: int32 [..., O, I], of which the low 16 round.
         active: bool [..., 1, 1] or, of single rows, [..., O, 1]; where False nothing changes.
-        step: accumulator units for a direction of 1 (learning rate in trits times span).
+        step: accumulator units for a direction of 1 (learning rate in trits times span), a number or an fp32
+            scalar on the device.
         span: accumulator units between neighbouring trits.
         threshold: accumulator value at which a trit flips.
         rail: limit of the accumulator outwards at T = +-1.
@@ -49,6 +51,7 @@ def state_update(
     Returns:
         int64 [...]: flips in each matrix.
     """
+    step = scalar(step, direction.device)
     return _update(packed, accumulator, direction, bits, active, step, span, threshold, rail, reset)
 
 
@@ -58,7 +61,7 @@ def state_update_drawn(
     direction: Tensor,
     keys: Tensor,
     active: Tensor,
-    step: float,
+    step: float | Tensor,
     span: int,
     threshold: int,
     rail: int,
@@ -78,6 +81,7 @@ def state_update_drawn(
     if uses_triton(packed):
         from arbitor.ops.state_update import triton
 
+        step = scalar(step, direction.device)
         return triton.update(packed, accumulator, direction, keys, active, step, span, threshold, rail, reset)
     bits = random_bits(keys, direction[0].numel()).view(direction.shape)
     return state_update(packed, accumulator, direction, bits, active, step, span, threshold, rail, reset)
@@ -89,7 +93,7 @@ def scale_update(
     direction: Tensor,
     bits: Tensor,
     active: Tensor,
-    step: float,
+    step: float | Tensor,
     threshold: int,
 ) -> None:
     """Collect votes on scale exponents and apply whole steps; the rest stays in the accumulator.
@@ -102,21 +106,22 @@ def scale_update(
         direction: fp32 [..., O, G], steps go against it.
         bits: int32 [..., O, G], of which the low 16 round.
         active: bool [..., 1, 1] or, of single rows, [..., O, 1]; where False nothing changes.
-        step: accumulator units for a direction of 1.
+        step: accumulator units for a direction of 1, a number or an fp32 scalar on the device.
         threshold: accumulator units in a whole octave.
     """
+    step = scalar(step, direction.device)
     _scale_update(exponent, accumulator, direction, bits, active, step, threshold)
 
 
 _update = register(
     "state_update(Tensor(a!) packed, Tensor(b!) accumulator, Tensor direction, Tensor bits, Tensor active, "
-    "float step, int span, int threshold, int rail, bool reset) -> Tensor",
+    "Tensor step, int span, int threshold, int rail, bool reset) -> Tensor",
     reference.update,
     lambda packed, *_: packed.new_empty(packed.shape[:-2], dtype=torch.int64),
 )
 _scale_update = register(
     "scale_update(Tensor(a!) exponent, Tensor(b!) accumulator, Tensor direction, Tensor bits, Tensor active, "
-    "float step, int threshold) -> ()",
+    "Tensor step, int threshold) -> ()",
     reference.scale_update,
     lambda *_: None,
 )

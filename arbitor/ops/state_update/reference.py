@@ -14,12 +14,12 @@ MAX_SCALE_EXPONENT = 31
 _FIXED_LIMIT = float(1 << 30)  # keeps the fixed-point vote inside int32 whatever the learning rate
 
 
-def stochastic_floor(values: Tensor, factor: float, bits: Tensor) -> Tensor:
+def stochastic_floor(values: Tensor, factor: float | Tensor, bits: Tensor) -> Tensor:
     """floor(factor * values + uniform[0, 1)) in integers after one float rounding.
 
     Args:
         values: fp32 [...].
-        factor: rounded to fp32 before use.
+        factor: a number, rounded to fp32 before use, or an fp32 scalar.
         bits: int32 [...], of which the low 16 are the uniform number.
 
     Returns:
@@ -35,7 +35,7 @@ def update(
     direction: Tensor,
     bits: Tensor,
     active: Tensor,
-    step: float,
+    step: float | Tensor,
     span: int,
     threshold: int,
     rail: int,
@@ -65,7 +65,7 @@ def scale_update(
     direction: Tensor,
     bits: Tensor,
     active: Tensor,
-    step: float,
+    step: float | Tensor,
     threshold: int,
 ) -> None:
     """Votes on scale exponents in place; see `arbitor.ops.state_update.scale_update`."""

@@ -30,7 +30,7 @@ def _update_kernel(
     direction_stride,
     active_matrix_stride,
     active_row_stride,
-    factor,
+    step,
     span,
     threshold,
     lowest,
@@ -45,6 +45,7 @@ def _update_kernel(
     within = byte % width
     column = (within // 32) * 160 + within % 32
     key_a, key_b = tl.load(keys + 2 * matrix), tl.load(keys + 2 * matrix + 1)
+    factor = tl.load(step) * -65536.0
     flag = active + matrix * active_matrix_stride + row * active_row_stride
     moves = tl.load(flag, mask=inside, other=0) != 0
     here = packed + matrix * packed_stride + byte
@@ -88,7 +89,7 @@ def update(
     direction: Tensor,
     keys: Tensor,
     active: Tensor,
-    step: float,
+    step: Tensor,
     span: int,
     threshold: int,
     rail: int,
@@ -120,7 +121,7 @@ def update(
         direction.stride(0),
         active.stride(0),
         0 if active.shape[-2] == 1 else active.stride(1),
-        -step * 65536.0,
+        step,
         span,
         threshold,
         threshold if reset or 2 * threshold > span else threshold + 1,

@@ -337,11 +337,13 @@ class DataConfig:
         held_out: What evaluation is measured on: a path, or the share of the data to hold out. Unset, a
             tenth of the data (a twentieth of the embedded corpus).
         field: Name of the field that holds the text in .jsonl files.
+        augment: Whether images are shifted and turned a little at random.
     """
 
     data: tuple[str, ...] = ()
     held_out: str | None = None
     field: str = "text"
+    augment: bool = True
 
     def __post_init__(self) -> None:
         if isinstance(self.held_out, (int, float)) and not isinstance(self.held_out, bool):

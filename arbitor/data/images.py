@@ -1,14 +1,15 @@
-"""Images with captions: folders, JSON Lines, IDX files (MNIST's format) and scikit-learn's handwritten digits.
+"""Images with captions: folders, JSON Lines, IDX files (MNIST's format), scikit-learn's handwritten digits.
 
 - A folder: every image beneath it whose caption stands beside it (`cat.png`, `cat.txt`) or in a `.jsonl` of
   the folder; hidden files are left out.
 - `.jsonl`: a line is {"image": path relative to the file, "text": caption}; "file_name" and "caption" serve
   as well.
-- IDX: `...images-idx3-ubyte` with `...labels-idx1-ubyte` beside it, both perhaps `.gz`; the caption of a label
-  0 to 9 is its word ("seven"), of a larger one its number.
+- IDX: `...images-idx3-ubyte` with `...labels-idx1-ubyte` beside it, both perhaps `.gz`; the caption of a
+  label 0 to 9 is its word ("seven"), of a larger one its number.
 
 All are decoded once, fitted into the model's square and kept as bytes (`arbitor.data.store`), so that what
-cannot be used is known and counted ahead of the first step, and nothing that happens to the files stops a run.
+cannot be used is known and counted ahead of the first step, and nothing that happens to the files stops a
+run.
 
 Shapes: N images, C channels, S pixels a side.
 """
@@ -37,7 +38,15 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp", ".tif", ".tiff", "
 DIGITS_SIDE = 8
 OWN_SHARE = "0.1"
 MAX_CAPTION_BYTES = 1 << 16
-_FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM")  # of Pillow's, those that run no other program
+_FORMATS = (
+    "PNG",
+    "JPEG",
+    "GIF",
+    "BMP",
+    "WEBP",
+    "TIFF",
+    "PPM",
+)  # of Pillow's, those that run no other program
 _CACHE_FORMAT = 1
 _MAX_PIXELS = 1 << 27
 
@@ -98,7 +107,7 @@ class CaptionedImages:
         )
 
     def fingerprint(self) -> int:
-        """A number below 2^63 made of all captions and of the images as `ByteStream.fingerprint` reads them."""
+        """A number below 2^63 made of captions and images, read as `ByteStream.fingerprint` reads bytes."""
         lengths = np.array([len(caption) for caption in self.captions], dtype="<i8")
         text = np.frombuffer(lengths.tobytes() + b"".join(self.captions), dtype=np.uint8)
         if isinstance(self.pixels.base, MappedBytes):
@@ -179,7 +188,7 @@ def open_images(
         kept = [n for n, key in enumerate(found.keys) if key not in taken]
         both = len(found.keys) - len(kept)
         train = _decoded(found, geometry, store)
-        train = train.part([n for n in _positions(train, found, kept)])
+        train = train.part(_positions(train, kept))
         test = _decoded(apart, geometry, store)
         if both:
             found.skipped["also held out"] += both
@@ -191,7 +200,9 @@ def open_images(
         out, rule = _split(whole, found, held_out)
         train = whole.part([n for n in range(len(whole)) if n not in out])
         test = whole.part(sorted(out))
-    reasons = "; skipped " + ", ".join(f"{n:,} {why}" for why, n in sorted(skipped.items())) if skipped else ""
+    reasons = (
+        "; skipped " + ", ".join(f"{n:,} {why}" for why, n in sorted(skipped.items())) if skipped else ""
+    )
     for part, images in (("to train on", train), ("held out", test)):
         if not len(images):
             raise UserError(
@@ -309,8 +320,8 @@ def _decoded(found: _Found, geometry: Geometry, store: Store) -> CaptionedImages
     return CaptionedImages(geometry, [found.captions[n] for n in chosen.tolist()], pixels, chosen)
 
 
-def _positions(images: CaptionedImages, found: _Found, kept: Sequence[int]) -> list[int]:
-    """Numbers among the usable `images` of those of the found ones that are kept."""
+def _positions(images: CaptionedImages, kept: Sequence[int]) -> list[int]:
+    """Numbers, among the usable images, of those whose records are kept."""
     wanted = set(kept)
     return [n for n, record in enumerate(images.records.tolist()) if record in wanted]
 
@@ -489,7 +500,9 @@ def _add_idx(path: Path, found: _Found) -> None:
         raise UserError(f"the labels of {str(path)!r} are missing: {name!r} is needed beside it")
     images, labels = _idx(path, 3), _idx(labels_path, 1)
     if len(images) != len(labels):
-        raise UserError(f"{str(path)!r} has {len(images):,} images, {labels_path.name!r} {len(labels):,} labels")
+        raise UserError(
+            f"{str(path)!r} has {len(images):,} images, {labels_path.name!r} {len(labels):,} labels"
+        )
     files = [path.stat(), labels_path.stat()]
     stamp = tuple((status.st_size, status.st_mtime_ns) for status in files)
     for number, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):

@@ -16,6 +16,7 @@ from arbitor.config import RunConfig, dump_toml, load_config, override
 from arbitor.config import preset as preset_config
 from arbitor.data import ByteCorpus, open_corpus
 from arbitor.data.contents import unused_field
+from arbitor.data.images import Geometry, ImageCorpus, open_images
 from arbitor.errors import UserError
 from arbitor.flags import flag_of, naming_flags
 from arbitor.ternary.optimizer import SIGN_LR, SIGN_THRESHOLD, STATES
@@ -23,10 +24,11 @@ from arbitor.train import report, runs, swap
 from arbitor.train.checkpoint import Checkpoint, load_checkpoint
 from arbitor.train.device import Device, deterministic, resolve_device, thread_count
 from arbitor.train.display import Display, PatientOutput, format_bytes
-from arbitor.train.loop import HELD_OUT_BYTES, MAX_DROPPED_IN_A_ROW, Run, Trainer
+from arbitor.train.loop import MAX_DROPPED_IN_A_ROW, Run, Trainer
 from arbitor.train.metrics import MetricsLog, refuse_busy
 from arbitor.train.plot import plot_loss
 from arbitor.train.signals import Interrupted, SignalGuard
+from arbitor.train.task import HELD_OUT_BYTES
 from arbitor.train.tensorfile import NewerError
 
 FAILED = 1
@@ -108,7 +110,9 @@ def _console() -> Console:
     return Console(highlight=False, file=cast(TextIO, PatientOutput(sys.stdout)))
 
 
-def _resume(folder: Path, config: RunConfig, corpus: ByteCorpus, device: Device, console: Console) -> int:
+def _resume(
+    folder: Path, config: RunConfig, corpus: ByteCorpus | ImageCorpus, device: Device, console: Console
+) -> int:
     with contextlib.closing(MetricsLog(folder)) as log:
         for name in runs.CHECKPOINTS:
             swap.recover(folder / name, keep_previous=name == "latest")
@@ -154,8 +158,13 @@ def _settled(config: RunConfig) -> RunConfig:
     return override(config, lr=lr, accum_threshold=threshold or train.accum_threshold)
 
 
-def _open(config: RunConfig, settings: Mapping[str, Any]) -> ByteCorpus:
+def _open(config: RunConfig, settings: Mapping[str, Any]) -> ByteCorpus | ImageCorpus:
     data = config.data
+    if config.model.image_size:
+        geometry = Geometry(size=config.model.image_size, channels=config.model.image_channels)
+        # "text" is the usual field of texts; of captions, two names are usual.
+        named = data.field if "field" in settings or data.field != "text" else None
+        return open_images(data.data, data.held_out, geometry, named)
     corpus = open_corpus(data.data, data.held_out, data.field, min_bytes=config.model.ctx)
     if "field" in settings and not corpus.has_fields:
         print(f"arbitor: note: {unused_field(data.field)}", file=sys.stderr)
@@ -255,7 +264,7 @@ def _differences(checkpoint: Checkpoint, device: Device, threads: int) -> list[s
 def _train(
     folder: Path,
     config: RunConfig,
-    corpus: ByteCorpus,
+    corpus: ByteCorpus | ImageCorpus,
     device: Device,
     log: MetricsLog,
     checkpoint: Checkpoint | None,
@@ -312,7 +321,8 @@ def _naming_folder(folder: Path) -> Iterator[None]:
 def _finish(run: Run) -> tuple[dict[str, Any], bytes, bytes]:
     """Evaluate and sample the final weights, save `final`; summary, prompt and sample."""
     trainer = run.trainer
-    size = min(len(trainer.corpus.held_out), HELD_OUT_BYTES, trainer.last_windows * trainer.config.model.ctx)
+    most = trainer.last_windows * trainer.config.model.ctx
+    size = min(trainer.task.held_out_bytes, HELD_OUT_BYTES, most)
     run.display.note(f"measuring on up to {format_bytes(size)} held out, then writing a sample")
     shown = functools.partial(run.display.progress, "measuring: window")
     result = run.undisturbed(lambda: trainer.evaluate(max_windows=trainer.last_windows, progress=shown))
@@ -321,11 +331,9 @@ def _finish(run: Run) -> tuple[dict[str, Any], bytes, bytes]:
             f"training diverged: the logits of the last step are not finite; {run.folder / 'best'} may be of "
             "use, or start a new run with a lower --lr or --scale-lr"
         )
-    prompt = report.sample_prompt(trainer)
-    seed = trainer.config.train.seed
-    sample = run.undisturbed(lambda: trainer.model.generate(prompt, report.SAMPLE_BYTES, seed=seed))
+    prompt, sample = run.undisturbed(lambda: report.sample_of(trainer))
     run.save("final")
-    summary = report.summarise(trainer, result.bits_per_byte, result.num_bytes, run.seconds)
+    summary = report.summarise(trainer, result, run.seconds)
     return summary, prompt, sample
 
 

@@ -64,7 +64,9 @@ def test_a_position_depends_on_its_patch_and_place_alone():
 
 def test_black_grey_and_white_differ():
     part = sequencer()
-    black, grey, white = (part(torch.full((1, 3, 6, 6), value, dtype=torch.uint8))[0] for value in (0, 90, 255))
+    black, grey, white = (
+        part(torch.full((1, 3, 6, 6), value, dtype=torch.uint8))[0] for value in (0, 90, 255)
+    )
     for one, other in ((black, grey), (grey, white), (black, white)):
         assert (one - other).square().mean() > 0.01
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 USER_ERROR = 2
 BUG = 1
+VISION_BATCH = 64  # the captions of 16 images, the batch of texts, are few bytes to learn from
 
 app = App(
     name="arbitor",
@@ -75,6 +76,13 @@ def train(
     disable_graph: Annotated[bool, Parameter(group=TRAINING, show_default=False)] = False,
     enable_memory: Annotated[bool, Parameter(group=TRAINING, show_default=False)] = False,
     memory_rows: Annotated[int | None, Parameter(group=TRAINING, converter=whole)] = None,
+    enable_vision: Annotated[
+        bool, Parameter(name=("--enable-vision", "--enable-image"), group=TRAINING, show_default=False)
+    ] = False,
+    image_size: Annotated[int | None, Parameter(group=TRAINING, converter=whole)] = None,
+    image_patch: Annotated[int | None, Parameter(group=TRAINING, converter=whole)] = None,
+    image_channels: Annotated[int | None, Parameter(group=TRAINING, converter=whole)] = None,
+    no_augment: Annotated[bool, Parameter(group=TRAINING, show_default=False)] = False,
     max_moe_iters: Annotated[int | None, Parameter(group=TRAINING, converter=whole)] = None,
     state: Annotated[Literal["full", "compact", "lean"] | None, Parameter(group=TRAINING)] = None,
     rule: Annotated[Literal["spectral", "sinkhorn", "row", "sign"] | None, Parameter(group=TRAINING)] = None,
@@ -97,7 +105,8 @@ def train(
     run
         Name of the run, a folder under ./runs; default <preset>-1, -2, ... (with --resume: the newest).
     resume
-        Go on with the run from its latest checkpoint, with its settings; a larger --steps trains it longer.
+        Go on with the run from its latest checkpoint, with its settings; a larger --steps trains it longer,
+        --enable-vision makes a new run that starts from it.
     reset
         Delete the run of that name and start it anew.
     preset
@@ -129,6 +138,17 @@ def train(
         Add the n-gram memory.
     memory_rows
         Rows of each of the memory's hash tables.
+    enable_vision
+        Learn captions of images: --data names folders of images with .txt captions, .jsonl or IDX files;
+        default scikit-learn's handwritten digits. Without --preset, a step takes 64 of them.
+    image_size
+        Pixels a side that every image is fitted into; default by the data, else 224.
+    image_patch
+        Pixels a side of a patch, which is one position; default by the data, else 16.
+    image_channels
+        1 for grey, 3 for colour; default by the data, else 3.
+    no_augment
+        Do not shift and turn the images.
     max_moe_iters
         Most iterations of the core.
     state
@@ -178,19 +198,36 @@ def train(
         "eval_interval": eval_interval,
         "save_interval": save_interval,
         "save": False if no_save else None,
+        "augment": False if no_augment else None,
         "log_interval": log_interval,
     }
     settings = {name: value for name, value in given.items() if value is not None}
     without = [
         name for name, off in (("moe", disable_moe), ("vq", disable_vq), ("graph", disable_graph)) if off
     ]
-    if without or enable_memory or memory_rows is not None or max_moe_iters is not None:
+    sizes = {"image_size": image_size, "image_patch": image_patch, "image_channels": image_channels}
+    image = {name: value for name, value in sizes.items() if value is not None}
+    numbers = memory_rows is not None or max_moe_iters is not None
+    if without or enable_memory or numbers or enable_vision or image:
         from arbitor.flags import PartFlags
 
+        image_default: dict[str, int] = {}
+        if enable_vision:
+            from arbitor.data.images import default_geometry
+
+            image_default = default_geometry(data or ())
         parts = PartFlags(
-            without=without, memory=enable_memory, memory_rows=memory_rows, max_moe_iters=max_moe_iters
+            without=without,
+            memory=enable_memory,
+            memory_rows=memory_rows,
+            max_moe_iters=max_moe_iters,
+            vision=enable_vision,
+            image=image,
+            image_default=image_default,
         )
         settings |= _part_settings(parts, preset, config, run, resume)
+        if enable_vision and batch is None and preset is None and config is None and not resume:
+            settings["batch"] = VISION_BATCH  # a run that is resumed or grows keeps its own
     from arbitor.train.session import start_training
 
     return start_training(
@@ -233,6 +270,7 @@ def generate(
     /,
     *,
     prompt: Annotated[str, Parameter(allow_leading_hyphen=True)] = "",
+    image: str | None = None,
     adapter: Adapter = None,
     max_bytes: Annotated[int, Parameter(name="--bytes", converter=whole)] = 400,
     temperature: float = 0.8,
@@ -247,6 +285,8 @@ def generate(
     ----------
     prompt
         Text to go on from.
+    image
+        File of an image that stands ahead of the text, for a model that was trained with --enable-vision.
     max_bytes
         Bytes to generate at most.
     temperature
@@ -264,6 +304,7 @@ def generate(
         checkpoint,
         prompt.encode("utf-8", "surrogateescape"),
         max_bytes,
+        image=image,
         adapter=adapter,
         device=device,
         temperature=temperature,
@@ -329,6 +370,9 @@ def finetune(
     *,
     data: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
     held_out: str | None = None,
+    enable_vision: Annotated[
+        bool, Parameter(name=("--enable-vision", "--enable-image"), show_default=False)
+    ] = False,
     full: Annotated[bool, Parameter(show_default=False)] = False,
     rank: Annotated[int | None, Parameter(name=("--rank", "--lora"), converter=whole)] = None,
     alpha: float | None = None,
@@ -354,6 +398,8 @@ def finetune(
         .jsonl files, folders or globs of conversations; default a small set of tasks made by code.
     held_out
         Path, or share of the conversations, to measure on; default 0.1.
+    enable_vision
+        The data is images with captions, as in `arbitor train`; default scikit-learn's digits.
     full
         Go on training the trits themselves by votes, without adapters.
     rank
@@ -392,6 +438,7 @@ def finetune(
     given = {
         "data": data,
         "held_out": held_out,
+        "vision": enable_vision or None,
         "full": full or None,
         "rank": rank,
         "alpha": alpha,

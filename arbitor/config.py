@@ -23,6 +23,7 @@ DEVICES = ("auto", "cpu", "cuda")
 
 MAX_MOTIF_TRITS = 15
 MEMORY_ROWS = 1 << 15  # rows of each hash table of a memory that is asked for without a size
+IMAGE_SIZE = 224  # pixels a side of the images of a model that is asked to see
 
 _WIDTH = (1, 1 << 20)
 _COUNT = (1, 1 << 31)
@@ -143,6 +144,10 @@ class ModelConfig:
         memory_over: What the n-grams consist of: bytes or motifs.
         memory_host: Whether the hash tables stay in host memory, wherever the model is.
         output_router: Whether a router over modalities stands ahead of the heads.
+        image_size: Pixels a side of the square that every image is fitted into; 0 leaves the image sidecar
+            out. A multiple of `image_patch`.
+        image_patch: Pixels a side of a patch; an image is (image_size / image_patch)^2 positions.
+        image_channels: 1 for grey, 3 for colour.
     """
 
     vocab_size: int = 288
@@ -177,6 +182,9 @@ class ModelConfig:
     memory_over: str = "bytes"
     memory_host: bool = False
     output_router: bool = False
+    image_size: int = 0
+    image_patch: int = 16
+    image_channels: int = 3
 
     @property
     def has_motifs(self) -> bool:
@@ -243,6 +251,18 @@ class ModelConfig:
         require_name("memory_over", self.memory_over, ("bytes", "motifs"))
         if self.memory_rows and self.memory_over == "motifs" and not self.has_motifs:
             raise UserError("memory_over is 'motifs', but there are none; set motif_trits, or use 'bytes'")
+        self._check_image()
+
+    def _check_image(self) -> None:
+        require_range(self, "image_size", 0, 4096)
+        require_range(self, "image_patch", 1, 4096)
+        if self.image_channels not in (1, 3):
+            raise UserError(f"image_channels must be 1 (grey) or 3 (colour), got {self.image_channels}")
+        if self.image_size % self.image_patch:
+            raise UserError(
+                f"image_size {self.image_size} is no multiple of image_patch {self.image_patch}; "
+                "give sizes that divide"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -317,11 +337,13 @@ class DataConfig:
         held_out: What evaluation is measured on: a path, or the share of the data to hold out. Unset, a
             tenth of the data (a twentieth of the embedded corpus).
         field: Name of the field that holds the text in .jsonl files.
+        augment: Whether images are shifted and turned a little at random.
     """
 
     data: tuple[str, ...] = ()
     held_out: str | None = None
     field: str = "text"
+    augment: bool = True
 
     def __post_init__(self) -> None:
         if isinstance(self.held_out, (int, float)) and not isinstance(self.held_out, bool):

@@ -10,15 +10,17 @@ Shape letters: B windows at a time, C ctx.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from arbitor.errors import UserError
+from arbitor.generate import greedy_texts
 from arbitor.model.arb import ARBModel
 from arbitor.model.sequencer import WINDOW
 from arbitor.model.vocab import PAD
@@ -33,12 +35,14 @@ class Evaluation:
     Attributes:
         bits_per_byte: -sum of log2 of the probability of every byte, divided by their number.
         num_bytes: bytes predicted.
-        windows: windows that it took.
+        windows: windows (or media with a caption) that it took.
+        captions_right: of media, the share whose caption was written right; None for text.
     """
 
     bits_per_byte: float
     num_bytes: int
     windows: int
+    captions_right: float | None = None
 
 
 def bits_per_byte(
@@ -85,6 +89,43 @@ def bits_per_byte(
             progress(len(window_nats), num_windows)
     num_bytes = length - WINDOW
     return Evaluation(math.fsum(window_nats) / math.log(2) / num_bytes, num_bytes, num_windows)
+
+
+@torch.no_grad()
+def caption_figures(
+    model: ARBModel,
+    medium: str,
+    batches: Iterable[tuple[Tensor, Sequence[bytes], Tensor, Tensor]],
+    count: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Bits per byte of captions behind their media, and how many of them the model writes itself.
+
+    A caption is right if the likeliest byte after another, up to EOS or STOP, gives all of it and no more.
+
+    Args:
+        model: one with a sidecar for the medium.
+        medium: the sidecar's name.
+        batches: media, captions, their ids int64 [B, L] and which of those count, bool [B, L].
+        count: media in all, at least 1.
+        progress: called with the media that are done and those in all.
+    """
+    nats: list[float] = []
+    num_ids = right = done = 0
+    for media, captions, ids_BL, mask_BL in batches:
+        prefix = model.encode(medium, media)
+        logits_BNS = model(ids_BL, prefix=prefix).logits[:, :-1]
+        targets_BN = ids_BL[:, WINDOW:].to(logits_BNS.device)
+        nats_BN = F.cross_entropy(logits_BNS.transpose(1, 2), targets_BN, reduction="none").cpu()
+        counted = nats_BN[mask_BL[:, WINDOW:]]
+        nats.append(float(counted.double().sum()))
+        num_ids += len(counted)
+        texts = greedy_texts(model, prefix, max(map(len, captions)) + 1)
+        right += sum(text == caption for text, caption in zip(texts, captions, strict=True))
+        done += len(captions)
+        if progress is not None:
+            progress(done, count)
+    return Evaluation(math.fsum(nats) / math.log(2) / num_ids, num_ids, done, right / done)
 
 
 def _stride(ctx: int) -> int:

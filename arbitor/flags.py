@@ -4,11 +4,11 @@
 """
 
 import contextlib
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from arbitor.config import MEMORY_ROWS, ModelConfig, load_config
+from arbitor.config import IMAGE_SIZE, MEMORY_ROWS, ModelConfig, load_config
 from arbitor.config import preset as preset_config
 from arbitor.errors import UserError
 
@@ -20,7 +20,12 @@ OFF: dict[str, dict[str, Any]] = {
 }
 
 
-_OTHER_FLAGS = {"save": "--no-save", "max_bytes": "--bytes"}  # not spelt as the setting
+_OTHER_FLAGS = {
+    "save": "--no-save",
+    "augment": "--no-augment",
+    "vision": "--enable-vision",
+    "max_bytes": "--bytes",
+}  # not spelt as the setting
 
 
 def flag_of(name: str) -> str:
@@ -50,6 +55,9 @@ class PartFlags:
         memory: whether the n-gram memory is asked for.
         memory_rows: rows of each of its tables.
         max_moe_iters: most iterations of the core.
+        vision: whether the image sidecar is asked for.
+        image: `image_size`, `image_patch` and `image_channels` that were given by flags.
+        image_default: those of them that suit the data where neither flags nor the base say anything.
     """
 
     without: Collection[str] = ()
@@ -57,6 +65,9 @@ class PartFlags:
     memory: bool = False
     memory_rows: int | None = None
     max_moe_iters: int | None = None
+    vision: bool = False
+    image: Mapping[str, int] = field(default_factory=dict)
+    image_default: Mapping[str, int] = field(default_factory=dict)
 
     def by_flag(self, base: ModelConfig) -> dict[str, dict[str, Any]]:
         """Fields of `ModelConfig` by the flag that sets them, as the user wrote it.
@@ -79,6 +90,15 @@ class PartFlags:
         for name, value in (("memory_rows", self.memory_rows), ("max_moe_iters", self.max_moe_iters)):
             if value is not None:
                 given[f"{flag_of(name)} {value}"] = {name: value}
+        if self.vision:
+            if self.image.get("image_size") == 0:
+                raise UserError(
+                    "--enable-vision asks for images and --image-size 0 for none: give one of them"
+                )
+            usual = {"image_size": IMAGE_SIZE, **self.image_default}
+            given["--enable-vision"] = {"image_size": base.image_size} if base.image_size else usual
+        for name, value in self.image.items() if self.vision or base.image_size else ():
+            given[f"{flag_of(name)} {value}"] = {name: value}
         return given
 
     def settings(self, base: ModelConfig) -> dict[str, Any]:
@@ -92,7 +112,7 @@ class PartFlags:
     def notes(self, base: ModelConfig) -> list[str]:
         """What the flags do to `base` that a user might not expect, a line each."""
         lines = []
-        with naming_flags(("memory_rows", "max_moe_iters")):
+        with naming_flags(("memory_rows", "max_moe_iters", *self.image)):
             config = replace(base, **self.settings(base))
         if base.graph_edges and "vq" in self.without and "graph" not in self.without:
             lines.append(f"--{self.verb}-vq leaves the graph out as well: it links motifs")
@@ -101,16 +121,23 @@ class PartFlags:
                 f"--max-moe-iters {self.max_moe_iters} has no effect: the model has neither experts nor a "
                 "graph to iterate"
             )
+        if self.image and not config.image_size:
+            flags = " and ".join(map(flag_of, self.image))
+            lines.append(f"{flags} without --enable-vision: no effect, the model takes no images")
         return lines
 
     def refuse_contradiction(self, config: ModelConfig, where: str) -> None:
         """Raise UserError, naming the flag, if one asks for another model than that of a run.
+
+        A sidecar that the run does not have is no contradiction: the run can grow by it.
 
         Args:
             config: the run's.
             where: file that says so.
         """
         for flag, fields in self.by_flag(config).items():
+            if self.vision and not config.image_size and any(name.startswith("image_") for name in fields):
+                continue
             for name, value in fields.items():
                 if (own := getattr(config, name)) != value:
                     raise UserError(

@@ -26,6 +26,7 @@ def generate(
     top_p: float = 1.0,
     seed: int | None = None,
     stream: Callable[[bytes], object] | None = None,
+    prefix: Tensor | None = None,
 ) -> bytes:
     """Bytes that follow the prompt (without the prompt); they need not be valid UTF-8.
 
@@ -38,13 +39,21 @@ def generate(
         top_p: draw among the fewest most probable that together have this probability; 1 is off.
         seed: of the draws; None takes a fresh one. Equal seeds on one machine give equal bytes.
         stream: called with every byte as soon as it is drawn.
+        prefix: float [1, P, D], an image or sound that stands ahead of the prompt, from `ARBModel.encode`.
 
     Raises:
         UserError: an argument outside its range.
     """
     drawn = bytearray()
     for byte in generate_stream(
-        model, prompt, max_bytes, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+        model,
+        prompt,
+        max_bytes,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        prefix=prefix,
     ):
         drawn += byte
         if stream is not None:
@@ -61,12 +70,14 @@ def generate_stream(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int | None = None,
+    prefix: Tensor | None = None,
 ) -> Iterator[bytes]:
     """As `generate`, yielding single bytes as they are drawn. Arguments are checked at the call."""
     check_sampling(max_bytes, temperature, top_k, top_p, seed)
     ids = list(to_bytes(prompt))
-    ids = [PAD] * (WINDOW - len(ids)) + ids
-    return _draw(model, ids, max_bytes, temperature, top_k, top_p, new_generator(seed))
+    # Behind a prefix a text begins as it does in training; elsewhere the prompt may be the middle of one.
+    ids = [PAD] * (WINDOW - len(ids) if prefix is None else WINDOW) + ids
+    return _draw(model, ids, max_bytes, temperature, top_k, top_p, new_generator(seed), prefix)
 
 
 def new_generator(seed: int | None) -> torch.Generator:
@@ -115,18 +126,20 @@ def _draw(
     top_k: int,
     top_p: float,
     generator: torch.Generator,
+    prefix: Tensor | None,
 ) -> Iterator[bytes]:
-    """Yields bytes; the ledger starts anew with the last half context whenever the context is full."""
+    """Yields bytes; when the context is full, it begins anew: the prefix and the last half of the ids."""
     ctx = model.config.ctx
     # The last id of a training window is a target only, so ctx - 1 ids are the longest context trained on.
     ids = ids[-(ctx - 1) :]
-    ledger = KVLedger(model.config)
+    ledger = KVLedger(model.config, ledger_capacity(model, prefix))
     fresh = ids
     for _ in range(max_bytes):
         if ledger.num_ids + len(fresh) > ctx - 1:
             ledger.clear()
             fresh = ids = ids[-max(ctx // 2, WINDOW) :]
-        output = model(torch.tensor([fresh]), ledger=ledger)
+        begins = ledger.num_ids == 0
+        output = model(torch.tensor([fresh]), ledger=ledger, prefix=prefix if begins else None)
         next_id = sample_id(
             byte_logits(output.logits[0, -1]),
             temperature=temperature,
@@ -141,11 +154,45 @@ def _draw(
         fresh = [next_id]
 
 
+def ledger_capacity(model: ARBModel, prefix: Tensor | None) -> int:
+    """Positions of a whole context behind a prefix [B, P, D]."""
+    return model.config.ctx - 2 + (0 if prefix is None else prefix.shape[1])
+
+
+@torch.no_grad()
+def greedy_texts(model: ARBModel, prefix: Tensor, max_bytes: int) -> list[bytes]:
+    """The likeliest text behind each of many prefixes, byte by byte, all of them at once.
+
+    Args:
+        model: any ARBModel.
+        prefix: float [B, P, D], from `ARBModel.encode`.
+        max_bytes: where a text ends that the model does not end with EOS or STOP; at most what the context
+            holds behind three PAD.
+
+    Returns:
+        B texts, each what `generate` with temperature 0 gives behind the same prefix.
+    """
+    ledger = KVLedger(model.config, ledger_capacity(model, prefix))
+    texts = [bytearray() for _ in range(len(prefix))]
+    running = set(range(len(texts)))
+    fresh_BN = torch.full((len(texts), WINDOW), PAD)
+    for _ in range(min(max_bytes, model.config.ctx - WINDOW)):
+        output = model(fresh_BN, ledger=ledger, prefix=None if ledger.num_ids else prefix)
+        next_B = byte_logits(output.logits[:, -1]).argmax(dim=-1).cpu()
+        running = {row for row in running if int(next_B[row]) not in END_IDS}
+        if not running:
+            break
+        for row in running:
+            texts[row].append(int(next_B[row]))
+        fresh_BN = next_B[:, None]
+    return [bytes(text) for text in texts]
+
+
 def byte_logits(logits_S: Tensor) -> Tensor:
-    """The logits without the control tokens that neither are bytes nor end the text."""
+    """Logits [..., S] without the control tokens that neither are bytes nor end the text."""
     allowed_S = torch.zeros_like(logits_S, dtype=torch.bool)
-    allowed_S[:NUM_BYTES] = True
-    allowed_S[list(END_IDS)] = True
+    allowed_S[..., :NUM_BYTES] = True
+    allowed_S[..., list(END_IDS)] = True
     return logits_S.masked_fill(~allowed_S, -math.inf)
 
 

@@ -8,8 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from arbitor.data.contents import is_jsonl, open_contents, unused_field
 from arbitor.data.sources import Skipped, find_sources
@@ -109,6 +111,7 @@ def generate_text(
     prompt: bytes,
     max_bytes: int,
     *,
+    image: str | None = None,
     adapter: str | None = None,
     device: str,
     temperature: float,
@@ -118,9 +121,17 @@ def generate_text(
 ) -> int:
     """Write the prompt and what the model makes of it to stdout, each byte as it is drawn."""
     model, source = open_model(checkpoint, adapter, device)
+    prefix = None if image is None else image_prefix(model, source, image)
     with naming_flags(("max_bytes", "temperature", "top_k", "top_p", "seed")):
         drawn = generate_stream(
-            model, prompt, max_bytes, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+            model,
+            prompt,
+            max_bytes,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            prefix=prefix,
         )
     print(f"{source} on {model.device}", file=sys.stderr)
     if sys.stdout is None:
@@ -132,6 +143,24 @@ def generate_text(
             write(byte)
     write(b"\n")
     return 0
+
+
+def image_prefix(model: ARBModel, source: str, image: str) -> Tensor:
+    """What stands ahead of the text for the image of a file: float [1, P, D].
+
+    Raises:
+        UserError: the model takes no images, or the file holds none.
+    """
+    from arbitor.data.images import Geometry, read_image
+
+    config = model.config
+    if not config.image_size:
+        raise UserError(
+            f"--image: {source} takes no images; `arbitor train --enable-vision` makes a model that does"
+        )
+    pixels = read_image(image, Geometry(size=config.image_size, channels=config.image_channels))
+    with torch.no_grad():
+        return model.encode("image", torch.from_numpy(pixels)[None])
 
 
 def evaluate_data(checkpoint: str | None, data: Sequence[str], field: str | None, device: str) -> int:

@@ -52,7 +52,7 @@ class Scripted:
         self.given = []
         self.contexts = []
 
-    def __call__(self, ids, *, ledger):
+    def __call__(self, ids, *, ledger, prefix=None):
         if ledger.num_ids == 0:
             self.contexts.append([])
         ledger.extend(ids)

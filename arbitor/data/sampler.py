@@ -38,7 +38,7 @@ class Sampler:
         self._drawn += self._batch
         # The remainder's bias is (number of offsets) / 2^64: nothing for any stream that fits on a disk.
         num_offsets = np.uint64(len(self._stream) - self._ctx + 1)
-        offsets_B = (_random_bits(self._seed, counters_B) % num_offsets).astype(np.int64)
+        offsets_B = (random_bits(self._seed, counters_B) % num_offsets).astype(np.int64)
         return self._stream.windows(offsets_B, self._ctx).astype(np.int64)
 
     def state(self) -> dict[str, int]:
@@ -70,7 +70,7 @@ class Sampler:
         self._drawn = state["drawn"]
 
 
-def _random_bits(seed: int, counters: np.ndarray) -> np.ndarray:
+def random_bits(seed: int, counters: np.ndarray) -> np.ndarray:
     """64 random bits for every counter (uint64): SplitMix64 (Steele, Lea, Flood 2014), keyed by the seed."""
     key = _mixed(np.array([seed], dtype=np.uint64) + _GOLDEN)
     return _mixed(key + counters * _GOLDEN)

@@ -1,11 +1,16 @@
-"""ARBModel: bytes in, logits of the byte after next positions out.
+"""ARBModel: bytes in, logits of the byte after next positions out; another medium may come first.
 
-    embedding -> sequencer -> VQ bridge -> prelude (n-gram memory after its first block) -> core -> coda
-    -> output router, byte head
+    embedding -> sequencer, behind the prefix of a sidecar -> VQ bridge -> prelude (n-gram memory after its
+    first block) -> core -> coda -> output router, byte head
 
 A part that the configuration does not ask for is not made.
 
-Shape letters: B batch, L ids, N positions (L - 2 without a ledger), D dim, S vocabulary, C modalities.
+A mixed sequence is the positions of one image (or sound) followed by those of the text, in one causal
+sequence. Every part treats both alike, but for the memory over bytes, the heads and the losses, which are of
+the text's positions only. The context length `ctx` counts ids; the prefix comes on top of it.
+
+Shape letters: B batch, L ids, N positions of the text (L - 2 without a ledger), P positions of the prefix,
+Q = P + N, D dim, S vocabulary, C modalities.
 """
 
 import dataclasses
@@ -34,6 +39,7 @@ from arbitor.ternary import Int8Embedding, VoteOptimizer, runtime
 
 DEFAULT_PRESET = "arb-1b"
 ROUTER_WEIGHT = 0.01
+NOT_COUNTED = -100  # a target without a loss
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -41,8 +47,8 @@ class ARBOutput:
     """What a call of the model returns.
 
     Attributes:
-        logits: fp32 [B, N, S]; row i predicts position i + 3 of the ids (with a ledger: the last row predicts
-            the id that follows).
+        logits: fp32 [B, N, S], with a prefix as without; row i predicts position i + 3 of the ids (with a
+            ledger: the last row predicts the id that follows).
         loss: fp32 scalar, the weighted sum of `losses`; None without targets.
         losses: fp32 scalars, unweighted; empty without targets. "text" is the mean cross entropy in nats;
             "ponder", "commitment", "diversity" and "router" are there if the part is that they belong to.
@@ -71,6 +77,7 @@ class ARBModel(nn.Module):
 
     Attributes:
         config: the architecture.
+        sidecars: what turns other media into a prefix, by the medium's name ("image").
         heads: heads of modalities other than bytes, by the modality's name.
         ledgers: those that the model was called with and that are still alive.
     """
@@ -82,6 +89,7 @@ class ARBModel(nn.Module):
         config: ModelConfig | None = None,
         device: torch.device | str | None = None,
         enable_memory: bool | None = None,
+        enable_vision: bool | None = None,
         **overrides: Any,
     ) -> None:
         """Makes a model with random trits, drawn from torch's global generator.
@@ -92,13 +100,14 @@ class ARBModel(nn.Module):
             device: where to make it; None is torch's default device.
             enable_memory: True adds the n-gram memory, of its usual size if no other is given; False leaves
                 it out.
+            enable_vision: the same for images: True adds the image sidecar.
             overrides: fields of `ModelConfig` that replace the preset's or the configuration's.
 
         Raises:
             UserError: both preset and config, an unknown preset or field, or a bad value.
         """
         super().__init__()
-        self.config = config = _resolve(preset, config, enable_memory, overrides)
+        self.config = config = _resolve(preset, config, enable_memory, enable_vision, overrides)
         place = torch.get_default_device() if device is None else torch.device(device)
         self.embed = Int8Embedding(config.vocab_size, config.dim, kind="embedding", device=place)
         self.sequencer = TextSequencer(config, place)
@@ -111,6 +120,12 @@ class ARBModel(nn.Module):
         self.router = OutputRouter(config, place) if config.output_router else None
         self.head = ByteHead(config, place)
         self.heads = nn.ModuleDict()
+        # Last, so that a sidecar does not change which random numbers the other parts get.
+        self.sidecars = nn.ModuleDict()
+        if config.image_size:
+            from arbitor.sidecars.image import ImageSequencer
+
+            self.sidecars["image"] = ImageSequencer(config, place)
         self._metrics: dict[str, Tensor] = {}
         self.ledgers: weakref.WeakSet[KVLedger] = weakref.WeakSet()
 
@@ -119,8 +134,36 @@ class ARBModel(nn.Module):
         """Where the parameters are."""
         return next(self.parameters()).device
 
+    def encode(self, medium: str, media: Tensor) -> Tensor:
+        """The prefix that a sidecar makes of its media, to be given to `forward` or `generate`.
+
+        Args:
+            medium: name of the sidecar, such as "image".
+            media: what it takes; moved to the model's device.
+
+        Returns:
+            [B, P, D], RMS 1, with its gradient.
+
+        Raises:
+            UserError: the model has no such sidecar, or the sidecar cannot use the media.
+        """
+        if medium not in self.sidecars:
+            raise UserError(
+                f"this model has no sidecar for {medium!r} (it has {', '.join(self.sidecars) or 'none'}); "
+                "train one with the flag that enables it"
+            )
+        device = self.device
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            return self.sidecars[medium](media.to(device))
+
     def forward(
-        self, ids: Tensor, targets: Tensor | None = None, *, ledger: KVLedger | None = None
+        self,
+        ids: Tensor,
+        targets: Tensor | None = None,
+        *,
+        ledger: KVLedger | None = None,
+        prefix: Tensor | None = None,
+        target_mask: Tensor | None = None,
     ) -> ARBOutput:
         """Logits of every position, and the loss if targets are given.
 
@@ -133,6 +176,9 @@ class ARBModel(nn.Module):
             targets: integers [B, L], usually the ids themselves, L >= 4: position i + 3 is the target of row
                 i, and the last row, whose target lies outside, does not count.
             ledger: earlier positions, to which these ids are appended; no gradient is recorded.
+            prefix: float [B, P, D], what stands ahead of the ids, from `encode`; with a ledger only while
+                that is empty. The ids then begin like every text, with three PAD ahead of its first byte.
+            target_mask: bool [B, L], the targets that count for the losses of text and router; None is all.
 
         Returns:
             logits [B, L - 2, vocab_size]; with a ledger that holds some, [B, L, vocab_size].
@@ -141,6 +187,7 @@ class ARBModel(nn.Module):
             UserError: shapes, types or ids that cannot be used.
         """
         ids_BL = self._checked(ids, "ids")
+        prefix_BPD = None if prefix is None else self._checked_prefix(prefix, len(ids_BL))
         if ledger is not None:
             if targets is not None:
                 raise UserError(
@@ -149,7 +196,8 @@ class ARBModel(nn.Module):
             self.ledgers.add(ledger)
             with torch.no_grad():
                 start = ledger.num_positions
-                done = self._run(ledger.extend(ids_BL), start, ledger)
+                num_prefix = 0 if prefix_BPD is None else prefix_BPD.shape[1]
+                done = self._run(ledger.extend(ids_BL, num_prefix), start, ledger, prefix_BPD)
                 return ARBOutput(done.logits, None, modalities=done.modalities)
         if ids_BL.shape[1] < WINDOW:
             raise UserError(
@@ -166,10 +214,15 @@ class ARBModel(nn.Module):
                 raise UserError(
                     f"targets have length {WINDOW}, the first one is position 3; give at least 4 ids"
                 )
-        done = self._run(ids_BL, 0, None)
+        mask_BN = None
+        if target_mask is not None:
+            if targets_BL is None:
+                raise UserError("target_mask says which targets count, and no targets were given")
+            mask_BN = self._checked_mask(target_mask, targets_BL)
+        done = self._run(ids_BL, 0, None, prefix_BPD)
         if targets_BL is None:
             return ARBOutput(done.logits, None, modalities=done.modalities)
-        losses = self._losses(done, targets_BL[:, WINDOW:])
+        losses = self._losses(done, targets_BL[:, WINDOW:], mask_BN)
         return ARBOutput(done.logits, self._weighted(losses), losses, done.modalities)
 
     def part_metrics(self) -> dict[str, Tensor]:
@@ -206,6 +259,7 @@ class ARBModel(nn.Module):
         top_p: float = 1.0,
         seed: int | None = None,
         stream: Callable[[bytes], object] | None = None,
+        prefix: Tensor | None = None,
     ) -> bytes:
         """Bytes that follow the prompt; see `arbitor.generate.generate`."""
         from arbitor.generate import generate
@@ -219,42 +273,46 @@ class ARBModel(nn.Module):
             top_p=top_p,
             seed=seed,
             stream=stream,
+            prefix=prefix,
         )
 
-    def _run(self, ids_BL: Tensor, start: int, ledger: KVLedger | None) -> _Pass:
-        """All parts, for the positions whose first one is number `start` of the context."""
+    def _run(self, ids_BL: Tensor, start: int, ledger: KVLedger | None, prefix_BPD: Tensor | None) -> _Pass:
+        """All parts, for the positions whose first one, the prefix's if there is one, is number `start`."""
         device = ids_BL.device
+        num_prefix = 0 if prefix_BPD is None else prefix_BPD.shape[1]
         losses: dict[str, Tensor] = {}
         metrics: dict[str, Tensor] = {}
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            h_BND = self.sequencer(self.embed(ids_BL))
-            motif_BN = None
+            h_BQD = self.sequencer(self.embed(ids_BL))
+            if prefix_BPD is not None:
+                h_BQD = torch.cat([prefix_BPD.to(h_BQD.dtype), h_BQD], dim=1)
+            motif_BQ = None
             if self.vq is not None:
-                h_BND, motif_BN, vq_losses = self.vq(h_BND)
+                h_BQD, motif_BQ, vq_losses = self.vq(h_BQD)
                 losses |= vq_losses
-                metrics |= self.vq.metrics(motif_BN)
+                metrics |= self.vq.metrics(motif_BQ)
             rotation = rotary.rotation(
-                start, h_BND.shape[1], self.config.rope_dim, self.config.rope_theta, device
+                start, h_BQD.shape[1], self.config.rope_dim, self.config.rope_theta, device
             )
             layers = itertools.repeat(None) if ledger is None else iter(ledger.layers)
 
-            def through(blocks: Iterable[nn.Module], h_BND: Tensor) -> Tensor:
+            def through(blocks: Iterable[nn.Module], h_BQD: Tensor) -> Tensor:
                 for block in blocks:
-                    h_BND = block(h_BND, rotation, next(layers))
-                return h_BND
+                    h_BQD = block(h_BQD, rotation, next(layers))
+                return h_BQD
 
             prelude = list(self.prelude)
-            h_BND = through(prelude[:1], h_BND)
+            h_BQD = through(prelude[:1], h_BQD)
             if self.memory is not None:
-                h_BND = h_BND + self.memory(h_BND, self._grams(ids_BL, motif_BN, ledger))
-            h_BND = through(prelude[1:], h_BND)
+                h_BQD = self._with_memory(h_BQD, ids_BL, motif_BQ, ledger, num_prefix)
+            h_BQD = through(prelude[1:], h_BQD)
             if self.core is not None:
-                core = self.core(h_BND, motif_BN, None if self.vq is None else self.vq.code_vectors)
-                h_BND = core.state
+                core = self.core(h_BQD, motif_BQ, None if self.vq is None else self.vq.code_vectors)
+                h_BQD = core.state
                 metrics |= core.metrics
                 if core.ponder is not None:
                     losses["ponder"] = core.ponder
-            h_BND = through(self.coda, h_BND)
+            h_BND = through(self.coda, h_BQD)[:, num_prefix:]
         # Outside of bf16: the head's integer sums are exact, and rounding logits to 8 bits would cost loss.
         with torch.autocast(device.type, enabled=False):
             logits_BNS = self.head.logits(h_BND).float()
@@ -262,24 +320,45 @@ class ARBModel(nn.Module):
         self._metrics = metrics
         return _Pass(logits_BNS, modalities_BNC, losses)
 
-    def _grams(self, ids_BL: Tensor, motif_BN: Tensor | None, ledger: KVLedger | None) -> Tensor:
-        """What the memory reads: int64 [B, N + 2], bytes or motifs; position n ends at element n + 2."""
-        if self.config.memory_over == "bytes":
-            return ids_BL
+    def _with_memory(
+        self,
+        h_BQD: Tensor,
+        ids_BL: Tensor,
+        motif_BQ: Tensor | None,
+        ledger: KVLedger | None,
+        num_prefix: int,
+    ) -> Tensor:
+        """The residual stream and what the memory adds: of motifs everywhere, of bytes in the text only."""
         assert self.memory is not None
-        assert motif_BN is not None
-        motif_BL = self.memory.preceded(motif_BN, None if ledger is None else ledger.motif_tail)
+        if self.config.memory_over == "bytes":
+            text_BND = h_BQD[:, num_prefix:]
+            text_BND = text_BND + self.memory(text_BND, ids_BL)
+            return torch.cat([h_BQD[:, :num_prefix], text_BND], dim=1) if num_prefix else text_BND
+        assert motif_BQ is not None
+        motif_BL = self.memory.preceded(motif_BQ, None if ledger is None else ledger.motif_tail)
         if ledger is not None:
             ledger.motif_tail = motif_BL[:, -2:].clone()
-        return motif_BL
+        return h_BQD + self.memory(h_BQD, motif_BL)
 
-    def _losses(self, done: _Pass, targets_BN: Tensor) -> dict[str, Tensor]:
-        """Losses of all rows but the last, whose target is not known; those of the parts, of all rows."""
-        text = F.cross_entropy(done.logits[:, :-1].flatten(0, 1), targets_BN.flatten())
+    def _losses(self, done: _Pass, targets_BN: Tensor, mask_BN: Tensor | None) -> dict[str, Tensor]:
+        """Losses of all rows but the last, whose target is not known; those of the parts, of all rows.
+
+        Args:
+            done: the pass through the parts.
+            targets_BN: int64, of all rows but the last.
+            mask_BN: bool, those that count; None is all.
+        """
+        if mask_BN is not None:
+            targets_BN = targets_BN.masked_fill(~mask_BN, NOT_COUNTED)
+        text = F.cross_entropy(
+            done.logits[:, :-1].flatten(0, 1), targets_BN.flatten(), ignore_index=NOT_COUNTED
+        )
         losses = {"text": text, **done.losses}
         if done.modalities is not None:
-            is_text_BN = torch.full_like(targets_BN, MODALITIES.index("text"))
-            losses["router"], accuracy = OutputRouter.loss(done.modalities[:, :-1], is_text_BN)
+            # A prefix has no head that predicts it, so only the text's rows have a modality to learn.
+            modality_BN = torch.full_like(targets_BN, MODALITIES.index("text"))
+            modality_BN = modality_BN.masked_fill(targets_BN == NOT_COUNTED, NOT_COUNTED)
+            losses["router"], accuracy = OutputRouter.loss(done.modalities[:, :-1], modality_BN)
             self._metrics["router_accuracy"] = accuracy
         return losses
 
@@ -318,9 +397,35 @@ class ARBModel(nn.Module):
                 raise UserError(f"{name} contain {wrong}; allowed are 0 to {self.config.vocab_size - 1}")
         return ids.to(self.device, torch.int64)
 
+    def _checked_prefix(self, prefix: Tensor, batch: int) -> Tensor:
+        """Float [B, P, D] on the model's device."""
+        wanted = f"a float tensor of shape ({batch}, positions, {self.config.dim}), as encode() makes it"
+        if not isinstance(prefix, Tensor):
+            raise UserError(f"prefix must be {wanted}, got {type(prefix).__name__}")
+        fits = prefix.dim() == 3 and prefix.shape[0] == batch and prefix.shape[2] == self.config.dim
+        if not fits or not prefix.shape[1] or not prefix.is_floating_point():
+            raise UserError(f"prefix must be {wanted}, got {prefix.dtype} {tuple(prefix.shape)}")
+        return prefix.to(self.device)
+
+    def _checked_mask(self, target_mask: Tensor, targets_BL: Tensor) -> Tensor:
+        """Bool [B, L - 3] on the model's device: the targets of all rows but the last that count."""
+        if target_mask.dtype != torch.bool or target_mask.shape != targets_BL.shape:
+            raise UserError(
+                f"target_mask must be bool of the targets' shape {tuple(targets_BL.shape)}, got "
+                f"{target_mask.dtype} {tuple(target_mask.shape)}"
+            )
+        mask_BN = target_mask[:, WINDOW:]
+        if mask_BN.device.type == "cpu" and not bool(mask_BN.any()):
+            raise UserError(f"target_mask counts no target from position {WINDOW} on; the loss needs one")
+        return mask_BN.to(self.device)
+
 
 def _resolve(
-    preset: str | None, config: ModelConfig | None, enable_memory: bool | None, overrides: dict[str, Any]
+    preset: str | None,
+    config: ModelConfig | None,
+    enable_memory: bool | None,
+    enable_vision: bool | None,
+    overrides: dict[str, Any],
 ) -> ModelConfig:
     """The configuration that the constructor's arguments mean."""
     if preset is not None and config is not None:
@@ -333,7 +438,10 @@ def _resolve(
             hint = did_you_mean(name, allowed)
             raise UserError(f"ModelConfig has no field {name!r}{hint}; allowed are {', '.join(allowed)}")
     config = dataclasses.replace(config, **overrides)
-    if enable_memory is None:
-        return config
-    rows = (config.memory_rows or presets.MEMORY_ROWS) if enable_memory else 0
-    return dataclasses.replace(config, memory_rows=rows)
+    if enable_memory is not None:
+        rows = (config.memory_rows or presets.MEMORY_ROWS) if enable_memory else 0
+        config = dataclasses.replace(config, memory_rows=rows)
+    if enable_vision is not None:
+        size = (config.image_size or presets.IMAGE_SIZE) if enable_vision else 0
+        config = dataclasses.replace(config, image_size=size)
+    return config

@@ -47,11 +47,12 @@ class KVLedger:
     """The ledgers of a model's attention layers, and the last ids and motifs, which the next n-grams need.
 
     Give the same ledger to every call of the model together with the ids that follow: the first call needs at
-    least three ids, later calls one. No gradient is recorded through a ledger.
+    least three ids and may have a prefix, later calls need one id. No gradient is recorded through a ledger.
 
     Attributes:
         num_ids: ids read so far.
-        num_positions: positions held in each layer, num_ids - 2 (0 before the first call).
+        num_prefix: positions of other media ahead of the first id.
+        num_positions: positions held in each layer, num_prefix + num_ids - 2 (0 before the first call).
         capacity: positions that fit.
         layers: one ledger an attention layer, prelude first.
         motif_tail: the last two motifs, int64 [B, 2], kept by a model whose memory reads motifs; else None.
@@ -62,10 +63,12 @@ class KVLedger:
 
         Args:
             config: the model's.
-            capacity: positions to hold; None takes those of `config.ctx` ids, which are ctx - 2.
+            capacity: positions to hold, those of a prefix included; None takes those of `config.ctx` ids
+                without a prefix, which are ctx - 2.
         """
         self.capacity = config.ctx - 2 if capacity is None else capacity
         self.num_ids = 0
+        self.num_prefix = 0
         num_layers = config.num_prelude_layers + config.num_coda_layers
         self.layers = [LayerLedger(self.capacity) for _ in range(num_layers)]
         self._tail_B2: Tensor | None = None
@@ -74,17 +77,26 @@ class KVLedger:
     @property
     def num_positions(self) -> int:
         """Positions held in each layer."""
-        return max(0, self.num_ids - 2)
+        return self.num_prefix + max(0, self.num_ids - 2)
 
-    def extend(self, ids_BN: Tensor) -> Tensor:
+    def extend(self, ids_BN: Tensor, num_prefix: int = 0) -> Tensor:
         """Registers the ids that follow; returns them with the two before them, [B, N + 2].
 
         At the first call, there is nothing before them: the ids come back as they are.
 
+        Args:
+            ids_BN: int64 ids.
+            num_prefix: positions of other media ahead of them; at the first call only.
+
         Raises:
-            UserError: they do not fit, the batch differs from the ledger's, or a first call has fewer than 3.
+            UserError: they do not fit, the batch differs from the ledger's, a first call has fewer than 3
+                ids, or a later one has a prefix.
         """
         count = ids_BN.shape[1]
+        if num_prefix and self._tail_B2 is not None:
+            raise UserError(
+                "a prefix comes ahead of the first ids, and the ledger holds some; clear it to begin anew"
+            )
         if self._tail_B2 is None and count < 3:
             raise UserError(f"an empty ledger needs at least 3 ids, got {count}; pad on the left with PAD")
         if count < 1:
@@ -93,20 +105,22 @@ class KVLedger:
             raise UserError(
                 f"the ledger holds a batch of {self._tail_B2.shape[0]}, the ids one of {ids_BN.shape[0]}"
             )
-        if self.num_ids + count - 2 > self.capacity:
+        if self.num_prefix + num_prefix + self.num_ids + count - 2 > self.capacity:
+            ahead = f" behind a prefix of {num_prefix} positions" if num_prefix else ""
             raise UserError(
-                f"the ledger holds {self.num_positions} of {self.capacity} positions, {count} more ids do "
-                "not fit; clear it and give the last part of the text again"
+                f"the ledger holds {self.num_positions} of {self.capacity} positions, {count} more "
+                f"ids{ahead} do not fit; clear it and give the last part of the text again"
             )
         if self._tail_B2 is not None:
             ids_BN = torch.cat([self._tail_B2, ids_BN], dim=1)
         self._tail_B2 = ids_BN[:, -2:].clone()
         self.num_ids += count
+        self.num_prefix += num_prefix
         return ids_BN
 
     def clear(self) -> None:
         """Forgets everything; another batch may follow."""
-        self.num_ids = 0
+        self.num_ids = self.num_prefix = 0
         self._tail_B2 = self.motif_tail = None
         for layer in self.layers:
             layer.clear()

@@ -13,6 +13,7 @@ from arbitor.config import ModelConfig
 from arbitor.ternary import TernaryLinear
 
 MODALITIES: Final = ("text", "audio", "video")
+UNSUPERVISED: Final = -100  # the modality of a position that has no target
 
 
 class OutputRouter(nn.Module):
@@ -33,8 +34,11 @@ class OutputRouter(nn.Module):
 
         Args:
             logits_BNC: of this router.
-            modality_BN: int64, the targets' modalities as indices into `MODALITIES`.
+            modality_BN: int64, the targets' modalities as indices into `MODALITIES`; a negative one does not
+                count.
         """
-        loss = F.cross_entropy(logits_BNC.flatten(0, 1), modality_BN.flatten())
-        accuracy = (logits_BNC.detach().argmax(dim=-1) == modality_BN).float().mean()
-        return loss, accuracy
+        counted_BN = modality_BN >= 0
+        modality_M = modality_BN.masked_fill(~counted_BN, UNSUPERVISED).flatten()
+        loss = F.cross_entropy(logits_BNC.flatten(0, 1), modality_M, ignore_index=UNSUPERVISED)
+        right = (logits_BNC.detach().argmax(dim=-1) == modality_BN).sum()
+        return loss, right / counted_BN.sum()

@@ -11,25 +11,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from arbitor.config import RunConfig
-from arbitor.data import ByteCorpus, Sampler
+from arbitor.data import ByteCorpus
+from arbitor.data.images import ImageCorpus
 from arbitor.errors import UserError
-from arbitor.evaluate import Evaluation, bits_per_byte
+from arbitor.evaluate import Evaluation
 from arbitor.model import ARBModel
 from arbitor.ternary import VoteOptimizer
 from arbitor.train.checkpoint import Checkpoint, save_checkpoint
 from arbitor.train.device import Device
 from arbitor.train.display import Display, Reading
+from arbitor.train.growth import graft_state, graft_weights
 from arbitor.train.metrics import EVALUATION_KEYS, STEP_KEYS, MetricsLog, seconds_so_far
 from arbitor.train.schedule import learning_rate
 from arbitor.train.signals import Interrupted, SignalGuard
+from arbitor.train.task import task_of
 
 LN2 = math.log(2.0)
-HELD_OUT_BYTES = 1_000_000  # what the evaluation at the end reads at most
 LAST_WINDOWS_PER_TRAINED = 10  # and windows, for each one trained on: a run of one step must not take hours
 MAX_DROPPED_IN_A_ROW = 20
 
@@ -42,12 +43,15 @@ class Trainer:
         corpus: its data.
         device: where to compute.
         checkpoint: state to go on from; None begins with fresh weights from torch's global generator.
+        base: of a model with fewer parts, whose weights and training state a fresh one takes over.
 
     Attributes:
+        task: batches and evaluations of the data.
         step: optimizer steps taken, dropped ones included.
         best: step and held-out bits per byte of the best evaluation so far, or None.
         evaluated_step: step of the last evaluation.
         dropped_in_a_row: steps dropped since the last one that counted.
+        growth: lines about what was taken over from `base`.
         readings: of the last step, scalars on the device: the losses of the model's parts, means over the
             micro-batches, and the parts' metrics in the last of them.
 
@@ -56,14 +60,22 @@ class Trainer:
     """
 
     def __init__(
-        self, config: RunConfig, corpus: ByteCorpus, device: Device, checkpoint: Checkpoint | None = None
+        self,
+        config: RunConfig,
+        corpus: ByteCorpus | ImageCorpus,
+        device: Device,
+        checkpoint: Checkpoint | None = None,
+        base: Checkpoint | None = None,
     ) -> None:
         self.config = config
-        self.corpus = corpus
+        self.task = task_of(config, corpus)
         self.device = device
         train = config.train
+        self.growth: list[str] = []
         if checkpoint is None:
             self.model = ARBModel(config=config.model, device=device.device)
+            if base is not None:
+                self.growth += graft_weights(self.model, base)
         else:
             _refuse_other_model(checkpoint, config)
             self.model = checkpoint.build_model(device.device)
@@ -77,9 +89,10 @@ class Trainer:
             e_accum_threshold=train.e_accum_threshold,
             scale_lr=train.scale_lr,
         )
+        if base is not None:
+            self.growth += graft_state(self.optimizer, base)
         self.peak_lr = float(self.optimizer.param_groups[0]["lr"])
-        self._held_out = {"bytes": len(corpus.held_out), "digest": corpus.held_out.fingerprint()}
-        self.sampler = Sampler(corpus.train, train.batch, config.model.ctx, train.seed)
+        self._held_out = self.task.held_out_state()
         self.step = 0
         self.best: dict[str, Any] | None = None
         self.evaluated_step = 0
@@ -92,7 +105,7 @@ class Trainer:
     @property
     def bytes_per_step(self) -> int:
         """Training data that one optimizer step reads."""
-        return self.config.train.batch * self.config.train.accum * self.config.model.ctx
+        return self.config.train.batch * self.config.train.accum * self.task.bytes_per_item
 
     @property
     def done(self) -> bool:
@@ -112,8 +125,8 @@ class Trainer:
             group["scale_lr"] = train.scale_lr * lr / self.peak_lr
         totals: dict[str, Tensor] = {}
         for _ in range(train.accum):
-            ids_BL = torch.from_numpy(self.sampler.next())
-            output = self.model(ids_BL, targets=ids_BL)
+            output = self.task.next_output(self.model)
+            assert output.loss is not None
             self.optimizer.note_loss(output.loss)
             (output.loss / train.accum).backward()
             for name, loss in output.losses.items():
@@ -131,21 +144,17 @@ class Trainer:
 
     @property
     def last_windows(self) -> int:
-        """Held-out windows that the evaluation at the end reads at most."""
+        """Held-out windows (or media) that the evaluation at the end reads at most."""
         train = self.config.train
         return max(train.eval_steps, LAST_WINDOWS_PER_TRAINED * train.steps * train.batch * train.accum)
 
     def evaluate(
         self, *, max_windows: int | None = None, progress: Callable[[int, int], None] | None = None
     ) -> Evaluation:
-        """Bits per byte of the held-out data, up to 1 MB of it; arguments as in `bits_per_byte`."""
-        # A copy: a view of a file would be read long after the file was looked at.
-        data = np.array(self.corpus.held_out.as_array(HELD_OUT_BYTES))
+        """Figures of the held-out data, up to 1 MB of text or `max_windows` windows or media."""
         self.model.eval()
         try:
-            return bits_per_byte(
-                self.model, data, self.config.model.ctx, max_windows=max_windows, progress=progress
-            )
+            return self.task.evaluate(self.model, max_windows, progress)
         finally:
             self.model.train()
 
@@ -159,7 +168,7 @@ class Trainer:
             "step": self.step,
             "bytes_seen": self.step * self.bytes_per_step,
             "seed": self.config.train.seed,
-            "sampler": self.sampler.state(),
+            "sampler": self.task.sampler_state(),
             "held_out": self._held_out,
             "best": self.best,
             "evaluated_step": self.evaluated_step,
@@ -182,7 +191,7 @@ class Trainer:
         self.best = state["best"]
         self.evaluated_step = int(state["evaluated_step"])
         self.dropped_in_a_row = int(state["dropped_in_a_row"])
-        self.sampler.restore(state["sampler"])
+        self.task.restore_sampler(state["sampler"])
         if (then := state["held_out"]) != self._held_out:
             raise UserError(
                 f"the held-out data is not what it was: {then['bytes']:,} bytes then, "
@@ -371,7 +380,9 @@ class Run:
         seconds = time.perf_counter() - started
         self.seconds += seconds
         values = (trainer.step, result.bits_per_byte, result.num_bytes, seconds)
-        self._log(dict(zip(EVALUATION_KEYS, values, strict=True)))
+        right = result.captions_right
+        extra = {} if right is None else {"captions_right": right}
+        self._log(dict(zip(EVALUATION_KEYS, values, strict=True)) | extra)
         trainer.evaluated_step = trainer.step
         self._saved_step = None  # the outcome belongs into `latest`, too
         best = result.bits_per_byte < (math.inf if trainer.best is None else trainer.best["bits_per_byte"])
@@ -382,9 +393,10 @@ class Run:
             if not self._save_or_go_on(lambda: self.save("best")):
                 trainer.best = before  # what is on the disk still is the best that can be had
                 mark = ", better than the best that was saved"
-        windows = f"first {result.windows} windows"
+        read = f"first {result.windows} {'windows' if trainer.task.unit == 'bytes' else trainer.task.unit}"
+        written = "" if right is None else f", {100 * right:.1f} % of the captions right"
         self.display.note(
-            f"step {trainer.step}: held out {result.bits_per_byte:.4f} bits per byte ({windows}){mark}"
+            f"step {trainer.step}: held out {result.bits_per_byte:.4f} bits per byte{written} ({read}){mark}"
         )
 
     def _save_or_go_on(self, save: Callable[[], None]) -> bool:

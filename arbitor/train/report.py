@@ -12,6 +12,7 @@ from rich.text import Text
 
 from arbitor import __version__
 from arbitor.config import ModelConfig, RunConfig
+from arbitor.evaluate import Evaluation
 from arbitor.ternary import (
     Int8Embedding,
     TernaryEmbeddingTable,
@@ -24,6 +25,7 @@ from arbitor.train.device import backend
 from arbitor.train.display import format_bytes, format_seconds, printable
 from arbitor.train.loop import Trainer
 from arbitor.train.runs import existing_run
+from arbitor.train.task import CaptionTask
 
 EMBEDDED_PROMPT = b"def "
 PROMPT_BYTES = 32
@@ -37,7 +39,9 @@ def show_start(console: Console, trainer: Trainer, run: Path) -> None:
     trunk = sum(m.numel() for _, m in named_ternary(trainer.model) if isinstance(m, TernaryScaleTensor))
     tables = sum(m.numel() for _, m in named_ternary(trainer.model) if isinstance(m, Int8Embedding))
     report = audit(trainer.model, trainer.optimizer)
-    micro_batches = f"{train.batch} x {ctx} bytes" + (f" x {train.accum}" if train.accum > 1 else "")
+    is_text = trainer.task.unit == "bytes"
+    items = f"{train.batch} x {ctx} bytes" if is_text else f"{train.batch} {trainer.task.unit}"
+    micro_batches = items + (f" x {train.accum}" if train.accum > 1 else "")
     total = train.steps * trainer.bytes_per_step
     threads = "" if device.is_cuda else f", {torch.get_num_threads()} threads"
     rows = {
@@ -51,7 +55,7 @@ def show_start(console: Console, trainer: Trainer, run: Path) -> None:
         f"{format_bytes(trainer.optimizer.state_bytes())} in all; rule {train.rule}, lr {trainer.peak_lr:g}",
         "memory": f"state + about {format_bytes(captured_bytes(trainer))} of captured gradients at batch "
         f"{micro_batches}, and activations",
-        "data": trainer.corpus.description,
+        "data": trainer.task.description,
         "training": f"{train.steps:,} steps of {micro_batches}: {format_bytes(total)}",
     }
     print_rows(console, rows)
@@ -82,6 +86,10 @@ def describe_parts(model: ModelConfig) -> str:
         parts.append(f"at most {model.max_moe_iters} {plural}")
     if model.output_router:
         parts.append("output router")
+    if model.image_size:
+        side, patch = model.image_size, model.image_patch
+        colour = "grey" if model.image_channels == 1 else "colour"
+        parts.append(f"{colour} images of {side} x {side} in {(side // patch) ** 2} patches")
     return "; ".join(parts)
 
 
@@ -91,7 +99,7 @@ def captured_bytes(trainer: Trainer) -> int:
     Positions are taken to stay in the core for all iterations that are allowed.
     """
     train, model = trainer.config.train, trainer.config.model
-    tokens = train.batch * model.ctx * train.accum
+    tokens = train.batch * trainer.task.positions_per_item * train.accum
     size = 2 if trainer.device.is_cuda else 4  # bf16 under autocast, fp32 on the CPU
     total = 0
     for name, module in named_ternary(trainer.model):
@@ -107,20 +115,28 @@ def captured_bytes(trainer: Trainer) -> int:
     return total
 
 
-def sample_prompt(trainer: Trainer) -> bytes:
-    """What the sample goes on from: code for the embedded corpus, else the beginning of the held-out data."""
-    if not trainer.config.data.data:
-        return EMBEDDED_PROMPT
-    return trainer.corpus.held_out.as_array(PROMPT_BYTES).tobytes()
+def sample_of(trainer: Trainer) -> tuple[bytes, bytes]:
+    """A prompt and what the model makes of it: code for the embedded corpus, else the beginning of the
+    held-out data; of images, no prompt and the captions of the first ones held out.
+    """
+    task = trainer.task
+    if isinstance(task, CaptionTask):
+        return b"", task.show(trainer.model).encode()
+    prompt = EMBEDDED_PROMPT
+    if trainer.config.data.data:
+        prompt = task.corpus.held_out.as_array(PROMPT_BYTES).tobytes()
+    return prompt, trainer.model.generate(prompt, SAMPLE_BYTES, seed=trainer.config.train.seed)
 
 
-def summarise(trainer: Trainer, bits_per_byte: float, held_out_bytes: int, seconds: float) -> dict[str, Any]:
-    """Content of `summary.json`."""
+def summarise(trainer: Trainer, result: Evaluation, seconds: float) -> dict[str, Any]:
+    """Content of `summary.json`, with the evaluation at the end."""
     report = audit(trainer.model, trainer.optimizer)
+    right = result.captions_right
     return {
-        "held_out_bits_per_byte": bits_per_byte,
-        "held_out_bytes": held_out_bytes,
-        "held_out_whole": held_out_bytes == len(trainer.corpus.held_out),
+        "held_out_bits_per_byte": result.bits_per_byte,
+        "held_out_bytes": result.num_bytes,
+        "held_out_whole": result.num_bytes == trainer.task.held_out_bytes,
+        **({} if right is None else {"captions_right": right}),
         "best_bits_per_byte": None if trainer.best is None else trainer.best["bits_per_byte"],
         "best_step": None if trainer.best is None else trainer.best["step"],
         "bytes_per_weight": report.bytes_per_weight,
@@ -143,7 +159,9 @@ def show_end(
 ) -> None:
     """Print the result, the sample and what to do with it."""
     whole = "" if summary["held_out_whole"] else "first "
+    right = summary.get("captions_right")
     rows = {
+        **({} if right is None else {"captions": f"{100 * right:.2f} % of the held-out ones written right"}),
         "held out": f"{summary['held_out_bits_per_byte']:.4f} bits per byte "
         f"(on the {whole}{format_bytes(summary['held_out_bytes'])} held out)",
         "state": f"{summary['bytes_per_weight']:.2f} bytes a weight, {format_bytes(summary['state_bytes'])}; "
@@ -154,11 +172,13 @@ def show_end(
     }
     console.print()
     print_rows(console, rows)
-    console.print(Text(f"\nsample after {_as_text(prompt)!r}:", style="bold"))
+    title = f"sample after {_as_text(prompt)!r}" if right is None else "captions of the first held-out images"
+    console.print(Text(f"\n{title}:", style="bold"))
     text = Text(_as_text(prompt), style="bold").append(_as_text(sample), style="not bold")
     console.print(text, soft_wrap=True)
     if config.train.save:
-        console.print(Text(f"\nnext: {_next_command(run, prompt)}"), soft_wrap=True)
+        command = _next_command(run, None if right is not None else prompt)
+        console.print(Text(f"\nnext: {command}"), soft_wrap=True)
 
 
 def resume_command(run: Path) -> str:
@@ -167,8 +187,10 @@ def resume_command(run: Path) -> str:
     return "arbitor train --resume" + ("" if is_newest else f" --run {shlex.quote(run.name)}")
 
 
-def _next_command(run: Path, prompt: bytes) -> str:
-    """A command line that samples from the run just made."""
+def _next_command(run: Path, prompt: bytes | None) -> str:
+    """A command line that samples from the run just made; without a prompt, that captions an image."""
+    if prompt is None:
+        return f"arbitor generate {shlex.quote(run.name)} --image FILE --temperature 0"
     text = _as_text(prompt).splitlines()[0] if prompt.strip() else ""
     return f"arbitor generate {shlex.quote(run.name)} --prompt {shlex.quote(text)}"
 

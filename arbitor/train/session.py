@@ -16,6 +16,7 @@ from arbitor.config import RunConfig, dump_toml, load_config, override
 from arbitor.config import preset as preset_config
 from arbitor.data import ByteCorpus, open_corpus
 from arbitor.data.contents import unused_field
+from arbitor.data.images import Geometry, ImageCorpus, open_images
 from arbitor.errors import UserError
 from arbitor.flags import flag_of, naming_flags
 from arbitor.ternary.optimizer import SIGN_LR, SIGN_THRESHOLD, STATES
@@ -23,10 +24,12 @@ from arbitor.train import report, runs, swap
 from arbitor.train.checkpoint import Checkpoint, load_checkpoint
 from arbitor.train.device import Device, deterministic, resolve_device, thread_count
 from arbitor.train.display import Display, PatientOutput, format_bytes
-from arbitor.train.loop import HELD_OUT_BYTES, MAX_DROPPED_IN_A_ROW, Run, Trainer
+from arbitor.train.growth import added_sidecars
+from arbitor.train.loop import MAX_DROPPED_IN_A_ROW, Run, Trainer
 from arbitor.train.metrics import MetricsLog, refuse_busy
 from arbitor.train.plot import plot_loss
 from arbitor.train.signals import Interrupted, SignalGuard
+from arbitor.train.task import HELD_OUT_BYTES
 from arbitor.train.tensorfile import NewerError
 
 FAILED = 1
@@ -47,6 +50,9 @@ def start_training(
     A resumed run may be given more `steps` than it has, finished or not. The learning rate is then that of a
     run of so many steps: where the new cosine stands at this step, which is above where the old one had got
     to, and from there down to 0 at the new end.
+
+    Resumed with a sidecar that the run has not, its newest checkpoint grows into a new run: weights and
+    training state are taken over, steps and data begin anew, and the old run stays as it is.
 
     Args:
         settings: fields of `ModelConfig`, `TrainConfig` and `DataConfig` that were given by name.
@@ -74,6 +80,8 @@ def start_training(
                 f"arbitor finetune --resume --run {folder.name}"
             )
         config = load_config(folder / runs.CONFIG_FILE)
+        if added_sidecars(config.model, settings):
+            return _grow(folder, config, settings, preset, config_file, console)
         device = resolve_device(settings.get("device") or config.train.device)
         _refuse_contradiction(folder, config, device, settings, preset, config_file)
         longer = override(config, steps=max(settings.get("steps", 0), config.train.steps))
@@ -101,6 +109,34 @@ def start_training(
         raise
 
 
+def _grow(
+    folder: Path,
+    config: RunConfig,
+    settings: Mapping[str, Any],
+    preset: str | None,
+    config_file: str | None,
+    console: Console,
+) -> int:
+    """Train a new run that starts from another one's checkpoint, with the parts that `settings` add."""
+    if preset is not None or config_file is not None:
+        given = "--preset" if preset is not None else "--config"
+        raise UserError(f"{given}: a run that grows has the settings of {folder.name!r}; leave it out")
+    base = _newest_checkpoint(folder, console)
+    with naming_flags(settings):
+        # Other data than that of the text: its settings do not mean anything for media.
+        grown = override(config, **{"data": (), "held_out": None, "field": "text", **settings})
+    device = resolve_device(grown.train.device)
+    corpus = _open(grown, settings)
+    new = runs.make_run(config.preset)
+    try:
+        with contextlib.closing(MetricsLog(new)) as log:
+            swap.write_file(new / runs.CONFIG_FILE, dump_toml(grown))
+            return _train(new, grown, corpus, device, log, None, console, base)
+    except BaseException:
+        runs.remove_if_untrained(new)
+        raise
+
+
 def _console() -> Console:
     """The one of stdout, wherever that leads."""
     if sys.stdout is None:
@@ -108,7 +144,9 @@ def _console() -> Console:
     return Console(highlight=False, file=cast(TextIO, PatientOutput(sys.stdout)))
 
 
-def _resume(folder: Path, config: RunConfig, corpus: ByteCorpus, device: Device, console: Console) -> int:
+def _resume(
+    folder: Path, config: RunConfig, corpus: ByteCorpus | ImageCorpus, device: Device, console: Console
+) -> int:
     with contextlib.closing(MetricsLog(folder)) as log:
         for name in runs.CHECKPOINTS:
             swap.recover(folder / name, keep_previous=name == "latest")
@@ -154,8 +192,13 @@ def _settled(config: RunConfig) -> RunConfig:
     return override(config, lr=lr, accum_threshold=threshold or train.accum_threshold)
 
 
-def _open(config: RunConfig, settings: Mapping[str, Any]) -> ByteCorpus:
+def _open(config: RunConfig, settings: Mapping[str, Any]) -> ByteCorpus | ImageCorpus:
     data = config.data
+    if config.model.image_size:
+        geometry = Geometry(size=config.model.image_size, channels=config.model.image_channels)
+        # "text" is the usual field of texts; of captions, two names are usual.
+        named = data.field if "field" in settings or data.field != "text" else None
+        return open_images(data.data, data.held_out, geometry, named)
     corpus = open_corpus(data.data, data.held_out, data.field, min_bytes=config.model.ctx)
     if "field" in settings and not corpus.has_fields:
         print(f"arbitor: note: {unused_field(data.field)}", file=sys.stderr)
@@ -184,7 +227,7 @@ def _refuse_contradiction(
         if name == "device" and resolve_device(config.train.device).device == device.device:
             continue
         own = next(getattr(s, name) for s in (config.model, config.train, config.data) if hasattr(s, name))
-        flag = flag_of(name) if name == "save" else f"{flag_of(name)} {_shown(value)}"
+        flag = flag_of(name) if name in ("save", "augment") else f"{flag_of(name)} {_shown(value)}"
         more = " (it can only be raised)" if name == "steps" else ""
         raise UserError(f"{flag} contradicts the run's {name} = {_shown(own)}{more} in {where}")
 
@@ -255,14 +298,17 @@ def _differences(checkpoint: Checkpoint, device: Device, threads: int) -> list[s
 def _train(
     folder: Path,
     config: RunConfig,
-    corpus: ByteCorpus,
+    corpus: ByteCorpus | ImageCorpus,
     device: Device,
     log: MetricsLog,
     checkpoint: Checkpoint | None,
     console: Console,
+    base: Checkpoint | None = None,
 ) -> int:
     with deterministic(config.train.seed, device.device), SignalGuard() as guard:
-        trainer = Trainer(config, corpus, device, checkpoint)
+        trainer = Trainer(config, corpus, device, checkpoint, base)
+        for line in trainer.growth:
+            console.print(line, markup=False, soft_wrap=True)
         report.show_start(console, trainer, folder)
         with Display(console, config.train.steps) as display:
             run = Run(trainer, folder, log, display, guard)
@@ -312,7 +358,8 @@ def _naming_folder(folder: Path) -> Iterator[None]:
 def _finish(run: Run) -> tuple[dict[str, Any], bytes, bytes]:
     """Evaluate and sample the final weights, save `final`; summary, prompt and sample."""
     trainer = run.trainer
-    size = min(len(trainer.corpus.held_out), HELD_OUT_BYTES, trainer.last_windows * trainer.config.model.ctx)
+    most = trainer.last_windows * trainer.config.model.ctx
+    size = min(trainer.task.held_out_bytes, HELD_OUT_BYTES, most)
     run.display.note(f"measuring on up to {format_bytes(size)} held out, then writing a sample")
     shown = functools.partial(run.display.progress, "measuring: window")
     result = run.undisturbed(lambda: trainer.evaluate(max_windows=trainer.last_windows, progress=shown))
@@ -321,11 +368,9 @@ def _finish(run: Run) -> tuple[dict[str, Any], bytes, bytes]:
             f"training diverged: the logits of the last step are not finite; {run.folder / 'best'} may be of "
             "use, or start a new run with a lower --lr or --scale-lr"
         )
-    prompt = report.sample_prompt(trainer)
-    seed = trainer.config.train.seed
-    sample = run.undisturbed(lambda: trainer.model.generate(prompt, report.SAMPLE_BYTES, seed=seed))
+    prompt, sample = run.undisturbed(lambda: report.sample_of(trainer))
     run.save("final")
-    summary = report.summarise(trainer, result.bits_per_byte, result.num_bytes, run.seconds)
+    summary = report.summarise(trainer, result, run.seconds)
     return summary, prompt, sample
 
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arbitor.data import ByteStream, Sampler
-from arbitor.data.sampler import _random_bits
+from arbitor.data.sampler import random_bits
 from arbitor.errors import UserError
 
 
@@ -60,7 +60,7 @@ def test_batch_size_does_not_change_the_order_of_windows():
     np.testing.assert_array_equal(one_by_one, at_once)
 
 
-def test_random_bits_are_those_of_splitmix64():
+def testrandom_bits_are_those_of_splitmix64():
     # Written with Python's integers from the paper: its n-th number is mix(state + n * gold).
     def mix(z: int) -> int:
         z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
@@ -71,7 +71,7 @@ def test_random_bits_are_those_of_splitmix64():
     for seed in (0, 1, 2**63 - 1):
         key = mix((seed + gold) % 2**64)
         expected = [mix((key + n * gold) % 2**64) for n in (0, 1, 2, 2**40)]
-        assert _random_bits(seed, np.array([0, 1, 2, 2**40], dtype=np.uint64)).tolist() == expected
+        assert random_bits(seed, np.array([0, 1, 2, 2**40], dtype=np.uint64)).tolist() == expected
 
 
 def test_the_order_is_the_same_on_every_platform():

@@ -72,14 +72,14 @@ def test_a_dropped_step_changes_nothing_but_counters(make_trainer, spoil):
     trainer = make_trainer(1)
     before = {name: t.clone() for name, t in trainer.model.state_dict().items()}
     before |= {f"state.{name}": t.clone() for name, t in trainer.optimizer.named_state().items()}
-    lr, drawn = trainer.next_lr(), trainer.sampler.state()["drawn"]
+    lr, drawn = trainer.next_lr(), trainer.task.sampler.state()["drawn"]
     trainer.take_step()
     after = dict(trainer.model.state_dict())
     after |= {f"state.{name}": t for name, t in trainer.optimizer.named_state().items()}
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert (trainer.step, trainer.optimizer.dropped_steps) == (2, 1)
     assert trainer.next_lr() != lr
-    assert trainer.sampler.state()["drawn"] == drawn + trainer.config.train.batch
+    assert trainer.task.sampler.state()["drawn"] == drawn + trainer.config.train.batch
 
 
 @pytest.mark.parametrize("log_interval", [1, 8])
@@ -119,7 +119,7 @@ def test_best_is_the_lowest_evaluation(workplace, settings):
 def test_micro_batches_add_up_to_the_same_data(make_trainer):
     one, two = make_trainer(0, batch=4, accum=1), make_trainer(0, batch=2, accum=2)
     losses = [one.take_step(), two.take_step()]
-    assert one.sampler.state()["drawn"] == two.sampler.state()["drawn"]
+    assert one.task.sampler.state()["drawn"] == two.task.sampler.state()["drawn"]
     assert one.bytes_per_step == two.bytes_per_step
     # The mean of two means over halves; fp32 sums in another order.
     assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-5)

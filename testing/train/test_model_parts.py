@@ -102,7 +102,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(make_trainer, tmp_path, state
 def test_a_checkpoint_alone_gives_the_model(make_trainer, tmp_path):
     trainer = make_trainer(3, **PARTS)
     trainer.save(tmp_path / "latest")
-    ids = torch.from_numpy(trainer.sampler.next())
+    ids = torch.from_numpy(trainer.task.sampler.next())
     assert torch.equal(load(tmp_path / "latest", "cpu")(ids).logits, trainer.model.eval()(ids).logits)
 
 
@@ -148,7 +148,7 @@ def test_the_estimate_of_captured_gradients_is_what_is_captured(make_trainer, it
     trainer = make_trainer(0, batch=1, **changes)
     if iters > 1:  # no position halts early
         trainer.model.core.halting.bias.q.fill_(-95)
-    ids = torch.from_numpy(trainer.sampler.next())
+    ids = torch.from_numpy(trainer.task.sampler.next())
     trainer.model(ids, targets=ids).loss.backward()
     assert float(trainer.model.part_metrics()["mean_iterations"]) > 0.95 * iters
     captured = 0

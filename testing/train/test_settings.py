@@ -116,7 +116,7 @@ def test_the_optimizer_has_the_thresholds_of_the_settings(make_trainer):
 def test_the_seed_is_of_weights_data_order_and_rounding(make_trainer):
     one, two = make_trainer(seed=0), make_trainer(seed=3)
     assert not torch.equal(one.model.head.q, two.model.head.q)
-    assert one.sampler.next().tolist() != two.sampler.next().tolist()
+    assert one.task.sampler.next().tolist() != two.task.sampler.next().tolist()
     assert (one.optimizer.seed, two.optimizer.seed) == (0, 3)
 
 

@@ -1,0 +1,210 @@
+"""What a run trains on: text, or media with captions. A trainer asks its task for batches and evaluations.
+
+Shape letters: B items, L ids.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from arbitor.config import RunConfig
+from arbitor.data import ByteCorpus, Sampler
+from arbitor.data.draw import ImageSampler
+from arbitor.data.images import ImageCorpus
+from arbitor.evaluate import Evaluation, bits_per_byte, caption_figures
+from arbitor.model import ARBModel
+from arbitor.model.arb import ARBOutput
+from arbitor.model.sequencer import WINDOW
+from arbitor.model.vocab import EOS, PAD
+
+HELD_OUT_BYTES = 1_000_000  # what the evaluation at the end reads at most
+SHOWN = 8  # held-out media whose captions are shown at the end
+
+
+class Task(Protocol):
+    """What a `Trainer` needs to know of its data.
+
+    Attributes:
+        description: one line for the user.
+        unit: what a batch counts, in words: "bytes" for windows of ctx bytes each, else the medium.
+        bytes_per_item: data that one item of a batch reads.
+        positions_per_item: positions of the model that it takes, about.
+        held_out_bytes: bytes that the evaluation at the end can predict at most.
+    """
+
+    description: str
+    unit: str
+    bytes_per_item: int
+    positions_per_item: int
+    held_out_bytes: int
+
+    def next_output(self, model: ARBModel) -> ARBOutput:
+        """The model's output, with its loss, on the next batch."""
+
+    def sampler_state(self) -> dict[str, int]:
+        """The position in the data."""
+
+    def restore_sampler(self, state: Mapping[str, int]) -> None:
+        """Go on from a position; UserError if it is one in other data."""
+
+    def held_out_state(self) -> dict[str, int]:
+        """What tells the held-out data from other data: `bytes` and `digest`."""
+
+    def evaluate(
+        self, model: ARBModel, max_items: int | None, progress: Callable[[int, int], None] | None
+    ) -> Evaluation:
+        """How well the held-out data is predicted, of up to `max_items` windows or media."""
+
+
+class TextTask:
+    """Random windows of a byte stream, measured in bits per byte.
+
+    Args:
+        config: of the run.
+        corpus: its data.
+    """
+
+    unit = "bytes"
+
+    def __init__(self, config: RunConfig, corpus: ByteCorpus) -> None:
+        self.corpus = corpus
+        self.description = corpus.description
+        self.bytes_per_item = self.positions_per_item = config.model.ctx
+        self.held_out_bytes = len(corpus.held_out)
+        self.sampler = Sampler(corpus.train, config.train.batch, config.model.ctx, config.train.seed)
+
+    def next_output(self, model: ARBModel) -> ARBOutput:
+        """See `Task`."""
+        ids_BL = torch.from_numpy(self.sampler.next())
+        return model(ids_BL, targets=ids_BL)
+
+    def sampler_state(self) -> dict[str, int]:
+        """See `Task`."""
+        return self.sampler.state()
+
+    def restore_sampler(self, state: Mapping[str, int]) -> None:
+        """See `Task`."""
+        self.sampler.restore(state)
+
+    def held_out_state(self) -> dict[str, int]:
+        """See `Task`."""
+        return {"bytes": len(self.corpus.held_out), "digest": self.corpus.held_out.fingerprint()}
+
+    def evaluate(
+        self, model: ARBModel, max_items: int | None, progress: Callable[[int, int], None] | None
+    ) -> Evaluation:
+        """See `Task`."""
+        # A copy: a view of a file would be read long after the file was looked at.
+        data = np.array(self.corpus.held_out.as_array(HELD_OUT_BYTES))
+        return bits_per_byte(model, data, self.bytes_per_item, max_windows=max_items, progress=progress)
+
+
+class CaptionTask:
+    """Images ahead of their captions; the loss is of the captions' bytes and of the EOS behind them.
+
+    Measured in bits per byte of held-out captions, EOS counted as one, and as the share of captions that the
+    model writes right, byte for byte, when it always takes the likeliest.
+
+    Args:
+        config: of the run.
+        corpus: its data.
+    """
+
+    unit = "images"
+
+    def __init__(self, config: RunConfig, corpus: ImageCorpus) -> None:
+        self.corpus = corpus
+        self.ctx = config.model.ctx
+        self.batch = config.train.batch
+        longest = max(map(len, corpus.train.captions))
+        cut = sum(len(caption) > self.ctx - WINDOW - 1 for caption in corpus.train.captions)
+        told = f"; {cut:,} captions are cut to the context of {self.ctx} bytes" if cut else ""
+        self.description = corpus.description + told
+        # Every batch as wide as the longest caption, so that what a step costs does not depend on its draw.
+        self.length = min(WINDOW + longest + 1, self.ctx)
+        self.bytes_per_item = corpus.train.geometry.bytes + self.length - WINDOW
+        patches = (config.model.image_size // config.model.image_patch) ** 2
+        self.positions_per_item = patches + self.length
+        self.held_out_bytes = sum(self._counted(caption) for caption in corpus.held_out.captions)
+        self.sampler = ImageSampler(corpus.train, self.batch, config.train.seed, augment=config.data.augment)
+
+    def next_output(self, model: ARBModel) -> ARBOutput:
+        """See `Task`."""
+        numbers, pixels = self.sampler.next()
+        ids_BL, mask_BL = framed([self.corpus.train.captions[n] for n in numbers], self.ctx, self.length)
+        return model(ids_BL, targets=ids_BL, prefix=model.encode("image", pixels), target_mask=mask_BL)
+
+    def sampler_state(self) -> dict[str, int]:
+        """See `Task`."""
+        return self.sampler.state()
+
+    def restore_sampler(self, state: Mapping[str, int]) -> None:
+        """See `Task`."""
+        self.sampler.restore(state)
+
+    def held_out_state(self) -> dict[str, int]:
+        """See `Task`."""
+        return {"bytes": self.held_out_bytes, "digest": self.corpus.held_out.fingerprint()}
+
+    def evaluate(
+        self, model: ARBModel, max_items: int | None, progress: Callable[[int, int], None] | None
+    ) -> Evaluation:
+        """See `Task`."""
+        held_out = self.corpus.held_out
+        count = len(held_out) if max_items is None else min(max_items, len(held_out))
+
+        def batches() -> Any:
+            for first in range(0, count, self.batch):
+                numbers = np.arange(first, min(first + self.batch, count))
+                captions = [held_out.captions[n] for n in numbers]
+                yield torch.from_numpy(held_out.images(numbers)), captions, *framed(captions, self.ctx)
+
+        return caption_figures(model, "image", batches(), count, progress)
+
+    def show(self, model: ARBModel) -> str:
+        """What the model says of the first held-out images, a line each."""
+        from arbitor.generate import greedy_texts
+
+        held_out = self.corpus.held_out
+        numbers = np.arange(min(SHOWN, len(held_out)))
+        lines = []
+        with torch.no_grad():
+            prefix = model.encode("image", torch.from_numpy(held_out.images(numbers)))
+            texts = greedy_texts(model, prefix, max(len(held_out.captions[n]) for n in numbers) + 1)
+        for n, text in zip(numbers, texts, strict=True):
+            said, wanted = (t.decode("utf-8", "replace") for t in (text, held_out.captions[n]))
+            lines.append(f"{said}" if said == wanted else f"{said}  (it is: {wanted})")
+        return "\n".join(lines)
+
+    def _counted(self, caption: bytes) -> int:
+        return min(len(caption) + 1, self.ctx - WINDOW)
+
+
+def task_of(config: RunConfig, corpus: ByteCorpus | ImageCorpus) -> TextTask | CaptionTask:
+    """The task that belongs to some data."""
+    return CaptionTask(config, corpus) if isinstance(corpus, ImageCorpus) else TextTask(config, corpus)
+
+
+def framed(captions: Sequence[bytes], ctx: int, length: int | None = None) -> tuple[Tensor, Tensor]:
+    """Captions as ids: three PAD, the bytes, EOS, filled up with PAD on the right, cut to `ctx`.
+
+    Args:
+        captions: B texts.
+        ctx: most ids.
+        length: L; None is what the longest caption needs.
+
+    Returns:
+        ids int64 [B, L], and bool [B, L]: which of them are to be learnt, the bytes and EOS.
+    """
+    needed = min(ctx, WINDOW + 1 + max(map(len, captions)))
+    length = needed if length is None else length
+    ids_BL = torch.full((len(captions), length), PAD, dtype=torch.int64)
+    mask_BL = torch.zeros((len(captions), length), dtype=torch.bool)
+    for row, caption in enumerate(captions):
+        ids = torch.tensor([*caption, EOS])[: length - WINDOW]
+        ids_BL[row, WINDOW : WINDOW + len(ids)] = ids
+        mask_BL[row, WINDOW : WINDOW + len(ids)] = True
+    return ids_BL, mask_BL

@@ -23,6 +23,10 @@ DEVICES = ("auto", "cpu", "cuda")
 
 MAX_MOTIF_TRITS = 15
 MEMORY_ROWS = 1 << 15  # rows of each hash table of a memory that is asked for without a size
+ENCODER_FIELDS = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio", "hidden_act", "layer_norm_eps"),
+    *("image_size", "patch_size", "num_channels", "qkv_bias", "use_swiglu_ffn"),
+)  # what a frozen image encoder is made from
 IMAGE_SIZE = 224  # pixels a side of the images of a model that is asked to see
 
 _WIDTH = (1, 1 << 20)
@@ -148,6 +152,8 @@ class ModelConfig:
             out. A multiple of `image_patch`.
         image_patch: Pixels a side of a patch; an image is (image_size / image_patch)^2 positions.
         image_channels: 1 for grey, 3 for colour.
+        image_encoder: Architecture of a frozen encoder ahead of the patch embedding, as a line of JSON (see
+            `arbitor.sidecars.encoder`); empty is none.
     """
 
     vocab_size: int = 288
@@ -185,6 +191,7 @@ class ModelConfig:
     image_size: int = 0
     image_patch: int = 16
     image_channels: int = 3
+    image_encoder: str = ""
 
     @property
     def has_motifs(self) -> bool:
@@ -263,6 +270,28 @@ class ModelConfig:
                 f"image_size {self.image_size} is no multiple of image_patch {self.image_patch}; "
                 "give sizes that divide"
             )
+        if self.image_encoder:
+            self._check_encoder()
+
+    def _check_encoder(self) -> None:
+        import json
+
+        try:
+            fields = json.loads(self.image_encoder)
+            patch, channels = fields["patch_size"], fields["num_channels"]
+            complete = sorted(fields) == sorted(ENCODER_FIELDS)
+        except (ValueError, TypeError, KeyError, RecursionError):
+            complete = False
+        if not complete:
+            raise UserError(
+                "image_encoder is no line of JSON with the architecture of an encoder; "
+                "--image-encoder writes one"
+            )
+        if (patch, channels) != (self.image_patch, self.image_channels):
+            raise UserError(
+                f"image_patch is {self.image_patch} and image_channels {self.image_channels}; the encoder "
+                f"takes {patch} and {channels}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -338,12 +367,14 @@ class DataConfig:
             tenth of the data (a twentieth of the embedded corpus).
         field: Name of the field that holds the text in .jsonl files.
         augment: Whether images are shifted and turned a little at random.
+        encoder: Folder or hub name that a new model's frozen image encoder takes its weights from.
     """
 
     data: tuple[str, ...] = ()
     held_out: str | None = None
     field: str = "text"
     augment: bool = True
+    encoder: str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.held_out, (int, float)) and not isinstance(self.held_out, bool):

@@ -73,7 +73,7 @@ class MatrixCapture(Capture):
         self._additions = 0
 
     def _add_pair(self, *pair: Tensor) -> None:
-        """Add a use: A, B, and what else `_product` needs; without tokens it adds nothing."""
+        """Add a use: A, B, and what else `product` needs; without tokens it adds nothing."""
         activations, output_gradient, *rest = pair
         if not len(activations):
             return
@@ -82,10 +82,10 @@ class MatrixCapture(Capture):
         self._pairs.append((activations, output_gradient, *rest))
         size = math.prod(self._shape) * output_gradient.element_size()
         if self._dense is not None or sum(a.nbytes + b.nbytes for a, b, *_ in self._pairs) >= size:
-            gradient, self._pairs = self._product(), []
+            gradient, self._pairs = self.product(), []
             self.add_dense(gradient)
 
-    def _product(self) -> Tensor:
+    def product(self) -> Tensor:
         """dW of all pairs together, in the dtype of their output gradients."""
         raise NotImplementedError
 
@@ -163,7 +163,8 @@ class GradientCapture(MatrixCapture):
     def _joined(self) -> tuple[Tensor, Tensor]:
         return _cat([a for a, _ in self._pairs]), _cat([b for _, b in self._pairs])
 
-    def _product(self) -> Tensor:
+    def product(self) -> Tensor:
+        """dW of all pairs, [O, I]."""
         activations, output_gradient = self._joined()
         with outside_autocast():
             return output_gradient.t() @ activations.to(output_gradient.dtype)
@@ -174,8 +175,8 @@ class GradientCapture(MatrixCapture):
             if self._dense is None:
                 raise ValueError("nothing was captured")
             return self._dense
-        product = self._product()
-        return product if self._dense is None else self._dense.to(_wide(self._dense)) + product
+        formed = self.product()
+        return formed if self._dense is None else self._dense.to(_wide(self._dense)) + formed
 
 
 class ExpertCapture(MatrixCapture):
@@ -216,7 +217,7 @@ class ExpertCapture(MatrixCapture):
         gradients = torch.cat([b for _, b, _ in self._pairs])
         return activations[order], gradients[order], offsets
 
-    def _product(self) -> Tensor:
+    def product(self) -> Tensor:
         """Zero for an expert without rows."""
         activations, output_gradient, offsets = self.sorted_rows()
         with outside_autocast():

@@ -24,7 +24,7 @@ from arbitor.ternary.rules import get_rule
 from arbitor.ternary.step import Step
 from arbitor.ternary.tensor import RESIDUAL_UNITS, IntegerModule, TernaryScaleTensor, named_ternary
 from arbitor.ternary.tied import untied
-from arbitor.ternary.update import VoteConstants
+from arbitor.ternary.update import StepNumbers, VoteConstants
 
 TABLE_STEP = 32  # table units (1/64 of a weight) a trit of learning rate: lr / 2 * 64
 SIGN_THRESHOLD = 32
@@ -136,6 +136,9 @@ class VoteOptimizer(torch.optim.Optimizer):
         self._last_ok = torch.ones((), dtype=torch.bool, device=weights[0].device)
         self._loss_ok: Tensor | None = None
         self.update_scales = True
+        self._votes_on_scales = False
+        self._numbers: dict[torch.device, StepNumbers] = {}
+        self._streams: dict[tuple[str, ...], Tensor] = {}
         self._flips: dict[str, Tensor] = {}
         for module in self._modules.values():
             self._attach(module)
@@ -310,7 +313,6 @@ class VoteOptimizer(torch.optim.Optimizer):
         ok = torch.isfinite(loss.detach()).all()
         self._loss_ok = ok if self._loss_ok is None else self._loss_ok & ok
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Turn captured gradients into votes, flips and new momentum; then drop them.
 
@@ -326,11 +328,41 @@ class VoteOptimizer(torch.optim.Optimizer):
         Raises:
             UserError: a rate in `param_groups` is not finite or negative; nothing has changed.
         """
-        _refuse_bad_rates(self.param_groups[0])
         loss = None
         if closure is not None:
+            _refuse_bad_rates(self.param_groups[0])
             with torch.enable_grad():
                 loss = closure()
+        self.prepare()
+        self.apply()
+        return loss
+
+    def prepare(self) -> None:
+        """The host's part of a step: whatever changes from one to the next is written to the devices.
+
+        A CUDA graph that recorded `apply` reads it there. Nothing waits for a device.
+
+        Raises:
+            UserError: a rate in `param_groups` is not finite or negative; nothing has changed.
+        """
+        group = self.param_groups[0]
+        _refuse_bad_rates(group)
+        vote = 1.0 if self.rule == "sign" else float(group["lr"]) * self.span
+        scale = float(group["scale_lr"]) * self.e_accum_threshold if self.update_scales else 0.0
+        self._votes_on_scales = scale > 0
+        for device in self._devices():
+            if device not in self._numbers:
+                self._numbers[device] = StepNumbers(device)
+            self._numbers[device].write(self.step_count, vote, float(group["lr"]) * TABLE_STEP, scale)
+        self.step_count += 1
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """The devices' part of the step that was prepared: captured gradients become votes, and are dropped.
+
+        On a GPU it may be recorded into a CUDA graph, unless an expert's matrices are too large for the
+        workspace, or a memory is on the host.
+        """
         captured = {
             name: m for name, m in self._modules.items() if m.capture is not None and not m.capture.empty
         }
@@ -338,11 +370,15 @@ class VoteOptimizer(torch.optim.Optimizer):
         self._flips = {}
         if ok.is_cuda or bool(ok):
             self._update_all(captured, ok)
-        self.step_count += 1
         self._last_ok = ok
         self._dropped += ~ok
         self.zero_grad()
-        return loss
+
+    def _devices(self) -> set[torch.device]:
+        """Where there is something to update."""
+        buffers = (next(counters.buffers(), None) for counters in self._counters.values())
+        counted = {self._last_ok.device if buffer is None else buffer.device for buffer in buffers}
+        return {module.stored.device for module in self._modules.values()} | counted
 
     def _all_finite(self, modules: Iterable[IntegerModule]) -> Tensor:
         """One flag on the device: the noted loss and every captured gradient are finite."""
@@ -361,25 +397,22 @@ class VoteOptimizer(torch.optim.Optimizer):
 
     @outside_autocast()
     def _update_all(self, captured: Mapping[str, IntegerModule], ok: Tensor) -> None:
-        group = self.param_groups[0]
         constants = VoteConstants(
             rule=self.rule,
-            step=1.0 if self.rule == "sign" else float(group["lr"]) * self.span,
             span=self.span,
             threshold=self.accum_threshold,
             rail=self.rail,
             momentum_bits=self.kind.momentum_bits,
             beta=self.kind.beta,
-            scale_step=float(group["scale_lr"]) * self.e_accum_threshold if self.update_scales else 0.0,
+            votes_on_scales=self._votes_on_scales,
             scale_threshold=self.e_accum_threshold,
             workspace_weights=self.kind.workspace_bytes // WORKSPACE_BYTES_PER_WEIGHT,
         )
-        step = Step(self.state, constants, self.seed, self.step_count, ok)
+        step = Step(self.state, constants, self.seed, self._numbers, self._streams, ok)
         step.update_matrices(captured)
-        table_step = float(group["lr"]) * TABLE_STEP
         for name, module in captured.items():
             if isinstance(module, Int8Weights):
-                step.update_int8(name, module, table_step, self.kind.table_beta)
+                step.update_int8(name, module, self.kind.table_beta)
         for name, counters in self._counters.items():
             step.advance(name, counters)
         self._flips = step.flips

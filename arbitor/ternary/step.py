@@ -20,13 +20,20 @@ from torch import Tensor
 from arbitor.ops.expert_linear import busy_experts
 from arbitor.ops.int8_table import int8_table_update
 from arbitor.ops.momentum import momentum_fold
-from arbitor.ops.random_bits import random_bits, skip, stream_keys
+from arbitor.ops.random_bits import random_bits, skip, step_keys
 from arbitor.ops.rows import write_rows
 from arbitor.ternary.capture import ExpertCapture, GradientCapture, RowCapture
 from arbitor.ternary.counters import IntegerCounters
 from arbitor.ternary.layers import Int8Weights, TernaryEmbeddingTable
 from arbitor.ternary.tensor import IntegerModule, TernaryScaleTensor
-from arbitor.ternary.update import LOOKAHEAD, MatrixBatch, VoteConstants, update_dense, update_factored
+from arbitor.ternary.update import (
+    LOOKAHEAD,
+    MatrixBatch,
+    StepNumbers,
+    VoteConstants,
+    update_dense,
+    update_factored,
+)
 
 _MATRIX_STATE = ("T_accum", "E_accum", "M", "M_exp")
 
@@ -37,7 +44,9 @@ class Step:
     Args:
         state: the optimizer's state by parameter.
         constants: of the votes.
-        seed, number: of the random bits.
+        seed: of the random bits.
+        numbers: of the step, on every device where there is something to update.
+        streams: numbers of random streams by their names, which are kept from step to step.
         ok: bool scalar on the device: False keeps every bit of weights and state.
 
     Attributes:
@@ -49,13 +58,15 @@ class Step:
         state: Mapping[Tensor, dict[str, Tensor]],
         constants: VoteConstants,
         seed: int,
-        number: int,
+        numbers: Mapping[torch.device, StepNumbers],
+        streams: dict[tuple[str, ...], Tensor],
         ok: Tensor,
     ) -> None:
         self.state = state
         self.constants = constants
         self.seed = seed
-        self.number = number
+        self.numbers = numbers
+        self.streams = streams
         self.ok = ok
         self.flips: dict[str, Tensor] = {}
 
@@ -74,8 +85,8 @@ class Step:
         for names, stays_factored in self._groups(singles):
             self._update_group({name: singles[name] for name in names}, stays_factored)
 
-    def update_int8(self, name: str, module: Int8Weights, step: float, beta: float) -> None:
-        """A byte table, or a vector as a table of one row: steps of `step` units against the sign."""
+    def update_int8(self, name: str, module: Int8Weights, beta: float) -> None:
+        """A byte table, or a vector as a table of one row: steps against the sign."""
         assert isinstance(module.capture, GradientCapture)
         state = self.state[module.q]
         gradient = module.capture.gradient().to(torch.float32)
@@ -84,6 +95,7 @@ class Step:
         direction = momentum_fold(
             gradient, state["M"], state["M_exp"], bits, active[:, None], 8, beta, LOOKAHEAD
         )
+        step = self.numbers[gradient.device].table
         int8_table_update(module.q.view(gradient.shape), direction, step, bits, active)
 
     def advance(self, name: str, counters: IntegerCounters) -> None:
@@ -122,7 +134,7 @@ class Step:
             2 * tokens < min(module.out_features, module.in_features)
             and constants.rule == "spectral"
             and constants.momentum_bits == 0
-            and constants.scale_step == 0
+            and not constants.votes_on_scales
             and module.E.shape[-1] == 1
             and not isinstance(module, TernaryEmbeddingTable)
         )
@@ -133,7 +145,7 @@ class Step:
         tensors = [self._tensors(module) for module in modules]
         parts = {key: _stack([t[key] for t in tensors]) for key in tensors[0]}
         keys, scale_keys = self._matrix_keys(list(group), device)
-        batch = _batch(parts, modules[0].group, keys, scale_keys)
+        batch = _batch(parts, modules[0].group, keys, scale_keys, self.numbers[device])
         captures = [m.capture for m in modules if isinstance(m.capture, GradientCapture)]
         if stays_factored:
             factors = [capture.factors() for capture in captures]
@@ -170,6 +182,11 @@ class Step:
             return total
         activations, gradients, offsets = capture.sorted_rows()
         tokens = len(activations)
+        if device.type == "cuda" and capture.experts <= size and not self._may_stay_factored(module, tokens):
+            # All at once, those without tokens as zeros: no question to the device.
+            gradient = capture.product().to(torch.float32)
+            batch = self._of_experts(name, module, slice(0, capture.experts))
+            return self._update_formed(batch, gradient).sum()
         if not self._may_stay_factored(module, tokens):
             return self._update_busy_experts(name, module, activations, gradients, offsets)
         owner = torch.searchsorted(offsets, torch.arange(tokens, device=device), right=True)
@@ -229,7 +246,8 @@ class Step:
             parts,
             module.group,
             skip(keys, numbers * (module.out_features * module.in_features)),
-            skip(scale_keys, numbers * parts["E"][0].numel()),
+            None if scale_keys is None else skip(scale_keys, numbers * parts["E"][0].numel()),
+            self.numbers[numbers.device],
         )
 
     # -- tables ---------------------------------------------------------------------------------------------
@@ -260,7 +278,8 @@ class Step:
             parts,
             module.group,
             skip(keys, ids * module.in_features),
-            skip(scale_keys, ids * module.E.shape[-1]),
+            None if scale_keys is None else skip(scale_keys, ids * module.E.shape[-1]),
+            self.numbers[ids.device],
         )
         active = (gradient.any(dim=-1) & fresh)[:, None, None] & self.ok.to(ids.device)
         rule = "sign" if self.constants.rule == "sign" else "row"
@@ -280,12 +299,17 @@ class Step:
 
     def _keys(self, names: Iterable[str], device: torch.device) -> Tensor:
         """int32 [n, 2]: the random stream of each name in this step."""
-        keys = [stream_keys(self.seed, self.number, zlib.crc32(name.encode())) for name in names]
-        return torch.tensor(keys, dtype=torch.int32, device=device)
+        names = tuple(names)
+        if (streams := self.streams.get(names)) is None or streams.device != device:
+            numbers = [zlib.crc32(name.encode()) for name in names]
+            streams = torch.tensor(numbers, dtype=torch.int64).to(torch.int32).to(device)
+            self.streams[names] = streams
+        return step_keys(self.seed, self.numbers[device].count, streams)
 
-    def _matrix_keys(self, names: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Streams of matrices and of their exponents."""
-        return self._keys(names, device), self._keys([f"{name}.E" for name in names], device)
+    def _matrix_keys(self, names: list[str], device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Streams of matrices and, if they move, of their exponents."""
+        scales = self.constants.votes_on_scales
+        return self._keys(names, device), self._keys([f"{n}.E" for n in names], device) if scales else None
 
 
 def _stack(tensors: list[Tensor]) -> Tensor:
@@ -293,7 +317,13 @@ def _stack(tensors: list[Tensor]) -> Tensor:
     return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
 
 
-def _batch(parts: Mapping[str, Tensor], group: int, keys: Tensor, scale_keys: Tensor) -> MatrixBatch:
+def _batch(
+    parts: Mapping[str, Tensor],
+    group: int,
+    keys: Tensor,
+    scale_keys: Tensor | None,
+    numbers: StepNumbers,
+) -> MatrixBatch:
     return MatrixBatch(
         packed=parts["T_packed"],
         exponent=parts["E"],
@@ -303,4 +333,5 @@ def _batch(parts: Mapping[str, Tensor], group: int, keys: Tensor, scale_keys: Te
         group=group,
         keys=keys,
         scale_keys=scale_keys,
+        numbers=numbers,
     )

@@ -25,29 +25,54 @@ LOOKAHEAD = 0.95  # weight of the momentum in the direction, Nesterov's form
 
 @dataclass(frozen=True, kw_only=True)
 class VoteConstants:
-    """What a step needs to know besides gradients.
+    """What stays the same from step to step.
 
     Attributes:
         rule: name of the direction's rule.
-        step: accumulator units for a direction of 1.
         span, threshold, rail: of the accumulators.
         momentum_bits: 8, 4, or 0 for none.
         beta: of the momentum.
-        scale_step: units of the scale accumulator for a direction of 1; 0 keeps exponents.
+        votes_on_scales: whether exponents move.
         scale_threshold: units in an octave.
         workspace_weights: weights that may be worked on at once.
     """
 
     rule: str
-    step: float
     span: int
     threshold: int
     rail: int
     momentum_bits: int
     beta: float
-    scale_step: float
+    votes_on_scales: bool
     scale_threshold: int
     workspace_weights: int
+
+
+class StepNumbers:
+    """What changes from step to step, on a device, so that a CUDA graph of a step reads the present values.
+
+    Args:
+        device: where to keep it.
+
+    Attributes:
+        count: int32 scalar, the low bits of the number of the step; which random streams it draws from.
+        vote: fp32 scalar, accumulator units for a direction of 1.
+        table: fp32 scalar, units of a byte table for a direction of 1.
+        scale: fp32 scalar, units of the scale accumulator for a direction of 1.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.count = torch.zeros((), dtype=torch.int32, device=device)
+        self.vote, self.table, self.scale = (
+            torch.zeros((), dtype=torch.float32, device=device) for _ in range(3)
+        )
+
+    def write(self, count: int, vote: float, table: float, scale: float) -> None:
+        """Set all of them, without waiting for the device."""
+        self.count.fill_((count + (1 << 31)) % (1 << 32) - (1 << 31))
+        self.vote.fill_(vote)
+        self.table.fill_(table)
+        self.scale.fill_(scale)
 
 
 @dataclass(kw_only=True)
@@ -62,7 +87,8 @@ class MatrixBatch:
         momentum: codes [n, O, C] and exponents int16 [n, O, H], changed; or None.
         group: weights along I that share an exponent.
         keys: int32 [n, 2], random stream of each matrix.
-        scale_keys: int32 [n, 2], that of its exponents.
+        scale_keys: int32 [n, 2], that of its exponents; None if they stay.
+        numbers: of the step, on the device of all of these.
     """
 
     packed: Tensor
@@ -72,7 +98,8 @@ class MatrixBatch:
     momentum: tuple[Tensor, Tensor] | None
     group: int
     keys: Tensor
-    scale_keys: Tensor
+    scale_keys: Tensor | None
+    numbers: StepNumbers
 
     @property
     def in_features(self) -> int:
@@ -115,7 +142,7 @@ def update_dense(
     relative = relative_scale(batch.exponent, batch.group, batch.in_features)
     if relative is not None:
         direction.mul_(relative)
-    if constants.scale_step > 0:
+    if constants.votes_on_scales:
         update_scales(batch, direction, active, constants)
     direction = rules.get_rule(constants.rule)(direction)
     flips = torch.zeros(len(direction), dtype=torch.int64, device=direction.device)
@@ -160,6 +187,7 @@ def update_scales(batch: MatrixBatch, weighted: Tensor, active: Tensor, constant
         active: bool, as in `update_dense`.
         constants: of the step.
     """
+    assert batch.scale_keys is not None
     trits = trit_unpack(batch.packed, batch.in_features)
     groups = batch.exponent.shape[-1]
     padded = nn.functional.pad(weighted * trits, (0, groups * batch.group - batch.in_features))
@@ -174,7 +202,7 @@ def update_scales(batch: MatrixBatch, weighted: Tensor, active: Tensor, constant
         gradient,
         bits,
         active,
-        constants.scale_step,
+        batch.numbers.scale,
         constants.scale_threshold,
     )
 
@@ -232,7 +260,7 @@ def _vote(
         direction,
         batch.keys_of(rows),
         active,
-        constants.step,
+        batch.numbers.vote,
         constants.span,
         constants.threshold,
         constants.rail,

@@ -26,6 +26,7 @@ from arbitor.train.device import Device
 from arbitor.train.display import Display, Reading
 from arbitor.train.growth import graft_state, graft_weights
 from arbitor.train.metrics import EVALUATION_KEYS, STEP_KEYS, MetricsLog, seconds_so_far
+from arbitor.train.recorded import RecordedStep, can_record
 from arbitor.train.schedule import learning_rate
 from arbitor.train.signals import Interrupted, SignalGuard
 from arbitor.train.task import task_of
@@ -52,6 +53,7 @@ class Trainer:
         evaluated_step: step of the last evaluation.
         dropped_in_a_row: steps dropped since the last one that counted.
         growth: lines about what was taken over from `base`.
+        last_ok: whether the last step counted, a scalar on the device, a new one every step.
         readings: of the last step, scalars on the device: the losses of the model's parts, means over the
             micro-batches, and the parts' metrics in the last of them.
 
@@ -99,7 +101,9 @@ class Trainer:
         self.best: dict[str, Any] | None = None
         self.evaluated_step = 0
         self.dropped_in_a_row = 0
+        self.last_ok = self.optimizer.last_step_ok
         self.readings: dict[str, Tensor] = {}
+        self._recorded = RecordedStep(self._work, device.device) if can_record(self.model) else None
         if checkpoint is not None:
             checkpoint.restore_optimizer(self.optimizer)
             self._restore(checkpoint.state)
@@ -118,27 +122,36 @@ class Trainer:
         """One optimizer step over `accum` micro-batches.
 
         Returns:
-            The loss of the text, nats per byte, fp32 scalar on the device.
+            The loss of the text, nats per byte, a scalar on the device.
         """
         train = self.config.train
         lr = self.next_lr()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
             group["scale_lr"] = train.scale_lr * lr / self.peak_lr
+        batches = [tensor for _ in range(train.accum) for tensor in self.task.next_batch()]
+        self.optimizer.prepare()
+        figures = self._work(batches) if self._recorded is None else self._recorded(batches)
+        self.step += 1
+        text, self.last_ok = figures.pop("text"), figures.pop("ok")
+        self.readings = figures
+        return text
+
+    def _work(self, batches: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The device's part of a step: losses and metrics of the parts, and whether the step counted."""
+        accum = self.config.train.accum
+        width = len(batches) // accum
         totals: dict[str, Tensor] = {}
-        for _ in range(train.accum):
-            output = self.task.next_output(self.model)
+        for first in range(0, len(batches), width):
+            output = self.task.output(self.model, *batches[first : first + width])
             assert output.loss is not None
             self.optimizer.note_loss(output.loss)
-            (output.loss / train.accum).backward()
+            (output.loss / accum).backward()
             for name, loss in output.losses.items():
-                share = loss.detach() / train.accum
+                share = loss.detach() / accum
                 totals[name] = totals[name] + share if name in totals else share
-        self.optimizer.step()
-        self.step += 1
-        text = totals.pop("text")
-        self.readings = totals | self.model.part_metrics()
-        return text
+        self.optimizer.apply()
+        return totals | self.model.part_metrics() | {"ok": self.optimizer.last_step_ok}
 
     def next_lr(self) -> float:
         """Learning rate of the coming step, trits."""
@@ -301,7 +314,7 @@ class Run:
         started = time.perf_counter()
         lr = self.trainer.next_lr()
         loss = self.trainer.take_step()
-        ok = self.trainer.optimizer.last_step_ok
+        ok = self.trainer.last_ok
         self._unread.append(_Unread(self.trainer.step, lr, loss, ok))
         self._unread_seconds += time.perf_counter() - started
         if self.trainer.step % self.trainer.config.train.log_interval == 0 or self.trainer.done:

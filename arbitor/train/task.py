@@ -41,8 +41,11 @@ class Task(Protocol):
     positions_per_item: int
     held_out_bytes: int
 
-    def next_output(self, model: ARBModel) -> ARBOutput:
-        """The model's output, with its loss, on the next batch."""
+    def next_batch(self) -> tuple[Tensor, ...]:
+        """The next batch, on the host; every time of the same shapes and dtypes."""
+
+    def output(self, model: ARBModel, *batch: Tensor) -> ARBOutput:
+        """The model's output, with its loss, on a batch of any device."""
 
     def sampler_state(self) -> dict[str, int]:
         """The position in the data."""
@@ -76,9 +79,13 @@ class TextTask:
         self.held_out_bytes = len(corpus.held_out)
         self.sampler = Sampler(corpus.train, config.train.batch, config.model.ctx, config.train.seed)
 
-    def next_output(self, model: ARBModel) -> ARBOutput:
+    def next_batch(self) -> tuple[Tensor, ...]:
+        """See `Task`: ids [B, L]."""
+        return (torch.from_numpy(self.sampler.next()),)
+
+    def output(self, model: ARBModel, *batch: Tensor) -> ARBOutput:
         """See `Task`."""
-        ids_BL = torch.from_numpy(self.sampler.next())
+        (ids_BL,) = batch
         return model(ids_BL, targets=ids_BL)
 
     def sampler_state(self) -> dict[str, int]:
@@ -131,10 +138,14 @@ class CaptionTask:
         self.held_out_bytes = sum(self._counted(caption) for caption in corpus.held_out.captions)
         self.sampler = ImageSampler(corpus.train, self.batch, config.train.seed, augment=config.data.augment)
 
-    def next_output(self, model: ARBModel) -> ARBOutput:
-        """See `Task`."""
+    def next_batch(self) -> tuple[Tensor, ...]:
+        """See `Task`: ids [B, L], which of them count [B, L], and pixels."""
         numbers, pixels = self.sampler.next()
-        ids_BL, mask_BL = framed([self.corpus.train.captions[n] for n in numbers], self.ctx, self.length)
+        return *framed([self.corpus.train.captions[n] for n in numbers], self.ctx, self.length), pixels
+
+    def output(self, model: ARBModel, *batch: Tensor) -> ARBOutput:
+        """See `Task`."""
+        ids_BL, mask_BL, pixels = batch
         return model(ids_BL, targets=ids_BL, prefix=model.encode("image", pixels), target_mask=mask_BL)
 
     def sampler_state(self) -> dict[str, int]:

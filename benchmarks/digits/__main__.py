@@ -127,7 +127,7 @@ def measure(
 def train(trainee: Trainee, task: CaptionTask, steps: int) -> None:
     """All steps of a run."""
     for step in range(steps):
-        loss = task.next_output(trainee.model).loss
+        loss = task.output(trainee.model, *task.next_batch()).loss
         assert loss is not None
         loss.backward()
         trainee.step(learning_rate(step, steps, 1.0))

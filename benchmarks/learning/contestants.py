@@ -14,6 +14,7 @@ from arbitor.model import ARBModel
 from arbitor.ternary import VoteOptimizer
 from arbitor.ternary.optimizer import STATES, StateKind
 from arbitor.ternary.tensor import TernaryScaleTensor
+from arbitor.train.recorded import can_record
 from benchmarks.learning.twins import BitLinear, DenseLinear, FloatTable, make_twin
 
 BETAS = (0.9, 0.95)
@@ -126,13 +127,32 @@ class Trainee:
             for group in optimizer.param_groups
         ]
 
+    @property
+    def can_record(self) -> bool:
+        """Whether `loss`, backward and `apply` may be recorded into a CUDA graph."""
+        return all(isinstance(o, VoteOptimizer) for o in self.optimizers) and can_record(self.model)
+
     def step(self, share: float) -> None:
         """One optimizer step with `share` of the peak learning rates; gradients are dropped afterwards."""
-        if self._clipped:
-            torch.nn.utils.clip_grad_norm_(self._clipped, CLIP_NORM)
+        self.prepare(share)
+        self.apply()
+
+    def prepare(self, share: float) -> None:
+        """The host's part of a step."""
         for group, peaks in self._peaks:
             group.update({name: peak * share for name, peak in peaks.items()})
         for optimizer in self.optimizers:
+            if isinstance(optimizer, VoteOptimizer):
+                optimizer.prepare()
+
+    def apply(self) -> None:
+        """The device's part of the step that was prepared."""
+        if self._clipped:
+            torch.nn.utils.clip_grad_norm_(self._clipped, CLIP_NORM)
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, VoteOptimizer):
+                optimizer.apply()
+                continue
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 

@@ -5,13 +5,14 @@ Shape letters: B windows of a step, L bytes of a window.
 
 import datetime
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from arbitor.evaluate import bits_per_byte
+from arbitor.train.recorded import RecordedStep
 from arbitor.train.schedule import learning_rate
 from benchmarks.learning.contestants import Run, Trainee, build
 from benchmarks.learning.sizes import Size
@@ -46,13 +47,20 @@ def train(
     starts = torch.randint(len(text) - ctx + 1, (size.steps, size.batch, 1), generator=generator)
     starts = starts.to(text.device)
     within_L = torch.arange(ctx, device=text.device)
+
+    def work(batch: Sequence[Tensor]) -> dict[str, Tensor]:
+        (ids_BL,) = batch
+        loss = trainee.model(ids_BL, targets=ids_BL).loss
+        loss.backward()
+        trainee.apply()
+        return {"loss": loss}
+
+    take_step = RecordedStep(work, text.device) if trainee.can_record else work
     for step in range(size.steps):
         if step % DEADLINE_EVERY == 0 and out_of_time():
             return False
-        ids_BL = text[starts[step] + within_L].long()
-        loss = trainee.model(ids_BL, targets=ids_BL).loss
-        loss.backward()
-        trainee.step(learning_rate(step, size.steps, 1.0))
+        trainee.prepare(learning_rate(step, size.steps, 1.0))
+        take_step([text[starts[step] + within_L].long()])
         if after_step is not None:
             after_step(step + 1)
     return True

@@ -149,5 +149,5 @@ def test_opcheck_gather_and_update():
     torch.library.opcheck(torch.ops.arbitor.int8_gather, (q, exponent, torch.tensor([[1, 2], [3, 1]])))
     bits = torch.zeros(q.shape, dtype=torch.int32)
     active = torch.ones(9, dtype=torch.bool)
-    arguments = (q, torch.ones(q.shape), 1.5, bits, active)
+    arguments = (q, torch.ones(q.shape), torch.tensor(1.5), bits, active)
     torch.library.opcheck(torch.ops.arbitor.int8_table_update, arguments)

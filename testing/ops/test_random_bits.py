@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from arbitor.ops.random_bits import random_bits, stream_keys
+from arbitor.ops.random_bits import random_bits, step_keys, stream_keys
 from testing import oracles
 
 # The hash is part of the checkpoint format: a resumed run must draw the numbers that it would have drawn.
@@ -55,6 +55,21 @@ def test_known_answers_follow_from_the_definition(stream):
     keys = oracles.stream_keys(stream["seed"], stream["step"], stream["tensor"])
     assert list(keys) == stream["keys"]
     assert [oracles.random_word(keys, i) for i in GOLDEN["elements"]] == stream["words"]
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("seed", [0, -1, 7, 2**31, 2**63 - 1, -(2**63)])
+def test_keys_of_a_step_on_a_device_are_those_of_the_host(monkeypatch, backend, seed):
+    if backend == "triton":
+        pytest.importorskip("triton")
+        monkeypatch.setenv("ARB_TERNARY_BACKEND", "triton")
+    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    tensors = [0, 1, -1, 2**31 - 1, -(2**31), *range(5, 300)]
+    numbers = torch.tensor(tensors, dtype=torch.int32, device=device)
+    for step in (0, 1, 12345, 2**31 - 1, -(2**31), -1):
+        keys = step_keys(seed, torch.tensor(step, dtype=torch.int32, device=device), numbers)
+        assert keys.dtype == torch.int32
+        assert keys.tolist() == [list(stream_keys(seed, step, tensor)) for tensor in tensors]
 
 
 def test_keys_are_int32():

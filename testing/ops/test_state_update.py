@@ -247,7 +247,8 @@ def test_opcheck_state_update():
     trits = torch.randint(-1, 2, (2, 3, 33), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
     direction = torch.randn(trits.shape, generator=torch.Generator().manual_seed(1)) * 40
     bits, active = random_words(*trits.shape), torch.tensor([True, False])[:, None, None]
-    arguments = (trit_pack(trits), torch.zeros_like(trits), direction, bits, active, 1.0, 128, 64, 63, False)
+    arguments = (trit_pack(trits), torch.zeros_like(trits), direction, bits, active)
+    arguments += (torch.tensor(1.0), 128, 64, 63, False)
     torch.library.opcheck(torch.ops.arbitor.state_update, arguments)
 
 
@@ -260,7 +261,7 @@ def test_opcheck_scale_update():
         direction,
         bits,
         torch.tensor([True, False])[:, None, None],
-        1.0,
+        torch.tensor(1.0),
         32,
     )
     torch.library.opcheck(torch.ops.arbitor.scale_update, arguments)

@@ -169,9 +169,9 @@ def test_tracking_reports_the_best_point_wherever_it_stands(monkeypatch, figures
     """Two evaluations on the way, after steps 2 and 4, and the last one."""
     given, steps = iter(figures), []
     monkeypatch.setattr(training, "_evaluate", lambda *_: next(given))
-    step = training.Trainee.step
+    prepare = training.Trainee.prepare
     monkeypatch.setattr(
-        training.Trainee, "step", lambda self, share: (steps.append(share), step(self, share))
+        training.Trainee, "prepare", lambda self, share: (steps.append(share), prepare(self, share))
     )
     size = dataclasses.replace(MICRO, steps=6, track_every=2)
     row = measure(Run("dense-adamw", 0.05, 0), size, text_tensor(), text_tensor().numpy())

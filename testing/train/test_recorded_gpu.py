@@ -1,0 +1,115 @@
+"""Steps that a GPU replays from a graph are those that it takes without one."""
+
+import pytest
+import torch
+
+from arbitor.config import preset
+from arbitor.data import open_corpus
+from arbitor.train.checkpoint import load_checkpoint
+from arbitor.train.device import deterministic, resolve_device
+from arbitor.train.loop import Trainer
+from arbitor.train.recorded import WARM_UP, can_record
+from testing.train.test_model_parts import PARTS
+
+pytestmark = pytest.mark.gpu
+
+STEPS = WARM_UP + 5
+KINDS = {
+    "text": {},
+    "compact": {"state": "compact"},
+    "lean": {"state": "lean"},
+    "scales": {"scale_lr": 0.01},
+    "micro-batches": {"accum": 2},
+    "T32": {"tscale": "T32"},
+    "sign": {"rule": "sign"},
+    "parts": {**PARTS, "max_moe_iters": 1},
+    "experts, lean": {**PARTS, "max_moe_iters": 1, "state": "lean"},
+}
+
+
+@pytest.fixture
+def make(settings, workplace):
+    """make(recorded, checkpoint=None, **settings) -> a trainer on the GPU."""
+    device = resolve_device("cuda")
+
+    def trainer(recorded, checkpoint=None, **changes):
+        values = {**settings, "device": "cuda", "steps": STEPS, **changes}
+        made = Trainer(preset("tiny", **values), open_corpus(["data.txt"]), device, checkpoint)
+        assert can_record(made.model)
+        if not recorded:
+            made._recorded = None
+        return made
+
+    return trainer
+
+
+def kept(trainer):
+    return dict(trainer.model.state_dict()) | trainer.optimizer.named_state()
+
+
+def steps(trainer, count):
+    """Losses, whether they counted, all readings and flip rates, of `count` steps."""
+    seen = []
+    for _ in range(count):
+        loss = trainer.take_step()
+        scalars = {**trainer.readings, "loss": loss, "ok": trainer.last_ok}
+        seen.append({k: float(v) for k, v in scalars.items()} | {"flips": trainer.optimizer.flip_rate()})
+    return seen
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_replayed_steps_equal_others(make, kind):
+    results = []
+    for recorded in (False, True):
+        with deterministic(3, torch.device("cuda")):
+            trainer = make(recorded, **KINDS[kind])
+            seen = steps(trainer, STEPS)
+            assert (trainer._recorded is not None and trainer._recorded.recorded) == recorded
+            results.append((seen, kept(trainer), trainer.optimizer.hyperparameters()))
+    (plain, state, values), (replayed, replayed_state, replayed_values) = results
+    assert replayed == plain
+    assert replayed_values == values
+    assert [name for name in state if not torch.equal(state[name], replayed_state[name])] == []
+    assert len({step["loss"] for step in replayed}) == STEPS
+
+
+def test_an_evaluation_between_replays_changes_nothing(make):
+    results = []
+    for evaluate in (False, True):
+        with deterministic(3, torch.device("cuda")):
+            trainer = make(True)
+            steps(trainer, WARM_UP + 2)
+            if evaluate:
+                trainer.evaluate(max_windows=4)
+            results.append(steps(trainer, STEPS - WARM_UP - 2))
+    assert results[0] == results[1]
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(make, tmp_path):
+    with deterministic(3, torch.device("cuda")):
+        whole = make(True, **PARTS, max_moe_iters=1)
+        first = steps(whole, WARM_UP + 2)
+        whole.save(tmp_path / "latest")
+        rest = steps(whole, STEPS - len(first))
+    with deterministic(4, torch.device("cuda")):
+        resumed = make(True, load_checkpoint(tmp_path / "latest"), **PARTS, max_moe_iters=1)
+        assert steps(resumed, len(rest)) == rest
+    states = kept(whole), kept(resumed)
+    assert [name for name in states[0] if not torch.equal(states[0][name], states[1][name])] == []
+
+
+def test_a_replayed_step_can_be_dropped(make):
+    with deterministic(3, torch.device("cuda")):
+        trainer = make(True)
+        steps(trainer, WARM_UP + 1)
+        before = {name: tensor.clone() for name, tensor in kept(trainer).items()}
+        embed = trainer.model.embed
+        exponent = embed.E.clone()
+        embed.E.fill_(127)  # so large that the loss is not finite
+        seen = steps(trainer, 1)
+        embed.E.copy_(exponent)
+        assert seen[0]["ok"] == 0.0
+        assert trainer.optimizer.dropped_steps == 1
+        after = kept(trainer)
+        assert [name for name in before if not torch.equal(before[name], after[name])] == []
+        assert steps(trainer, 1)[0]["ok"] == 1.0

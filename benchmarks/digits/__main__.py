@@ -17,6 +17,7 @@ from arbitor.train.task import CaptionTask
 from benchmarks.common import RESULTS, commit, provenance, slug
 from benchmarks.learning.contestants import Run, Trainee, build
 from benchmarks.learning.table import Row, Table
+from benchmarks.learning.training import stepper
 
 COLUMNS = (
     *("contestant", "lr", "seed", "steps", "batch", "image_patch", "trunk_weights", "bytes_per_weight"),
@@ -126,11 +127,15 @@ def measure(
 
 def train(trainee: Trainee, task: CaptionTask, steps: int) -> None:
     """All steps of a run."""
-    for step in range(steps):
-        loss = task.output(trainee.model, *task.next_batch()).loss
+
+    def loss_of(*batch: torch.Tensor) -> torch.Tensor:
+        loss = task.output(trainee.model, *batch).loss
         assert loss is not None
-        loss.backward()
-        trainee.step(learning_rate(step, steps, 1.0))
+        return loss
+
+    take_step = stepper(trainee, loss_of)
+    for step in range(steps):
+        take_step(learning_rate(step, steps, 1.0), *task.next_batch())
 
 
 def summary(rows: Sequence[Row]) -> str:

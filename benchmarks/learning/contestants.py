@@ -14,7 +14,6 @@ from arbitor.model import ARBModel
 from arbitor.ternary import VoteOptimizer
 from arbitor.ternary.optimizer import STATES, StateKind
 from arbitor.ternary.tensor import TernaryScaleTensor
-from arbitor.train.recorded import can_record
 from benchmarks.learning.twins import BitLinear, DenseLinear, FloatTable, make_twin
 
 BETAS = (0.9, 0.95)
@@ -69,6 +68,7 @@ CONTESTANTS = {
 }
 
 _COMPACT_LRS = (0.0175, 0.035, 0.07)
+_LEAN_LRS = (0.075, 0.1, 0.15)
 
 # Recorded attempts at better constants of the smaller states; only `--attempts` runs them.
 ATTEMPTS = {
@@ -77,8 +77,15 @@ ATTEMPTS = {
         Contestant("trits-compact-g16", _COMPACT_LRS, vote={"state": _changed("compact", momentum_group=16)}),
         Contestant("trits-compact-beta0.7", _COMPACT_LRS, vote={"state": _changed("compact", beta=0.7)}),
         Contestant("trits-compact-beta0.9", _COMPACT_LRS, vote={"state": _changed("compact", beta=0.9)}),
+        # More reluctance to flip, and more to leave a rail; the span stays 128.
+        Contestant(
+            "trits-lean-threshold96",
+            _LEAN_LRS,
+            vote={"state": _changed("lean", threshold=96, span_ratio=4 / 3, rail_ratio=2 / 3)},
+        ),
+        Contestant("trits-lean-rail96", _LEAN_LRS, vote={"state": _changed("lean", rail_ratio=1.2)}),
         # The sweep's steps are a factor 2 apart, and three seeds of lean spread over 0.036 bits per byte.
-        Contestant("trits-lean-more", (0.075, 0.1, 0.15), vote={"state": "lean"}, seeds=tuple(range(6))),
+        Contestant("trits-lean-more", _LEAN_LRS, vote={"state": "lean"}, seeds=tuple(range(6))),
     )
 }
 ALL_CONTESTANTS = CONTESTANTS | ATTEMPTS
@@ -126,11 +133,6 @@ class Trainee:
             for optimizer in optimizers
             for group in optimizer.param_groups
         ]
-
-    @property
-    def can_record(self) -> bool:
-        """Whether `loss`, backward and `apply` may be recorded into a CUDA graph."""
-        return all(isinstance(o, VoteOptimizer) for o in self.optimizers) and can_record(self.model)
 
     def step(self, share: float) -> None:
         """One optimizer step with `share` of the peak learning rates; gradients are dropped afterwards."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from arbitor.evaluate import bits_per_byte
-from arbitor.train.recorded import RecordedStep
+from arbitor.train.recorded import RecordedStep, can_record
 from arbitor.train.schedule import learning_rate
 from benchmarks.learning.contestants import Run, Trainee, build
 from benchmarks.learning.sizes import Size
@@ -48,22 +48,67 @@ def train(
     starts = starts.to(text.device)
     within_L = torch.arange(ctx, device=text.device)
 
-    def work(batch: Sequence[Tensor]) -> dict[str, Tensor]:
-        (ids_BL,) = batch
-        loss = trainee.model(ids_BL, targets=ids_BL).loss
+    def loss_of(*batch: Tensor) -> Tensor:
+        loss = trainee.model(*batch, targets=batch[0]).loss
+        assert loss is not None
+        return loss
+
+    take_step = stepper(trainee, loss_of)
+    for step in range(size.steps):
+        if step % DEADLINE_EVERY == 0 and out_of_time():
+            return False
+        take_step(learning_rate(step, size.steps, 1.0), text[starts[step] + within_L].long())
+        if after_step is not None:
+            after_step(step + 1)
+    return True
+
+
+def stepper(trainee: Trainee, loss_of: Callable[..., Tensor]) -> Callable[..., None]:
+    """How to take a step of any contestant: (share of the peak rates, tensors of the batch) -> None.
+
+    On a GPU steps are replayed from a graph: of trits all of them, of floats the forward and the backward,
+    since torch's optimizers read their rates on the host.
+
+    Args:
+        trainee: model and optimizers.
+        loss_of: (tensors of the batch) -> loss.
+    """
+    recording = can_record(trainee.model)
+    floats = [parameter for parameter in trainee.model.parameters() if parameter.requires_grad]
+    gradients: list[Tensor | None] = []
+
+    def whole(batch: Sequence[Tensor]) -> dict[str, Tensor]:
+        loss = loss_of(*batch)
         loss.backward()
         trainee.apply()
         return {"loss": loss}
 
-    take_step = RecordedStep(work, text.device) if trainee.can_record else work
-    for step in range(size.steps):
-        if step % DEADLINE_EVERY == 0 and out_of_time():
-            return False
-        trainee.prepare(learning_rate(step, size.steps, 1.0))
-        take_step([text[starts[step] + within_L].long()])
-        if after_step is not None:
-            after_step(step + 1)
-    return True
+    def backward(batch: Sequence[Tensor]) -> dict[str, Tensor]:
+        for parameter in floats:
+            parameter.grad = None  # so that a recording's gradients are its own and are not added to
+        loss = loss_of(*batch)
+        loss.backward()
+        gradients[:] = [parameter.grad for parameter in floats]
+        return {"loss": loss}
+
+    if not recording or not floats:
+        all_of_it = RecordedStep(whole, trainee.model.device) if recording else whole
+
+        def take_step(share: float, *batch: Tensor) -> None:
+            trainee.prepare(share)
+            all_of_it(batch)
+
+        return take_step
+    forth_and_back = RecordedStep(backward, trainee.model.device)
+
+    def take_float_step(share: float, *batch: Tensor) -> None:
+        trainee.prepare(share)
+        forth_and_back(batch)
+        for parameter, gradient in zip(floats, gradients, strict=True):
+            parameter.grad = gradient
+        trainee.apply()
+
+    return take_float_step
 
 
 def measure(

@@ -50,6 +50,12 @@ class _Quantize(torch.autograd.Function):
         return fsq_backward(dy, x)
 
 
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`fsq` with a gradient: float [..., K] -> codes of trits [..., K], and their ids int64 [...]."""
+    code, ids = _Quantize.apply(x)
+    return code, ids
+
+
 class VQBridge(nn.Module):
     """h + up(code), with code = quantise(down(h)).
 
@@ -89,7 +95,7 @@ class VQBridge(nn.Module):
             x_BNC = self.down(h_BND)
             commitment = None
             if self.codebook is None:
-                code_BNC, motif_BN = _Quantize.apply(x_BNC)
+                code_BNC, motif_BN = quantize(x_BNC)
             else:
                 code_BNC, motif_BN, commitment = self.codebook(rms_norm(x_BNC))
         return BridgeOutput(h_BND + self.up(code_BNC), motif_BN, commitment)

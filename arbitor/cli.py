@@ -105,7 +105,8 @@ def train(
     run
         Name of the run, a folder under ./runs; default <preset>-1, -2, ... (with --resume: the newest).
     resume
-        Go on with the run from its latest checkpoint, with its settings; a larger --steps trains it longer.
+        Go on with the run from its latest checkpoint, with its settings; a larger --steps trains it longer,
+        --enable-vision makes a new run that starts from it.
     reset
         Delete the run of that name and start it anew.
     preset
@@ -211,7 +212,7 @@ def train(
         from arbitor.flags import PartFlags
 
         image_default: dict[str, int] = {}
-        if enable_vision and not resume:
+        if enable_vision:
             from arbitor.data.images import default_geometry
 
             image_default = default_geometry(data or ())
@@ -226,7 +227,7 @@ def train(
         )
         settings |= _part_settings(parts, preset, config, run, resume)
         if enable_vision and batch is None and preset is None and config is None and not resume:
-            settings["batch"] = VISION_BATCH
+            settings["batch"] = VISION_BATCH  # a run that is resumed or grows keeps its own
     from arbitor.train.session import start_training
 
     return start_training(

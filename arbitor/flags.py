@@ -127,11 +127,15 @@ class PartFlags:
     def refuse_contradiction(self, config: ModelConfig, where: str) -> None:
         """Raise UserError, naming the flag, if one asks for another model than that of a run.
 
+        A sidecar that the run does not have is no contradiction: the run can grow by it.
+
         Args:
             config: the run's.
             where: file that says so.
         """
         for flag, fields in self.by_flag(config).items():
+            if self.vision and not config.image_size and any(name.startswith("image_") for name in fields):
+                continue
             for name, value in fields.items():
                 if (own := getattr(config, name)) != value:
                     raise UserError(

@@ -144,7 +144,8 @@ def test_bad_command_lines(refused):
     refused(["train", "tiny"], "unexpected argument 'tiny'")
     refused(["train", "--state", "ful"], "--state", 'Did you mean "full"?')
     refused(["train", "--resume=3"], "--resume")
-    refused(["train", "--enable-vision"], "--enable-vision")
+    refused(["train", "--enable-vision", "--image-size", "0"], "--enable-vision", "--image-size 0")
+    refused([*TRAIN, "--enable-vision", "--image-patch", "5"], "no multiple of image_patch 5")
     refused(["train", "--enable-memory", "--memory-rows", "0"], "--enable-memory", "--memory-rows 0")
     refused([*TRAIN, "--memory-rows", "-5"], "--memory-rows must be between 0")
     refused([*TRAIN, "--max-moe-iters", "0"], "--max-moe-iters must be between 1")
@@ -482,6 +483,7 @@ def test_version_and_help(capsys):
     flags = (
         "preset data held-out field steps batch accum ctx state rule lr seed device config run resume reset",
         "disable-moe disable-vq disable-graph enable-memory memory-rows max-moe-iters",
+        "image-size image-patch image-channels no-augment",
         "eval-steps eval-interval save-interval no-save log-interval",
         "accum-threshold e-accum-threshold scale-lr",
     )
@@ -489,7 +491,8 @@ def test_version_and_help(capsys):
         assert f"--{flag} " in printed
     for name in PRESETS:
         assert re.search(rf"[ ,]{name}[ ,.]", printed), f"--preset does not list {name}"
-    assert "enable-vision" not in printed
+    assert "--enable-vision" in printed
+    assert "--enable-image" in printed
 
 
 def test_help_is_quick_and_loads_no_torch(repository):

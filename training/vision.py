@@ -1,4 +1,4 @@
-"""`python training/vision.py`: trains on images with captions; the same as `arbitor train --enable-vision`."""
+"""`python training/vision.py`: trains on images with captions, as `arbitor train --enable-vision`."""
 
 import sys
 

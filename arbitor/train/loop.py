@@ -24,6 +24,7 @@ from arbitor.ternary import VoteOptimizer
 from arbitor.train.checkpoint import Checkpoint, save_checkpoint
 from arbitor.train.device import Device
 from arbitor.train.display import Display, Reading
+from arbitor.train.growth import graft_state, graft_weights
 from arbitor.train.metrics import EVALUATION_KEYS, STEP_KEYS, MetricsLog, seconds_so_far
 from arbitor.train.schedule import learning_rate
 from arbitor.train.signals import Interrupted, SignalGuard
@@ -42,6 +43,7 @@ class Trainer:
         corpus: its data.
         device: where to compute.
         checkpoint: state to go on from; None begins with fresh weights from torch's global generator.
+        base: of a model with fewer parts, whose weights and training state a fresh one takes over.
 
     Attributes:
         task: batches and evaluations of the data.
@@ -49,6 +51,7 @@ class Trainer:
         best: step and held-out bits per byte of the best evaluation so far, or None.
         evaluated_step: step of the last evaluation.
         dropped_in_a_row: steps dropped since the last one that counted.
+        growth: lines about what was taken over from `base`.
         readings: of the last step, scalars on the device: the losses of the model's parts, means over the
             micro-batches, and the parts' metrics in the last of them.
 
@@ -62,13 +65,17 @@ class Trainer:
         corpus: ByteCorpus | ImageCorpus,
         device: Device,
         checkpoint: Checkpoint | None = None,
+        base: Checkpoint | None = None,
     ) -> None:
         self.config = config
         self.task = task_of(config, corpus)
         self.device = device
         train = config.train
+        self.growth: list[str] = []
         if checkpoint is None:
             self.model = ARBModel(config=config.model, device=device.device)
+            if base is not None:
+                self.growth += graft_weights(self.model, base)
         else:
             _refuse_other_model(checkpoint, config)
             self.model = checkpoint.build_model(device.device)
@@ -82,6 +89,8 @@ class Trainer:
             e_accum_threshold=train.e_accum_threshold,
             scale_lr=train.scale_lr,
         )
+        if base is not None:
+            self.growth += graft_state(self.optimizer, base)
         self.peak_lr = float(self.optimizer.param_groups[0]["lr"])
         self._held_out = self.task.held_out_state()
         self.step = 0

@@ -24,6 +24,7 @@ from arbitor.train import report, runs, swap
 from arbitor.train.checkpoint import Checkpoint, load_checkpoint
 from arbitor.train.device import Device, deterministic, resolve_device, thread_count
 from arbitor.train.display import Display, PatientOutput, format_bytes
+from arbitor.train.growth import added_sidecars
 from arbitor.train.loop import MAX_DROPPED_IN_A_ROW, Run, Trainer
 from arbitor.train.metrics import MetricsLog, refuse_busy
 from arbitor.train.plot import plot_loss
@@ -49,6 +50,9 @@ def start_training(
     A resumed run may be given more `steps` than it has, finished or not. The learning rate is then that of a
     run of so many steps: where the new cosine stands at this step, which is above where the old one had got
     to, and from there down to 0 at the new end.
+
+    Resumed with a sidecar that the run has not, its newest checkpoint grows into a new run: weights and
+    training state are taken over, steps and data begin anew, and the old run stays as it is.
 
     Args:
         settings: fields of `ModelConfig`, `TrainConfig` and `DataConfig` that were given by name.
@@ -76,6 +80,8 @@ def start_training(
                 f"arbitor finetune --resume --run {folder.name}"
             )
         config = load_config(folder / runs.CONFIG_FILE)
+        if added_sidecars(config.model, settings):
+            return _grow(folder, config, settings, preset, config_file, console)
         device = resolve_device(settings.get("device") or config.train.device)
         _refuse_contradiction(folder, config, device, settings, preset, config_file)
         longer = override(config, steps=max(settings.get("steps", 0), config.train.steps))
@@ -100,6 +106,34 @@ def start_training(
             return _train(folder, config, corpus, device, log, None, console)
     except BaseException:
         runs.remove_if_untrained(folder)  # what never took a step shall not keep the name
+        raise
+
+
+def _grow(
+    folder: Path,
+    config: RunConfig,
+    settings: Mapping[str, Any],
+    preset: str | None,
+    config_file: str | None,
+    console: Console,
+) -> int:
+    """Train a new run that starts from another one's checkpoint, with the parts that `settings` add."""
+    if preset is not None or config_file is not None:
+        given = "--preset" if preset is not None else "--config"
+        raise UserError(f"{given}: a run that grows has the settings of {folder.name!r}; leave it out")
+    base = _newest_checkpoint(folder, console)
+    with naming_flags(settings):
+        # Other data than that of the text: its settings do not mean anything for media.
+        grown = override(config, **{"data": (), "held_out": None, "field": "text", **settings})
+    device = resolve_device(grown.train.device)
+    corpus = _open(grown, settings)
+    new = runs.make_run(config.preset)
+    try:
+        with contextlib.closing(MetricsLog(new)) as log:
+            swap.write_file(new / runs.CONFIG_FILE, dump_toml(grown))
+            return _train(new, grown, corpus, device, log, None, console, base)
+    except BaseException:
+        runs.remove_if_untrained(new)
         raise
 
 
@@ -269,9 +303,12 @@ def _train(
     log: MetricsLog,
     checkpoint: Checkpoint | None,
     console: Console,
+    base: Checkpoint | None = None,
 ) -> int:
     with deterministic(config.train.seed, device.device), SignalGuard() as guard:
-        trainer = Trainer(config, corpus, device, checkpoint)
+        trainer = Trainer(config, corpus, device, checkpoint, base)
+        for line in trainer.growth:
+            console.print(line, markup=False, soft_wrap=True)
         report.show_start(console, trainer, folder)
         with Display(console, config.train.steps) as display:
             run = Run(trainer, folder, log, display, guard)

@@ -26,17 +26,27 @@ def round_straight_through(x: Tensor, limit: float) -> Tensor:
 
 
 class DenseLinear(nn.Module):
-    """y = rms_norm(x) W^T with float weights, drawn from N(0, I^-1/2); x float [..., I] -> [..., O]."""
+    """y = rms_norm(x) W^T with float weights, drawn from N(0, I^-1/2); x float [..., I] -> [..., O].
 
-    def __init__(self, in_features: int, out_features: int, device: torch.device) -> None:
+    Without `input_norm`, x is taken as it is.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, device: torch.device, *, input_norm: bool = True
+    ) -> None:
         super().__init__()
+        self.input_norm = input_norm
         self.in_features = in_features
         self.out_features = out_features
         self.weight = nn.Parameter(torch.randn(out_features, in_features, device=device) * in_features**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to x, in autocast's dtype where autocast is on."""
-        return F.linear(rms_norm(x), self.weight)
+        return F.linear(self.normed(x), self.weight)
+
+    def normed(self, x: Tensor) -> Tensor:
+        """x over its root mean square, if the layer normalises its input."""
+        return rms_norm(x) if self.input_norm else x
 
 
 class BitLinear(DenseLinear):
@@ -51,7 +61,7 @@ class BitLinear(DenseLinear):
         """Apply to x, in autocast's dtype where autocast is on."""
         mean_size = self.weight.detach().abs().mean().clamp_min(SCALE_EPS)
         trits_OI = round_straight_through(self.weight / mean_size, 1)
-        normed = rms_norm(x.float())
+        normed = self.normed(x.float())
         step = normed.detach().abs().amax(dim=-1, keepdim=True).clamp_min(SCALE_EPS) / INT8_MAX
         codes = round_straight_through(normed / step, INT8_MAX)
         product = F.linear(codes, trits_OI)
@@ -87,7 +97,9 @@ def make_twin(model: ARBModel, linear: type[DenseLinear]) -> None:
     device = model.device
     for name, module in list(model.named_modules()):
         if isinstance(module, TernaryLinear):
-            twin: nn.Module = linear(module.in_features, module.out_features, device)
+            twin: nn.Module = linear(
+                module.in_features, module.out_features, device, input_norm=module.input_norm
+            )
         elif isinstance(module, Int8Embedding):
             std = 1.0 if module.kind == "embedding" else module.dim**-0.5
             twin = FloatTable(module.num_embeddings, module.dim, std, device)

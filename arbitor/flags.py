@@ -96,7 +96,7 @@ class PartFlags:
                 )
             usual = {"image_size": IMAGE_SIZE, **self.image_default}
             given["--enable-vision"] = {"image_size": base.image_size} if base.image_size else usual
-        for name, value in self.image.items():
+        for name, value in self.image.items() if self.vision or base.image_size else ():
             given[f"{flag_of(name)} {value}"] = {name: value}
         return given
 
@@ -121,7 +121,8 @@ class PartFlags:
                 "graph to iterate"
             )
         if self.image and not config.image_size:
-            lines.append(f"{' '.join(map(flag_of, self.image))}: no effect without --enable-vision")
+            flags = " and ".join(map(flag_of, self.image))
+            lines.append(f"{flags} without --enable-vision: no effect, the model takes no images")
         return lines
 
     def refuse_contradiction(self, config: ModelConfig, where: str) -> None:

@@ -240,7 +240,7 @@ def fit(image: Any, geometry: Geometry) -> np.ndarray:
         picture = picture.resize(wanted, Image.Resampling.LANCZOS)
     square = Image.new(picture.mode, (geometry.size, geometry.size))
     square.paste(picture, ((geometry.size - picture.width) // 2, (geometry.size - picture.height) // 2))
-    pixels = np.asarray(square, dtype=np.uint8)
+    pixels = np.array(square, dtype=np.uint8)
     return pixels[None] if geometry.channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 

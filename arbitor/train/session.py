@@ -227,7 +227,7 @@ def _refuse_contradiction(
         if name == "device" and resolve_device(config.train.device).device == device.device:
             continue
         own = next(getattr(s, name) for s in (config.model, config.train, config.data) if hasattr(s, name))
-        flag = flag_of(name) if name == "save" else f"{flag_of(name)} {_shown(value)}"
+        flag = flag_of(name) if name in ("save", "augment") else f"{flag_of(name)} {_shown(value)}"
         more = " (it can only be raised)" if name == "steps" else ""
         raise UserError(f"{flag} contradicts the run's {name} = {_shown(own)}{more} in {where}")
 

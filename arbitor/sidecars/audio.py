@@ -1,4 +1,4 @@
-"""AudioVQEncoder: a waveform as a few codes of trits a frame, and back.
+"""AudioVQEncoder: a waveform as a few codes of trits a time, and back; AudioSequencer: those as positions.
 
 Shape letters: B waveforms, N samples, F frames (100 a second), T = F / 2 times (50 a second), Q codes a time,
 K trits of a code, C channels.
@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from arbitor.config import ModelConfig
 from arbitor.errors import UserError
+from arbitor.model.norm import rms_norm
 from arbitor.model.vq import quantize
 from arbitor.ops.fsq import fsq_trits
 from arbitor.sidecars.spectrum import frame_spectrum, inverse_frames, log_mel, reconstruction_loss
-from arbitor.ternary import Int8Vector, TernaryConv1d, TernaryUpsample1d
+from arbitor.ternary import Int8Embedding, Int8Vector, TernaryConv1d, TernaryUpsample1d
 
 FRAMES_PER_SECOND = 100
 STRIDE = 2  # frames of a time
@@ -197,3 +199,41 @@ class AudioVQEncoder(nn.Module):
             scale = magnitude * (real_BFK.square() + imaginary_BFK.square() + 1e-6).rsqrt()
             spectrum = torch.complex(scale * real_BFK, scale * imaginary_BFK)
             return inverse_frames(spectrum, self.window, self.hop)
+
+
+class AudioSequencer(nn.Module):
+    """A fiftieth of a second of sound as one position: rms_norm(the sum of its codes' vectors).
+
+    Attributes:
+        codec: what turns waveforms into codes. Listening and speaking do not change it.
+
+    Args:
+        config: the fields `audio_*` and `dim`.
+        device: where to make it.
+    """
+
+    def __init__(self, config: ModelConfig, device: torch.device | None = None) -> None:
+        super().__init__()
+        self.codec = AudioVQEncoder(
+            rate=config.audio_rate,
+            dim=config.audio_dim,
+            num_codes=config.audio_codes,
+            code_trits=config.audio_trits,
+            num_layers=config.audio_layers,
+            device=device,
+        )
+        self.embed = Int8Embedding(config.audio_codes * self.codec.num_values, config.dim, device=device)
+
+    def forward(self, sound: Tensor) -> Tensor:
+        """Waveforms float [B, N] at the codec's rate, or their codes int64 [B, T, Q] -> [B, T, D] of RMS 1.
+
+        Raises:
+            UserError: another shape.
+        """
+        codes_BTQ = self.codec.encode(sound) if sound.is_floating_point() else sound
+        if codes_BTQ.dim() != 3 or codes_BTQ.shape[2] != self.codec.num_codes:
+            raise UserError(
+                f"codes must have the shape (batch, times, {self.codec.num_codes}), got {tuple(sound.shape)}"
+            )
+        rows_Q = torch.arange(self.codec.num_codes, device=codes_BTQ.device) * self.codec.num_values
+        return rms_norm(self.embed(codes_BTQ + rows_Q).sum(dim=2))

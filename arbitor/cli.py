@@ -370,6 +370,9 @@ def finetune(
     *,
     data: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
     held_out: str | None = None,
+    enable_vision: Annotated[
+        bool, Parameter(name=("--enable-vision", "--enable-image"), show_default=False)
+    ] = False,
     full: Annotated[bool, Parameter(show_default=False)] = False,
     rank: Annotated[int | None, Parameter(name=("--rank", "--lora"), converter=whole)] = None,
     alpha: float | None = None,
@@ -395,6 +398,8 @@ def finetune(
         .jsonl files, folders or globs of conversations; default a small set of tasks made by code.
     held_out
         Path, or share of the conversations, to measure on; default 0.1.
+    enable_vision
+        The data is images with captions, as in `arbitor train`; default scikit-learn's digits.
     full
         Go on training the trits themselves by votes, without adapters.
     rank
@@ -433,6 +438,7 @@ def finetune(
     given = {
         "data": data,
         "held_out": held_out,
+        "vision": enable_vision or None,
         "full": full or None,
         "rank": rank,
         "alpha": alpha,

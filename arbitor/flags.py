@@ -23,6 +23,7 @@ OFF: dict[str, dict[str, Any]] = {
 _OTHER_FLAGS = {
     "save": "--no-save",
     "augment": "--no-augment",
+    "vision": "--enable-vision",
     "max_bytes": "--bytes",
 }  # not spelt as the setting
 

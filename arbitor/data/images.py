@@ -100,6 +100,11 @@ class CaptionedImages:
         chosen = np.asarray(self.pixels)[self.records[numbers], 1:]
         return chosen.reshape(-1, self.geometry.channels, self.geometry.size, self.geometry.size)
 
+    def image(self, number: int) -> np.ndarray:
+        """One image, uint8 [C, S, S], a view of where it is kept."""
+        side = self.geometry.size
+        return np.asarray(self.pixels)[self.records[number], 1:].reshape(-1, side, side)
+
     def part(self, numbers: Sequence[int]) -> "CaptionedImages":
         """Some of them, in that order."""
         return CaptionedImages(

@@ -21,8 +21,9 @@ class FinetuneConfig:
     Attributes:
         base: path of the checkpoint that it starts from.
         base_fingerprint: checksum of that checkpoint's weights.
-        data: files, folders or globs of conversations; empty is the embedded set.
+        data: files, folders or globs of conversations (or of images); empty is the embedded set.
         held_out: path, or share of the conversations, to measure on; unset, a tenth.
+        vision: whether the data is images with captions; the base must take images.
         full: whether the trits themselves go on voting; else float adapters learn beside them.
         rank: rank of an adapter.
         alpha: an adapter's update is scaled by alpha / rank; unset, twice the rank.
@@ -45,6 +46,7 @@ class FinetuneConfig:
     base_fingerprint: str
     data: tuple[str, ...] = ()
     held_out: str | None = None
+    vision: bool = False
     full: bool = False
     rank: int = 8
     alpha: float | None = None

@@ -18,10 +18,12 @@ import numpy as np
 
 from arbitor.data.contents import BadLineError, opened, parse_line
 from arbitor.data.corpus import held_out_share
+from arbitor.data.images import CaptionedImages, Geometry, open_images
 from arbitor.data.sources import Skipped, find_sources
 from arbitor.errors import UserError
 from arbitor.finetune import synthetic
 from arbitor.finetune.instructions import ROLES, Example, Message, fitted, frame
+from arbitor.train.task import framed
 
 OWN_SHARE = "0.1"
 MAX_LINE_BYTES = 16 << 20
@@ -38,12 +40,14 @@ class Instructions:
         held_out: examples to measure on; no conversation is in both.
         prompts: the held-out conversations up to their first answer, and that answer, to show samples of.
         description: one line for the user.
+        unit: what an example is, in words.
     """
 
     train: list[Example]
     held_out: list[Example]
     prompts: list[tuple[list[Message], bytes]]
     description: str
+    unit: str = "conversations"
 
     def fingerprint(self) -> str:
         """Checksum of all ids of both parts, in hexadecimal."""
@@ -53,6 +57,8 @@ class Instructions:
                 hasher.update(len(example.ids).to_bytes(8, "little"))
                 hasher.update(example.ids.astype("<i8").tobytes())
                 hasher.update(np.packbits(example.is_answer).tobytes())
+                if example.pixels is not None:
+                    hasher.update(np.ascontiguousarray(example.pixels).tobytes())
             hasher.update(b"|")
         return hasher.hexdigest()
 
@@ -100,6 +106,36 @@ def open_instructions(data: Sequence[str], held_out: str | None, ctx: int) -> In
         description=f"{name}: {len(train_examples):,} conversations to learn from, "
         f"{len(held_out_examples):,} held out{told}",
     )
+
+
+def open_captions(data: Sequence[str], held_out: str | None, ctx: int, geometry: Geometry) -> Instructions:
+    """Images whose captions are the answers; see `arbitor.data.images.open_images`.
+
+    Args:
+        data: what to read; none is scikit-learn's digits.
+        held_out: as there.
+        ctx: longest caption with what frames it, in ids; what is longer is cut.
+        geometry: of the model's images.
+
+    Raises:
+        UserError: data that cannot be used.
+    """
+    corpus = open_images(data, held_out, geometry)
+    return Instructions(
+        train=_captioned(corpus.train, ctx),
+        held_out=_captioned(corpus.held_out, ctx),
+        prompts=[],
+        description=corpus.description,
+        unit="images",
+    )
+
+
+def _captioned(images: CaptionedImages, ctx: int) -> list[Example]:
+    examples = []
+    for number, caption in enumerate(images.captions):
+        ids_1L, mask_1L = framed([caption], ctx)
+        examples.append(Example(ids_1L[0].numpy(), mask_1L[0].numpy(), images.image(number)))
+    return examples
 
 
 def read_conversations(data: Sequence[str]) -> list[list[Message]]:

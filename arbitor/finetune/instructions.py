@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arbitor.errors import UserError
+from arbitor.model import ARBModel
 from arbitor.model.sequencer import WINDOW
 from arbitor.model.vocab import CONTROL_IDS, PAD, STOP
 
@@ -50,10 +51,12 @@ class Example:
     Attributes:
         ids: int64 [L], from the PADs on.
         is_answer: bool [L], where `ids` are to be learnt.
+        pixels: uint8 [C, H, W], an image that stands ahead of the ids; None for text alone.
     """
 
     ids: np.ndarray
     is_answer: np.ndarray
+    pixels: np.ndarray | None = None
 
     @property
     def num_answer_ids(self) -> int:
@@ -84,6 +87,12 @@ def fitted(example: Example, ctx: int) -> Example | None:
         return example
     cut = Example(example.ids[:ctx], example.is_answer[:ctx])
     return cut if cut.is_answer.any() else None
+
+
+def prefix_of(model: ARBModel, examples: Sequence[Example]) -> Tensor | None:
+    """What stands ahead of the ids of a batch: float [B, P, D] of the images, or None without any."""
+    pixels = [example.pixels for example in examples if example.pixels is not None]
+    return model.encode("image", torch.from_numpy(np.stack(pixels))) if pixels else None
 
 
 def collate(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:

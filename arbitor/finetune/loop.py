@@ -18,7 +18,7 @@ import torch
 from arbitor.errors import UserError
 from arbitor.finetune.config import FinetuneConfig
 from arbitor.finetune.data import Instructions
-from arbitor.finetune.instructions import Example, answer_losses, collate
+from arbitor.finetune.instructions import Example, answer_losses, collate, prefix_of
 from arbitor.finetune.methods import Method
 from arbitor.model import ARBModel
 from arbitor.train.device import Device
@@ -86,8 +86,10 @@ def measure(model: ARBModel, examples: list[Example], batch: int) -> AnswerLoss:
     # Neighbours of like length share a batch; the sum is over all, so the order does not matter.
     ordered = sorted(examples, key=lambda example: len(example.ids))
     for first in range(0, len(ordered), batch):
-        ids_BL, is_answer_BN = collate(ordered[first : first + batch])
-        losses = answer_losses(model(ids_BL).logits, ids_BL, is_answer_BN)
+        chosen = ordered[first : first + batch]
+        ids_BL, is_answer_BN = collate(chosen)
+        logits_BNS = model(ids_BL, prefix=prefix_of(model, chosen)).logits
+        losses = answer_losses(logits_BNS, ids_BL, is_answer_BN)
         total += float(losses.double().sum())
         count += len(losses)
     return AnswerLoss(total / count, count, len(examples))
@@ -264,10 +266,11 @@ class Finetune:
         config = self.config
         lr = learning_rate(self.step, config.steps, self.method.peak_lr, config.warmup)
         chosen = batch_order(config.seed, self.step, len(self.data.train), config.batch)
-        ids_BL, is_answer_BN = collate([self.data.train[i] for i in chosen])
+        examples = [self.data.train[i] for i in chosen]
+        ids_BL, is_answer_BN = collate(examples)
         # Dropout's bits are a function of seed and step, which is what a resume knows.
         torch.manual_seed((config.seed * 1_000_003 + self.step) % (1 << 63))
-        logits_BNS, parts = self.method.forward(self.model, ids_BL)
+        logits_BNS, parts = self.method.forward(self.model, ids_BL, prefix_of(self.model, examples))
         losses = answer_losses(logits_BNS, ids_BL, is_answer_BN)
         answer_loss = losses.mean()
         applied = self.method.step(answer_loss if parts is None else answer_loss + parts, lr)

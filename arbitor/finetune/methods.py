@@ -55,7 +55,9 @@ class Method(Protocol):
 
     peak_lr: float
 
-    def forward(self, model: ARBModel, ids_BL: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, model: ARBModel, ids_BL: Tensor, prefix_BPD: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Logits [B, L - 2, S], and the weighted losses of the model's parts if they count."""
 
     def step(self, loss: Tensor, lr: float) -> bool:
@@ -98,9 +100,11 @@ class AdapterMethod:
         """Floats that learn."""
         return sum(parameter.numel() for parameter in self.parameters.values())
 
-    def forward(self, model: ARBModel, ids_BL: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, model: ARBModel, ids_BL: Tensor, prefix_BPD: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Logits; the losses of the frozen parts do not count."""
-        return model(ids_BL).logits, None
+        return model(ids_BL, prefix=prefix_BPD).logits, None
 
     def step(self, loss: Tensor, lr: float) -> bool:
         """One step of AdamW on gradients clipped to norm 1; see `Method`."""
@@ -204,11 +208,13 @@ class VoteMethod:
             held_out=config.held_out,
         )
 
-    def forward(self, model: ARBModel, ids_BL: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, model: ARBModel, ids_BL: Tensor, prefix_BPD: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Logits, and the losses of the model's parts, which train with the rest."""
         if not (model.config.has_motifs or model.config.has_core or model.config.output_router):
-            return model(ids_BL).logits, None
-        output: ARBOutput = model(ids_BL, targets=ids_BL)
+            return model(ids_BL, prefix=prefix_BPD).logits, None
+        output: ARBOutput = model(ids_BL, targets=ids_BL, prefix=prefix_BPD)
         assert output.loss is not None
         return output.logits, output.loss - output.losses["text"]
 

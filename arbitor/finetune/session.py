@@ -16,15 +16,19 @@ from rich.text import Text
 from arbitor import __version__
 from arbitor.chat import Chat
 from arbitor.config import dump_toml
+from arbitor.data.images import Geometry
 from arbitor.errors import UserError
 from arbitor.finetune.adapter import find_adapter
 from arbitor.finetune.config import CONFIG_FILE, FinetuneConfig, load_finetune
-from arbitor.finetune.data import Instructions, open_instructions
+from arbitor.finetune.data import Instructions, open_captions, open_instructions
+from arbitor.finetune.instructions import prefix_of
 from arbitor.finetune.loop import MAX_DROPPED_IN_A_ROW, Finetune
 from arbitor.finetune.lora import fingerprint
 from arbitor.finetune.methods import AdapterMethod, VoteMethod, adapter_of, verified_state
 from arbitor.flags import flag_of
+from arbitor.generate import greedy_texts
 from arbitor.model import ARBModel
+from arbitor.model.vocab import NUM_BYTES
 from arbitor.train import runs, swap
 from arbitor.train.checkpoint import Checkpoint, load_checkpoint
 from arbitor.train.device import Device, deterministic, resolve_device, thread_count
@@ -79,7 +83,7 @@ def start_finetuning(
                 f"{config.base} is not the checkpoint that {folder.name!r} was started from; put that back, "
                 "or start a new finetune"
             )
-        data = open_instructions(config.data, config.held_out, _ctx(config, model))
+        data = _open(config, model)
         with contextlib.closing(MetricsLog(folder)) as log:
             return _run(config, base, model, data, device, folder, log, console, resume=True)
     if run is not None and runs.run_path(run).exists():
@@ -93,13 +97,27 @@ def start_finetuning(
     base, model = _load_base(str(folder_of_base), device)
     config = FinetuneConfig(base=str(folder_of_base), base_fingerprint=fingerprint(model), **settings)
     _refuse_idle_settings(config, settings)
-    data = open_instructions(config.data, config.held_out, _ctx(config, model))
+    data = _open(config, model)
     if not config.full:
         adapter_of(model, config)  # what it cannot be made of is told before a folder is made
     folder = runs.make_run(f"{_base_name(folder_of_base)}-{'full' if config.full else 'lora'}", run)
     with contextlib.closing(MetricsLog(folder)) as log:
         swap.write_file(folder / CONFIG_FILE, config.dump())
         return _run(config, base, model, data, device, folder, log, console, resume=False)
+
+
+def _open(config: FinetuneConfig, model: ARBModel) -> Instructions:
+    """The data that the settings name."""
+    ctx = _ctx(config, model)
+    if not config.vision:
+        return open_instructions(config.data, config.held_out, ctx)
+    if not model.config.image_size:
+        raise UserError(
+            f"--enable-vision: the base {config.base} takes no images; `arbitor train --resume "
+            "--enable-vision` lets a run grow into one that does"
+        )
+    geometry = Geometry(size=model.config.image_size, channels=model.config.image_channels)
+    return open_captions(config.data, config.held_out, ctx, geometry)
 
 
 def list_finetunes() -> list[Path]:
@@ -280,7 +298,7 @@ def _show_start(console: Console, finetune: Finetune, base: Checkpoint) -> None:
         "base": f"{base.folder}, context {finetune.model.config.ctx} bytes",
         "learns": f"{learns}; lr {method.peak_lr:g}",
         "data": finetune.data.description,
-        "steps": f"{config.steps:,} of {config.batch} conversations",
+        "steps": f"{config.steps:,} of {config.batch} {finetune.data.unit}",
     }
     print_rows(console, rows)
     if finetune.step:
@@ -290,6 +308,16 @@ def _show_start(console: Console, finetune: Finetune, base: Checkpoint) -> None:
 
 def _samples(model: ARBModel, data: Instructions) -> str:
     """Some held-out prompts with what the model answers and what it should have."""
+    if pictured := [example for example in data.held_out[:NUM_SAMPLES] if example.pixels is not None]:
+        prefix = prefix_of(model, pictured)
+        assert prefix is not None
+        texts = greedy_texts(model, prefix, SAMPLE_BYTES)
+        wanted = [bytes(e.ids[e.is_answer & (e.ids < NUM_BYTES)].tolist()) for e in pictured]
+        pairs = [
+            (text.decode("utf-8", "replace"), right.decode("utf-8", "replace"))
+            for text, right in zip(texts, wanted, strict=True)
+        ]
+        return "".join(f"model: {text}\nright: {right}\n\n" for text, right in pairs)
     lines = []
     for messages, answer in data.prompts[:NUM_SAMPLES]:
         chat = Chat(model, temperature=0, max_bytes=SAMPLE_BYTES)
@@ -339,7 +367,7 @@ def _show_end(console: Console, finetune: Finetune, summary: Mapping[str, Any], 
     rows = {
         "answers": f"held-out loss {before:.4f} -> {after:.4f} nats per byte "
         f"({-summary['reduction']:+.1%}), over {summary['held_out_answer_bytes']:,} bytes of "
-        f"{summary['held_out_conversations']:,} conversations",
+        f"{summary['held_out_conversations']:,} {finetune.data.unit}",
         "base": f"{config.base}: {base}",
         "time": format_seconds(finetune.seconds),
         "run": f"{folder}: metrics.jsonl, loss.png, sample.txt, summary.json, latest/ best/ final/",
@@ -348,7 +376,9 @@ def _show_end(console: Console, finetune: Finetune, summary: Mapping[str, Any], 
     print_rows(console, rows)
     console.print()
     console.print(Text(printable(samples)), soft_wrap=True)
-    console.print(Text(f"next: arbitor chat {shlex.quote(folder.name)}"), soft_wrap=True)
+    name = shlex.quote(folder.name)
+    use = f"generate {name} --image FILE --temperature 0" if config.vision else f"chat {name}"
+    console.print(Text(f"next: arbitor {use}"), soft_wrap=True)
 
 
 def _stopped(finetune: Finetune, diverged: bool, console: Console, guard: SignalGuard) -> int:

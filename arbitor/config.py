@@ -20,7 +20,7 @@ STATES = ("lean", "compact", "full")
 RULES = ("spectral", "sinkhorn", "row", "sign")
 TSCALES = ("T4", "T6", "T8", "T16", "T32", "T64", "T96", "ROW")
 DEVICES = ("auto", "cpu", "cuda")
-AUDIO_TASKS = ("codec", "listen", "speak")
+AUDIO_TASKS = ("", "codec", "listen", "speak")
 
 MAX_MOTIF_TRITS = 15
 MEMORY_ROWS = 1 << 15  # rows of each hash table of a memory that is asked for without a size
@@ -365,15 +365,15 @@ class DataConfig:
         field: Name of the field that holds the text in .jsonl files.
         augment: Whether images are shifted and turned, and sounds made faster, slower, louder and softer, a
             little at random.
-        audio_task: What a model with the audio sidecar learns: codec, listen (sound to text) or speak (text to
-            sound).
+        audio_task: What a model with the audio sidecar learns from recordings: codec, listen (sound to text) or
+            speak (text to sound); empty where the data is something else.
     """
 
     data: tuple[str, ...] = ()
     held_out: str | None = None
     field: str = "text"
     augment: bool = True
-    audio_task: str = "listen"
+    audio_task: str = ""
 
     def __post_init__(self) -> None:
         if isinstance(self.held_out, (int, float)) and not isinstance(self.held_out, bool):

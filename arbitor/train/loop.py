@@ -16,6 +16,7 @@ from torch import Tensor
 
 from arbitor.config import RunConfig
 from arbitor.data import ByteCorpus
+from arbitor.data.audio import AudioCorpus
 from arbitor.data.images import ImageCorpus
 from arbitor.errors import UserError
 from arbitor.evaluate import Evaluation
@@ -25,7 +26,7 @@ from arbitor.train.checkpoint import Checkpoint, save_checkpoint
 from arbitor.train.device import Device
 from arbitor.train.display import Display, Reading
 from arbitor.train.growth import graft_state, graft_weights
-from arbitor.train.metrics import EVALUATION_KEYS, STEP_KEYS, MetricsLog, seconds_so_far
+from arbitor.train.metrics import FIGURES, STEP_KEYS, MetricsLog, evaluation_keys, seconds_so_far
 from arbitor.train.schedule import learning_rate
 from arbitor.train.signals import Interrupted, SignalGuard
 from arbitor.train.task import task_of
@@ -62,7 +63,7 @@ class Trainer:
     def __init__(
         self,
         config: RunConfig,
-        corpus: ByteCorpus | ImageCorpus,
+        corpus: ByteCorpus | ImageCorpus | AudioCorpus,
         device: Device,
         checkpoint: Checkpoint | None = None,
         base: Checkpoint | None = None,
@@ -116,7 +117,7 @@ class Trainer:
         """One optimizer step over `accum` micro-batches.
 
         Returns:
-            The loss of the text, nats per byte, fp32 scalar on the device.
+            The main loss of the task (of text: nats per byte), fp32 scalar on the device.
         """
         train = self.config.train
         lr = self.next_lr()
@@ -134,9 +135,9 @@ class Trainer:
                 totals[name] = totals[name] + share if name in totals else share
         self.optimizer.step()
         self.step += 1
-        text = totals.pop("text")
+        main = totals.pop(self.task.main_loss)
         self.readings = totals | self.model.part_metrics()
-        return text
+        return main
 
     def next_lr(self) -> float:
         """Learning rate of the coming step, trits."""
@@ -332,7 +333,7 @@ class Run:
                 step.step,
                 step.step * trainer.bytes_per_step,
                 loss,
-                loss / LN2,
+                loss / LN2 if trainer.task.figure == "bits_per_byte" else None,
                 step.lr,
                 rate,
                 memory,
@@ -345,7 +346,7 @@ class Run:
             Reading(
                 step=trainer.step,
                 loss=losses[-1],
-                bits_per_byte=losses[-1] / LN2,
+                bits_per_byte=losses[-1] / LN2 if trainer.task.figure == "bits_per_byte" else None,
                 bytes_per_second=rate,
                 memory=memory,
                 flip_rate=flip_rate,
@@ -381,8 +382,9 @@ class Run:
         self.seconds += seconds
         values = (trainer.step, result.bits_per_byte, result.num_bytes, seconds)
         right = result.captions_right
-        extra = {} if right is None else {"captions_right": right}
-        self._log(dict(zip(EVALUATION_KEYS, values, strict=True)) | extra)
+        extra = ({} if right is None else {"captions_right": right}) | result.extra
+        figure = trainer.task.figure
+        self._log(dict(zip(evaluation_keys(figure), values, strict=True)) | extra)
         trainer.evaluated_step = trainer.step
         self._saved_step = None  # the outcome belongs into `latest`, too
         best = result.bits_per_byte < (math.inf if trainer.best is None else trainer.best["bits_per_byte"])
@@ -395,8 +397,9 @@ class Run:
                 mark = ", better than the best that was saved"
         read = f"first {result.windows} {'windows' if trainer.task.unit == 'bytes' else trainer.task.unit}"
         written = "" if right is None else f", {100 * right:.1f} % of the captions right"
+        written += "".join(f", {name.replace('_', ' ')} {value:.4f}" for name, value in result.extra.items())
         self.display.note(
-            f"step {trainer.step}: held out {result.bits_per_byte:.4f} bits per byte{written} ({read}){mark}"
+            f"step {trainer.step}: held out {result.bits_per_byte:.4f} {FIGURES[figure]}{written} ({read}){mark}"
         )
 
     def _save_or_go_on(self, save: Callable[[], None]) -> bool:

@@ -4,7 +4,7 @@ Shape letters: B items, L ids.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from arbitor.config import RunConfig
 from arbitor.data import ByteCorpus, Sampler
+from arbitor.data.audio import AudioCorpus
 from arbitor.data.draw import ImageSampler
 from arbitor.data.images import ImageCorpus
 from arbitor.evaluate import Evaluation, bits_per_byte, caption_figures
@@ -19,6 +20,9 @@ from arbitor.model import ARBModel
 from arbitor.model.arb import ARBOutput
 from arbitor.model.sequencer import WINDOW
 from arbitor.model.vocab import EOS, PAD
+
+if TYPE_CHECKING:
+    from arbitor.train.audio_tasks import AudioTask
 
 HELD_OUT_BYTES = 1_000_000  # what the evaluation at the end reads at most
 SHOWN = 8  # held-out media whose captions are shown at the end
@@ -29,6 +33,8 @@ class Task(Protocol):
 
     Attributes:
         description: one line for the user.
+        main_loss: key of the loss that is shown as the step's.
+        figure: what evaluations measure, one of `arbitor.train.metrics.FIGURES`.
         unit: what a batch counts, in words: "bytes" for windows of ctx bytes each, else the medium.
         bytes_per_item: data that one item of a batch reads.
         positions_per_item: positions of the model that it takes, about.
@@ -36,6 +42,8 @@ class Task(Protocol):
     """
 
     description: str
+    main_loss: str
+    figure: str
     unit: str
     bytes_per_item: int
     positions_per_item: int
@@ -68,6 +76,8 @@ class TextTask:
     """
 
     unit = "bytes"
+    main_loss = "text"
+    figure = "bits_per_byte"
 
     def __init__(self, config: RunConfig, corpus: ByteCorpus) -> None:
         self.corpus = corpus
@@ -114,6 +124,8 @@ class CaptionTask:
     """
 
     unit = "images"
+    main_loss = "text"
+    figure = "bits_per_byte"
 
     def __init__(self, config: RunConfig, corpus: ImageCorpus) -> None:
         self.corpus = corpus
@@ -183,8 +195,14 @@ class CaptionTask:
         return min(len(caption) + 1, self.ctx - WINDOW)
 
 
-def task_of(config: RunConfig, corpus: ByteCorpus | ImageCorpus) -> TextTask | CaptionTask:
+def task_of(
+    config: RunConfig, corpus: ByteCorpus | ImageCorpus | AudioCorpus
+) -> "TextTask | CaptionTask | AudioTask":
     """The task that belongs to some data."""
+    if isinstance(corpus, AudioCorpus):
+        from arbitor.train.audio_tasks import AUDIO_TASKS
+
+        return AUDIO_TASKS[config.data.audio_task](config, corpus)
     return CaptionTask(config, corpus) if isinstance(corpus, ImageCorpus) else TextTask(config, corpus)
 
 

@@ -81,7 +81,7 @@ def audio(
     held_out
         Path, speaker:NAME, or share of the data, to measure on; default a tenth.
     rate
-        Samples a second that recordings are brought to, a multiple of 200; default 8000 or 16000, by the data.
+        Samples a second that recordings are brought to, a multiple of 200; default 8000 or 16000.
     no_augment
         Do not vary speed and loudness of the recordings.
     steps
@@ -119,13 +119,19 @@ def audio(
     no_save
         Write no checkpoints at all.
     """
-    tries = {name: value for name, value in zip(TRIES, (reconstruct, hear, say), strict=True) if value is not None}
+    tries = {
+        name: value for name, value in zip(TRIES, (reconstruct, hear, say), strict=True) if value is not None
+    }
     if tries:
         if len(tries) > 1 or task is not None or resume or data is not None:
-            raise UserError("--reconstruct, --hear and --say try a trained run: give one of them, without training")
+            raise UserError(
+                "--reconstruct, --hear and --say try a trained run: give one of them, without training"
+            )
         from arbitor.audio_tries import try_run
 
-        return try_run(run, next(iter(tries)), next(iter(tries.values())), out, temperature, seed, device or "auto")
+        return try_run(
+            run, next(iter(tries)), next(iter(tries.values())), out, temperature, seed, device or "auto"
+        )
     given = {
         "data": data,
         "held_out": held_out,

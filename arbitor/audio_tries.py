@@ -3,12 +3,11 @@
 import numpy as np
 import torch
 
-from arbitor.data.audio import read_recording, write_recording
 from arbitor.data.clips import clip
+from arbitor.data.waves import read_recording, write_recording
 from arbitor.errors import UserError
 from arbitor.model import ARBModel
-from arbitor.speech import hear, say
-from arbitor.train.audio_tasks import codec_of
+from arbitor.speech import codec_of, hear, say
 from arbitor.train.checkpoint import load
 from arbitor.train.display import printable
 from arbitor.train.runs import find_checkpoint
@@ -41,7 +40,9 @@ def try_run(
         return 0
     wave = _spoken(model, value, temperature, seed) if what == "say" else _reconstructed(model, value)
     write_recording(out, wave, model.config.audio_rate)
-    print(f"{out}: {len(wave) / model.config.audio_rate:.2f} s at {model.config.audio_rate:,} Hz, from {folder}")
+    print(
+        f"{out}: {len(wave) / model.config.audio_rate:.2f} s at {model.config.audio_rate:,} Hz, from {folder}"
+    )
     return 0
 
 

@@ -365,8 +365,8 @@ class DataConfig:
         field: Name of the field that holds the text in .jsonl files.
         augment: Whether images are shifted and turned, and sounds made faster, slower, louder and softer, a
             little at random.
-        audio_task: What a model with the audio sidecar learns from recordings: codec, listen (sound to text) or
-            speak (text to sound); empty where the data is something else.
+        audio_task: What a model with the audio sidecar learns from recordings: codec, listen (sound to text)
+            or speak (text to sound); empty where the data is something else.
     """
 
     data: tuple[str, ...] = ()

@@ -16,6 +16,20 @@ from arbitor.model.heads import TalkerHead
 from arbitor.model.ledger import KVLedger
 from arbitor.model.sequencer import WINDOW
 from arbitor.model.vocab import EOS, PAD
+from arbitor.sidecars.audio import AudioVQEncoder
+
+
+def codec_of(model: ARBModel) -> AudioVQEncoder:
+    """The codec of a model.
+
+    Raises:
+        UserError: it has no audio sidecar.
+    """
+    if "audio" not in model.sidecars:
+        raise UserError("this model has no sidecar for sounds; train one with training/audio.py")
+    codec = model.sidecars["audio"].codec
+    assert isinstance(codec, AudioVQEncoder)
+    return codec
 
 
 def spoken_ids(texts: Sequence[bytes]) -> Tensor:
@@ -51,11 +65,9 @@ def say(
     Raises:
         UserError: the model has no audio sidecar, or there is no text.
     """
-    if "audio" not in model.sidecars:
-        raise UserError("this model has no sidecar for sounds; train one with training/audio.py")
     if not texts or not all(texts):
         raise UserError("there is nothing to say: give a text of one byte or more")
-    codec, head = model.sidecars["audio"].codec, model.heads["audio"]
+    codec, head = codec_of(model), model.heads["audio"]
     assert isinstance(head, TalkerHead)
     samples = model.config.audio_samples if seconds is None else max(1, round(seconds * codec.rate))
     most = -(-samples // codec.samples_per_time)

@@ -10,11 +10,9 @@ All are decoded once, mixed down to one channel, brought to one rate and kept as
 that what cannot be used is known and counted ahead of the first step, and nothing that happens to the files
 stops a run.
 
-Shapes: N samples, R taps.
+Shapes: N samples.
 """
 
-import io
-import math
 import os
 import tarfile
 import zlib
@@ -23,7 +21,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import numpy as np
 
@@ -32,6 +29,7 @@ from arbitor.data.contents import BadLineError, opened, parse_line
 from arbitor.data.images import WORDS
 from arbitor.data.sources import reason
 from arbitor.data.stream import ByteStream
+from arbitor.data.waves import MAX_FILE_BYTES, UNIT, UnusableError, load_content, load_file, usable_wave
 from arbitor.errors import UserError
 
 SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au", ".w64", ".caf")
@@ -39,15 +37,8 @@ TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")
 OWN_SHARE = "0.1"
 SPEAKER = "speaker:"
 RATES = (8_000, 16_000)  # that recordings are brought to, unless told otherwise
-MIN_RATE, MAX_RATE = 1_000, 768_000
-MAX_SECONDS = 600.0  # of a recording; what follows is left out
 MAX_SAMPLES = 1 << 30  # of all recordings together, in memory
-MAX_FILE_BYTES = 1 << 30
 MAX_LABEL_BYTES = 1 << 12
-_UNIT = 32767
-_ZERO_CROSSINGS = 16  # of the resampling filter on each side
-_ROLLOFF = 0.95  # of the lower rate's band that resampling keeps
-_STREAMED = (0, 0xFFFFFFFF)  # sizes in headers of files that were written without going back
 _SYNTHETIC_RATE = 8_000
 _SYNTHETIC_COUNT = 480
 SYNTHETIC_LABELS = ("low", "middle", "high", "rising", "falling", "warble")
@@ -79,7 +70,7 @@ class Recordings:
 
     def wave(self, number: int) -> np.ndarray:
         """Recording by number: fp32 [N] in -1...1."""
-        return self.waves[number].astype(np.float32) / _UNIT
+        return self.waves[number].astype(np.float32) / UNIT
 
     def part(self, numbers: Sequence[int]) -> "Recordings":
         """Some of them, in that order."""
@@ -113,10 +104,6 @@ class AudioCorpus:
     description: str
 
 
-class UnusableError(Exception):
-    """Why a recording cannot be used, in words that follow "skipped 3"."""
-
-
 @dataclass(slots=True)
 class _Found:
     """Recordings behind some names, those that cannot be used counted by reason."""
@@ -145,7 +132,7 @@ class _Found:
         except UnusableError as error:
             self.skipped[str(error)] += 1
             return
-        self.waves.append(np.rint(wave * _UNIT).astype(np.int16))
+        self.waves.append(np.rint(wave * UNIT).astype(np.int16))
         self.labels.append(label)
         self.speakers.append(speaker)
         self.keys.append(key)
@@ -190,7 +177,8 @@ def open_audio(data: Sequence[str], held_out: str | None, rate: int) -> AudioCor
     for part, recordings in (("to train on", train), ("held out", test)):
         if not len(recordings):
             raise UserError(
-                f"{name}: no recording {part} can be used{reasons}; give more recordings, or another --held-out"
+                f"{name}: no recording {part} can be used{reasons}; give more recordings, or "
+                "another --held-out"
             )
     minutes = train.num_samples / rate / 60
     return AudioCorpus(
@@ -218,82 +206,6 @@ def default_rate(data: Sequence[str]) -> int:
         if len(rates) == 9:
             break
     return RATES[0] if not rates or sorted(rates)[len(rates) // 2] <= RATES[0] else RATES[1]
-
-
-def read_recording(path: str | Path, rate: int) -> np.ndarray:
-    """An audio file as fp32 [N] in -1...1 at `rate`.
-
-    Raises:
-        UserError: it is missing, damaged or no audio.
-    """
-    try:
-        return usable_wave(*_load_file(Path(path)), rate)
-    except UnusableError as error:
-        raise UserError(f"{str(path)!r} is {error}; give a whole recording, such as a .wav file") from error
-
-
-def write_recording(path: str | Path, wave: np.ndarray, rate: int) -> None:
-    """Write fp32 [N] in -1...1 as a 16-bit WAV file.
-
-    Raises:
-        UserError: the disk did not take it, or an extra is missing.
-    """
-    try:
-        _soundfile().write(str(path), np.clip(wave, -1, 1), rate, subtype="PCM_16", format="WAV")
-    except (OSError, RuntimeError) as error:  # libsndfile's errors are RuntimeErrors
-        raise UserError(f"cannot write {str(path)!r}: {reason(error)}") from error
-
-
-def usable_wave(samples: np.ndarray, rate: int, wanted: int) -> np.ndarray:
-    """Samples mixed down, resampled and limited to -1...1: fp32 [N], N >= 1.
-
-    Args:
-        samples: float [N] or [N, channels].
-        rate: of the samples.
-        wanted: of the result.
-
-    Raises:
-        UnusableError: nothing is in it, it holds no numbers, or its rate is none.
-    """
-    if samples.ndim == 2:
-        if not samples.shape[1]:
-            raise UnusableError("empty")
-        samples = samples.mean(axis=1, dtype=np.float32)
-    if not len(samples):
-        raise UnusableError("empty")
-    if not np.isfinite(samples).all():
-        raise UnusableError("with samples that are no numbers")
-    if not MIN_RATE <= rate <= MAX_RATE:
-        raise UnusableError(f"of a rate outside {MIN_RATE}...{MAX_RATE} Hz")
-    return np.clip(resample(samples.astype(np.float32), rate, wanted), -1, 1)
-
-
-def resample(wave: np.ndarray, rate: int, wanted: int) -> np.ndarray:
-    """fp32 [N] at `rate` -> fp32 [ceil(N * wanted / rate)], band-limited below the lower of both rates.
-
-    Interpolation with a windowed sinc (Smith and Gossett 1984, "A flexible sampling-rate conversion method"):
-    16 zero crossings on each side under a Hann window. Every ratio of integers is met exactly.
-    """
-    if rate == wanted:
-        return wave
-    common = math.gcd(rate, wanted)
-    up, down = wanted // common, rate // common
-    count = -(-len(wave) * up // down)
-    cutoff = _ROLLOFF * min(1.0, up / down)  # of half the given rate
-    reach = math.ceil(_ZERO_CROSSINGS / cutoff)
-    offsets_R = np.arange(-reach + 1, reach + 1)
-    padded = np.pad(wave.astype(np.float64), (reach, reach + 1))
-    result = np.empty(count, dtype=np.float32)
-    chunk = max(1, (1 << 22) // len(offsets_R))
-    for first in range(0, count, chunk):
-        place = np.arange(first, min(first + chunk, count), dtype=np.int64) * down
-        whole, part = place // up, place % up
-        phases, index = np.unique(part, return_inverse=True)  # few, where the ratio is simple
-        time = offsets_R - phases[:, None] / up
-        taps = cutoff * np.sinc(cutoff * time) * np.cos(np.pi / 2 * np.clip(time / reach, -1, 1)) ** 2
-        rows = padded[whole[:, None] + (offsets_R + reach)]
-        result[first : first + chunk] = (rows * taps[index]).sum(axis=1)
-    return result
 
 
 def label_of(name: str) -> tuple[bytes, str]:
@@ -380,7 +292,7 @@ def _of_file(path: Path, label: bytes | None = None, speaker: str | None = None)
         except OSError:
             label = named
     return (
-        lambda: _load_file(path),
+        lambda: load_file(path),
         label or named,
         named_speaker if speaker is None else speaker,
         os.path.realpath(path),
@@ -416,13 +328,16 @@ def _of_lines(path: Path) -> Iterator[_Entry]:
                 record = parse_line(line, first=number == 1)
             except BadLineError as error:
                 raise UserError(f"{where}: {error}") from error
-            values = [record.get(key) for key in ("audio", "text")] if isinstance(record, dict) else []
-            if not all(isinstance(v, str) and v.strip() and "\0" not in v for v in values) or not values:
+            fields = record if isinstance(record, dict) else {}
+            audio, text, speaker = (fields.get(key) for key in ("audio", "text", "speaker"))
+            if not isinstance(audio, str) or not isinstance(text, str) or not _is_text(audio, text):
                 raise UserError(f'{where}: an object {{"audio": path, "text": label}} is needed')
-            audio, text = values
-            speaker = record.get("speaker")
             label = text.strip().encode("utf-8", "replace")[:MAX_LABEL_BYTES]
             yield _of_file(path.parent / audio, label, speaker if isinstance(speaker, str) else None)
+
+
+def _is_text(*values: str) -> bool:
+    return all(value.strip() and "\0" not in value for value in values)
 
 
 def _of_tar(path: Path, skipped: Counter[str]) -> Iterator[_Entry]:
@@ -447,7 +362,7 @@ def _of_tar(path: Path, skipped: Counter[str]) -> Iterator[_Entry]:
                 def load(member: tarfile.TarInfo = member) -> tuple[np.ndarray, int]:
                     if member.size > MAX_FILE_BYTES:
                         raise UnusableError("too large")
-                    return _load(_member(archive, member, MAX_FILE_BYTES))
+                    return load_content(_member(archive, member, MAX_FILE_BYTES))
 
                 yield load, label, speaker, f"{real}:{member.name}"
     except (tarfile.TarError, EOFError, zlib.error) as error:
@@ -460,50 +375,6 @@ def _member(archive: tarfile.TarFile, member: tarfile.TarInfo, size: int) -> byt
     file = archive.extractfile(member)
     assert file is not None
     return file.read(size)
-
-
-def _load_file(path: Path) -> tuple[np.ndarray, int]:
-    try:
-        if not path.is_file():
-            raise UnusableError("missing")
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise UnusableError("too large")
-        return _load(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UnusableError("not readable") from error
-
-
-def _load(content: bytes) -> tuple[np.ndarray, int]:
-    """Samples fp32 [N, channels] and rate of the content of an audio file.
-
-    Raises:
-        UnusableError: it is empty, damaged, or of no known format.
-    """
-    if not content:
-        raise UnusableError("empty")
-    soundfile = _soundfile()
-    if content[:4] == b"RIFF":
-        promised = int.from_bytes(content[4:8], "little")
-        if promised not in _STREAMED and promised + 8 > len(content) + 1:  # the last odd byte may be missing
-            raise UnusableError("cut short")
-    try:
-        with soundfile.SoundFile(io.BytesIO(content)) as file:
-            rate = int(file.samplerate)
-            if not MIN_RATE <= rate <= MAX_RATE:
-                raise UnusableError(f"of a rate outside {MIN_RATE}...{MAX_RATE} Hz")
-            samples = file.read(int(MAX_SECONDS * rate), dtype="float32", always_2d=True)
-    # libsndfile's errors are RuntimeErrors; damaged headers may lead to any of the others.
-    except (RuntimeError, OSError, ValueError, TypeError, MemoryError, OverflowError) as error:
-        raise UnusableError("damaged") from error
-    return samples, rate
-
-
-def _soundfile() -> Any:
-    try:
-        import soundfile
-    except (ImportError, OSError) as error:
-        raise UserError("audio files need soundfile: pip install 'arbitor[audio]'") from error
-    return soundfile
 
 
 def _synthesised(rate: int) -> _Found:
@@ -521,7 +392,9 @@ def _sound(label: str, rate: int, random: np.random.Generator) -> np.ndarray:
     """One of `SYNTHETIC_LABELS`, fp32 [N], 0.25 to 0.6 s."""
     seconds = random.uniform(0.25, 0.6)
     time = np.arange(int(seconds * rate)) / rate
-    middle = {"low": 180.0, "middle": 420.0, "high": 1000.0}.get(label, 500.0) * 2 ** random.uniform(-0.3, 0.3)
+    middle = {"low": 180.0, "middle": 420.0, "high": 1000.0}.get(label, 500.0) * 2 ** random.uniform(
+        -0.3, 0.3
+    )
     octaves = {"rising": 1.2, "falling": -1.2}.get(label, 0.0) * (time / seconds - 0.5)
     if label == "warble":
         octaves = 0.25 * np.sin(2 * np.pi * random.uniform(7, 11) * time)

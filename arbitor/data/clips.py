@@ -26,7 +26,7 @@ def clip(wave: np.ndarray, samples: int, bits: int | None = None) -> np.ndarray:
 
 
 def varied(wave: np.ndarray, bits: int) -> np.ndarray:
-    """A wave faster or slower by up to a quarter of an octave, louder or softer by up to one, with some noise.
+    """A wave faster or slower by up to a quarter of an octave, louder or softer by up to one, with noise.
 
     Args:
         wave: fp32 [N] in -1...1.

@@ -72,9 +72,9 @@ class _Pass:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Text:
-    """The positions of a sequence that are text: from `first` on, ahead of `end`, and the ids that made them."""
+    """The positions of a sequence that are text, `first` to ahead of `end`, and the ids that made them."""
 
-    ids_BL: Tensor
+    ids_BL: Tensor  # noqa: N815
     first: int
     end: int
 
@@ -118,9 +118,7 @@ class ARBModel(nn.Module):
             UserError: both preset and config, an unknown preset or field, or a bad value.
         """
         super().__init__()
-        self.config = config = _resolve(
-            preset, config, enable_memory, enable_vision, enable_audio, overrides
-        )
+        self.config = config = _resolve(preset, config, enable_memory, enable_vision, enable_audio, overrides)
         place = torch.get_default_device() if device is None else torch.device(device)
         self.embed = Int8Embedding(config.vocab_size, config.dim, kind="embedding", device=place)
         self.sequencer = TextSequencer(config, place)
@@ -251,21 +249,20 @@ class ARBModel(nn.Module):
         *,
         ledger: KVLedger | None = None,
     ) -> ARBOutput:
-        """Logits of the codes of a sound that follows a text, time by time, and the loss if `counts` are given.
+        """Logits of the codes of a sound behind a text, time by time, and the loss if `counts` are given.
 
         The text's positions come first, those of the sound behind them; what a time is predicted from is the
         position ahead of it. A sound ends with the first code `heads["audio"].end`.
 
         Args:
             ids: int64 [B, L], texts that end with the same id; None while the ledger holds the text.
-            codes: int64 [B, T, Q], the sounds so far, T >= 0; with a ledger that holds some, those that follow.
+            codes: int64 [B, T, Q], the sounds so far, T >= 0; with a filled ledger, those that follow.
             counts: int64 [B], times of each sound; what stands behind them in `codes` does not count.
             ledger: earlier positions, to which these are appended; no gradient is recorded.
 
         Returns:
-            logits fp32 [B, T + 1, Q, V + 1] with `counts`, whose loss is the only one that is given: "audio", in
-            nats per code, is their mean. Without them: the residual stream [B, D] of the last position, which
-            `heads["audio"].draw` takes.
+            With `counts`: logits fp32 [B, T + 1, Q, V + 1] and the losses, "audio" in nats per code. Without
+            them: as logits the residual stream [B, D] of the last position, which `heads["audio"].draw` takes.
 
         Raises:
             UserError: the model has no audio sidecar.

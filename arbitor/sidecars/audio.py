@@ -15,7 +15,7 @@ from arbitor.errors import UserError
 from arbitor.model.norm import rms_norm
 from arbitor.model.vq import quantize
 from arbitor.ops.fsq import fsq_trits
-from arbitor.sidecars.spectrum import frame_spectrum, inverse_frames, log_mel, reconstruction_loss
+from arbitor.sidecars.spectrum import inverse_frames, log_mel, reconstruction_loss
 from arbitor.ternary import Int8Embedding, Int8Vector, TernaryConv1d, TernaryUpsample1d
 
 FRAMES_PER_SECOND = 100
@@ -62,11 +62,11 @@ class ConvBlock(nn.Module):
 class AudioVQEncoder(nn.Module):
     """Log-mel frames -> strided ternary convolutions -> FSQ codes -> ternary decoder -> spectra -> waveform.
 
-    The encoder's first layer is fixed: 64 log-mel magnitudes of 40 ms every 10 ms. A convolution of the samples
-    themselves would lose how loud they are, since every ternary layer divides by the root mean square of its
-    input and none has a bias. The decoder predicts magnitude and phase of every frame and transforms them back
-    (Siuzdak 2023, "Vocos: Closing the gap between time-domain and Fourier-based neural vocoders"), so all its
-    layers work at the rate of frames. Codes are finite scalar quantisation with three levels
+    The encoder's first layer is fixed: 64 log-mel magnitudes of 40 ms every 10 ms. A convolution of the
+    samples themselves would lose how loud they are, since every ternary layer divides by the root mean square
+    of its input and none has a bias. The decoder predicts magnitude and phase of every frame and transforms
+    them back (Siuzdak 2023, "Vocos: Closing the gap between time-domain and Fourier-based neural vocoders"),
+    so all its layers work at the rate of frames. Codes are finite scalar quantisation with three levels
     (`arbitor.ops.fsq`); their look-up is exact.
 
     Args:

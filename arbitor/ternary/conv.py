@@ -18,7 +18,7 @@ from arbitor.ternary.tensor import TScaleType
 class TernaryConv1d(NormedMatrix):
     """y[b, :, u] = W quantize(rms_norm(window u of x[b])); no gain, no bias.
 
-    A window is K times, `dilation` apart, of all channels, flattened as in torch's `Conv1d` (channel by channel):
+    A window is K times, `dilation` apart, of all channels, flattened channel by channel as in torch's `Conv1d`:
     `decode().view(O, C, K)` is the weight of a `Conv1d`. Zeros stand beyond both ends, so that the output has
     U = ceil(T / stride) times. Norm and int8 scale are those of the whole window.
 
@@ -96,8 +96,8 @@ class TernaryConv1d(NormedMatrix):
     def extra_repr(self) -> str:
         """Sizes and how the kernel moves."""
         return (
-            f"in={self.in_channels}, out={self.out_features}, kernel={self.kernel_size}, stride={self.stride}, "
-            f"dilation={self.dilation}, causal={self.causal}, tscale={self.tscale.name}"
+            f"in={self.in_channels}, out={self.out_features}, kernel={self.kernel_size}, "
+            f"stride={self.stride}, dilation={self.dilation}, causal={self.causal}, tscale={self.tscale.name}"
         )
 
 

@@ -15,17 +15,17 @@ import torch
 from torch import Tensor
 
 from arbitor.config import RunConfig
-from arbitor.data.audio import AudioCorpus, Recordings, resample, write_recording
+from arbitor.data.audio import AudioCorpus, Recordings
 from arbitor.data.clips import clip, varied
 from arbitor.data.draw import EpochSampler
+from arbitor.data.waves import resample, write_recording
 from arbitor.evaluate import Evaluation, caption_figures
 from arbitor.generate import greedy_texts
 from arbitor.model import ARBModel
 from arbitor.model.arb import ARBOutput
 from arbitor.model.sequencer import WINDOW
-from arbitor.sidecars.audio import AudioVQEncoder
 from arbitor.sidecars.spectrum import METRIC_RATE, metric_mel
-from arbitor.speech import say, spoken_ids
+from arbitor.speech import codec_of, say, spoken_ids
 from arbitor.train.task import SHOWN, framed
 
 CODEC_SECONDS = 0.5  # of a clip that the codec learns from; most of a longer one of a word would be silence
@@ -60,6 +60,16 @@ class AudioTask:
         self.sampler = EpochSampler(
             len(corpus.train), train.batch, train.seed, "recordings", corpus.train.fingerprint()
         )
+
+    def next_output(self, model: ARBModel) -> ARBOutput:
+        """See `Task`."""
+        raise NotImplementedError
+
+    def evaluate(
+        self, model: ARBModel, max_items: int | None, progress: Callable[[int, int], None] | None
+    ) -> Evaluation:
+        """See `Task`."""
+        raise NotImplementedError
 
     def sampler_state(self) -> dict[str, int]:
         """See `Task`."""
@@ -124,7 +134,7 @@ class CodecTask(AudioTask):
         for number in range(len(held_out)):
             wave = held_out.wave(number)
             back = codec(torch.from_numpy(wave)[None].to(model.device)).wave[0].cpu().numpy()
-            right, made = (metric_mel(torch.from_numpy(at_metric_rate(w, self.rate))[None])[0] for w in (wave, back))
+            right, made = (metric_bands(w, self.rate) for w in (wave, back))
             bands.append(right)
             distances.append((made - right).abs())
             if progress is not None:
@@ -250,16 +260,9 @@ class SpeakTask(AudioTask):
         return model.speak(spoken_ids(labels), codes, counts)
 
 
-def codec_of(model: ARBModel) -> AudioVQEncoder:
-    """The codec of a model with the audio sidecar."""
-    codec = model.sidecars["audio"].codec
-    assert isinstance(codec, AudioVQEncoder)
-    return codec
-
-
-def at_metric_rate(wave: np.ndarray, rate: int) -> np.ndarray:
-    """A waveform at the rate that reconstructions are measured at."""
-    return resample(wave, rate, METRIC_RATE)
+def metric_bands(wave: np.ndarray, rate: int) -> Tensor:
+    """What a waveform fp32 [N] is measured by: `metric_mel` at its rate, [F, 80]."""
+    return metric_mel(torch.from_numpy(resample(wave, rate, METRIC_RATE))[None])[0]
 
 
 AUDIO_TASKS = {"codec": CodecTask, "listen": ListenTask, "speak": SpeakTask}

@@ -399,7 +399,8 @@ class Run:
         written = "" if right is None else f", {100 * right:.1f} % of the captions right"
         written += "".join(f", {name.replace('_', ' ')} {value:.4f}" for name, value in result.extra.items())
         self.display.note(
-            f"step {trainer.step}: held out {result.bits_per_byte:.4f} {FIGURES[figure]}{written} ({read}){mark}"
+            f"step {trainer.step}: held out {result.bits_per_byte:.4f} {FIGURES[figure]}"
+            f"{written} ({read}){mark}"
         )
 
     def _save_or_go_on(self, save: Callable[[], None]) -> bool:

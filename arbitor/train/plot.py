@@ -33,11 +33,7 @@ def plot_loss(metrics: Path, target: Path, title: str) -> None:
     key = evaluation_keys(figure)[1]
     # The loss stands in the same picture where it is in the same unit.
     raw = [(line["bytes_seen"], line["bits_per_byte"]) for line in steps if line["bits_per_byte"] is not None]
-    held_out = [
-        (bytes_at.get(line["step"], 0), line[key])
-        for line in lines
-        if line.get(key) is not None
-    ]
+    held_out = [(bytes_at.get(line["step"], 0), line[key]) for line in lines if line.get(key) is not None]
     _draw(raw, _smoothed(raw), held_out, title, FIGURES[figure]).save(target, optimize=True)
 
 

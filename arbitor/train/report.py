@@ -90,7 +90,9 @@ def describe_parts(model: ModelConfig) -> str:
         parts.append("output router")
     if model.audio_rate:
         bits = model.audio_codes * model.audio_trits * math.log2(3) * 50
-        parts.append(f"sounds of {model.audio_rate:,} Hz in 50 x {model.audio_codes} codes ({bits:,.0f} bits) a second")
+        parts.append(
+            f"sounds of {model.audio_rate:,} Hz in 50 x {model.audio_codes} codes ({bits:,.0f} bits) a second"
+        )
     if model.image_size:
         side, patch = model.image_size, model.image_patch
         colour = "grey" if model.image_channels == 1 else "colour"

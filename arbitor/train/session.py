@@ -101,7 +101,9 @@ def start_training(
         if run is not None and not reset:
             runs.refuse_existing(run)
         if run is not None and reset and runs.run_path(run).exists():
-            raise UserError(f"--reset would delete {run!r} ahead of a run that starts from another: delete it first")
+            raise UserError(
+                f"--reset would delete {run!r} ahead of a run that starts from another: delete it first"
+            )
         return _grow(load_checkpoint(runs.find_checkpoint(base)), settings, run, console)
     config = _settled(_new_config(settings, preset, config_file))
     if run is not None and not reset:
@@ -153,7 +155,11 @@ def _console() -> Console:
 
 
 def _resume(
-    folder: Path, config: RunConfig, corpus: ByteCorpus | ImageCorpus | AudioCorpus, device: Device, console: Console
+    folder: Path,
+    config: RunConfig,
+    corpus: ByteCorpus | ImageCorpus | AudioCorpus,
+    device: Device,
+    console: Console,
 ) -> int:
     with contextlib.closing(MetricsLog(folder)) as log:
         for name in runs.CHECKPOINTS:

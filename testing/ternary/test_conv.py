@@ -113,16 +113,16 @@ def test_upsampling_equals_a_transposed_convolution(factor, kernel_size):
     kernel = weight.flip(2).reshape(4, 3, kernel_size * factor)
     expected = F.conv_transpose1d(x, kernel, stride=factor)
     behind = (kernel_size - 1 - (kernel_size - 1) // 2) * factor
-    torch.testing.assert_close(
-        y, expected[..., behind : behind + 6 * factor], rtol=1e-11, atol=1e-12
-    )
+    torch.testing.assert_close(y, expected[..., behind : behind + 6 * factor], rtol=1e-11, atol=1e-12)
     assert torch.autograd.gradcheck(lambda x: layer(x, quantize=False), inputs(1, 4, 3))
 
 
 def test_votes_train_it_and_the_audit_counts_it():
     torch.manual_seed(0)
     net = nn.Sequential(
-        TernaryConv1d(1, 16, 9, stride=4, input_norm=False), nn.ReLU(), TernaryUpsample1d(16, 1, 4, kernel_size=3)
+        TernaryConv1d(1, 16, 9, stride=4, input_norm=False),
+        nn.ReLU(),
+        TernaryUpsample1d(16, 1, 4, kernel_size=3),
     )
     weights = 16 * 9 + 4 * 48
     optimizer = VoteOptimizer(net, state="full")
@@ -130,7 +130,9 @@ def test_votes_train_it_and_the_audit_counts_it():
     assert report.ok
     assert report.trit_weights == weights
     time = torch.arange(64) / 64
-    x = torch.stack([torch.sin(2 * torch.pi * (f * time + p)) for f in (1, 2, 3) for p in (0, 0.3, 0.6)])[:, None]
+    x = torch.stack([torch.sin(2 * torch.pi * (f * time + p)) for f in (1, 2, 3) for p in (0, 0.3, 0.6)])[
+        :, None
+    ]
     before = net[0].trits()
     losses = []
     for step in range(150):

@@ -50,7 +50,8 @@ def mel_filters(rate: int, bins: int, bands: int, device: torch.device) -> Tenso
 def frame_spectrum(wave_BN: Tensor, window: int, hop: int) -> Tensor:
     """Complex spectra [B, F, K] of F = N / hop frames, K = window / 2 + 1.
 
-    The middle of frame f is sample hop * (f + 1/2). A sine of amplitude 1 has a magnitude of about 1. Zeros stand beyond both ends.
+    The middle of frame f is sample hop * (f + 1/2). A sine of amplitude 1 has a magnitude of about 1. Zeros
+    stand beyond both ends.
 
     Args:
         wave_BN: float [B, N], N a multiple of `hop`.

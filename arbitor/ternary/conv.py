@@ -18,8 +18,8 @@ from arbitor.ternary.tensor import TScaleType
 class TernaryConv1d(NormedMatrix):
     """y[b, :, u] = W quantize(rms_norm(window u of x[b])); no gain, no bias.
 
-    A window is K times, `dilation` apart, of all channels, flattened channel by channel as in torch's `Conv1d`:
-    `decode().view(O, C, K)` is the weight of a `Conv1d`. Zeros stand beyond both ends, so that the output has
+    A window is K times, `dilation` apart, of all channels, flattened channel by channel as in torch's
+    `Conv1d`: `decode().view(O, C, K)` is the weight of a `Conv1d`. Zeros stand beyond both ends, so that the output has
     U = ceil(T / stride) times. Norm and int8 scale are those of the whole window.
 
     Args:

@@ -82,6 +82,7 @@ def train(
     image_size: Annotated[int | None, Parameter(group=TRAINING, converter=whole)] = None,
     image_patch: Annotated[int | None, Parameter(group=TRAINING, converter=whole)] = None,
     image_channels: Annotated[int | None, Parameter(group=TRAINING, converter=whole)] = None,
+    image_encoder: Annotated[str | None, Parameter(group=TRAINING)] = None,
     no_augment: Annotated[bool, Parameter(group=TRAINING, show_default=False)] = False,
     max_moe_iters: Annotated[int | None, Parameter(group=TRAINING, converter=whole)] = None,
     state: Annotated[Literal["full", "compact", "lean"] | None, Parameter(group=TRAINING)] = None,
@@ -147,6 +148,8 @@ def train(
         Pixels a side of a patch, which is one position; default by the data, else 16.
     image_channels
         1 for grey, 3 for colour; default by the data, else 3.
+    image_encoder
+        Folder or hub name of a DINOv2 that stands frozen, in int8, ahead of the patch embedding.
     no_augment
         Do not shift and turn the images.
     max_moe_iters
@@ -199,6 +202,7 @@ def train(
         "save_interval": save_interval,
         "save": False if no_save else None,
         "augment": False if no_augment else None,
+        "encoder": image_encoder,
         "log_interval": log_interval,
     }
     settings = {name: value for name, value in given.items() if value is not None}
@@ -206,16 +210,24 @@ def train(
         name for name, off in (("moe", disable_moe), ("vq", disable_vq), ("graph", disable_graph)) if off
     ]
     sizes = {"image_size": image_size, "image_patch": image_patch, "image_channels": image_channels}
-    image = {name: value for name, value in sizes.items() if value is not None}
+    image: dict[str, Any] = {name: value for name, value in sizes.items() if value is not None}
     numbers = memory_rows is not None or max_moe_iters is not None
+    if image_encoder is not None and not enable_vision:
+        raise UserError("--image-encoder is for images: give --enable-vision as well")
     if without or enable_memory or numbers or enable_vision or image:
         from arbitor.flags import PartFlags
 
-        image_default: dict[str, int] = {}
+        image_default: dict[str, Any] = {}
         if enable_vision:
             from arbitor.data.images import default_geometry
 
             image_default = default_geometry(data or ())
+            if image_encoder is not None:
+                from arbitor.sidecars.encoder import geometry_of, read_architecture
+
+                architecture = read_architecture(image_encoder)
+                image["image_encoder"] = architecture
+                image_default = geometry_of(architecture)
         parts = PartFlags(
             without=without,
             memory=enable_memory,

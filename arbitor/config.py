@@ -25,6 +25,10 @@ AUDIO_TASKS = ("", "codec", "listen", "speak")
 MAX_MOTIF_TRITS = 15
 MEMORY_ROWS = 1 << 15  # rows of each hash table of a memory that is asked for without a size
 AUDIO_RATE = 8000  # samples a second of a model that is asked to hear
+ENCODER_FIELDS = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio", "hidden_act", "layer_norm_eps"),
+    *("image_size", "patch_size", "num_channels", "qkv_bias", "use_swiglu_ffn"),
+)  # what a frozen image encoder is made from
 IMAGE_SIZE = 224  # pixels a side of the images of a model that is asked to see
 
 _WIDTH = (1, 1 << 20)
@@ -156,6 +160,8 @@ class ModelConfig:
         audio_layers: Blocks on each side of the codec's codes.
         audio_codes: Codes of a fiftieth of a second.
         audio_trits: Trits of a code, one of 3^k.
+        image_encoder: Architecture of a frozen encoder ahead of the patch embedding, as a line of JSON (see
+            `arbitor.sidecars.encoder`); empty is none.
     """
 
     vocab_size: int = 288
@@ -199,6 +205,7 @@ class ModelConfig:
     audio_layers: int = 3
     audio_codes: int = 4
     audio_trits: int = 5
+    image_encoder: str = ""
 
     @property
     def has_motifs(self) -> bool:
@@ -289,6 +296,28 @@ class ModelConfig:
                 f"image_size {self.image_size} is no multiple of image_patch {self.image_patch}; "
                 "give sizes that divide"
             )
+        if self.image_encoder:
+            self._check_encoder()
+
+    def _check_encoder(self) -> None:
+        import json
+
+        try:
+            fields = json.loads(self.image_encoder)
+            patch, channels = fields["patch_size"], fields["num_channels"]
+            complete = sorted(fields) == sorted(ENCODER_FIELDS)
+        except (ValueError, TypeError, KeyError, RecursionError):
+            complete = False
+        if not complete:
+            raise UserError(
+                "image_encoder is no line of JSON with the architecture of an encoder; "
+                "--image-encoder writes one"
+            )
+        if (patch, channels) != (self.image_patch, self.image_channels):
+            raise UserError(
+                f"image_patch is {self.image_patch} and image_channels {self.image_channels}; the encoder "
+                f"takes {patch} and {channels}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -367,6 +396,7 @@ class DataConfig:
             little at random.
         audio_task: What a model with the audio sidecar learns from recordings: codec, listen (sound to text)
             or speak (text to sound); empty where the data is something else.
+        encoder: Folder or hub name that a new model's frozen image encoder takes its weights from.
     """
 
     data: tuple[str, ...] = ()
@@ -374,6 +404,7 @@ class DataConfig:
     field: str = "text"
     augment: bool = True
     audio_task: str = ""
+    encoder: str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.held_out, (int, float)) and not isinstance(self.held_out, bool):

@@ -24,6 +24,7 @@ _OTHER_FLAGS = {
     "save": "--no-save",
     "augment": "--no-augment",
     "vision": "--enable-vision",
+    "encoder": "--image-encoder",
     "max_bytes": "--bytes",
 }  # not spelt as the setting
 
@@ -56,7 +57,7 @@ class PartFlags:
         memory_rows: rows of each of its tables.
         max_moe_iters: most iterations of the core.
         vision: whether the image sidecar is asked for.
-        image: `image_size`, `image_patch` and `image_channels` that were given by flags.
+        image: `image_size`, `image_patch`, `image_channels` and `image_encoder` that were given by flags.
         image_default: those of them that suit the data where neither flags nor the base say anything.
     """
 
@@ -66,8 +67,8 @@ class PartFlags:
     memory_rows: int | None = None
     max_moe_iters: int | None = None
     vision: bool = False
-    image: Mapping[str, int] = field(default_factory=dict)
-    image_default: Mapping[str, int] = field(default_factory=dict)
+    image: Mapping[str, Any] = field(default_factory=dict)
+    image_default: Mapping[str, Any] = field(default_factory=dict)
 
     def by_flag(self, base: ModelConfig) -> dict[str, dict[str, Any]]:
         """Fields of `ModelConfig` by the flag that sets them, as the user wrote it.

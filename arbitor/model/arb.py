@@ -172,6 +172,20 @@ class ARBModel(nn.Module):
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             return self.sidecars[medium](media.to(device))
 
+    def take_encoder(self, source: str) -> None:
+        """Give the frozen image encoder its weights; see `arbitor.sidecars.encoder.FrozenEncoder.take`.
+
+        Args:
+            source: a folder, or a name on the hub.
+
+        Raises:
+            UserError: the model has no frozen encoder, or the source does not fit it.
+        """
+        encoder = getattr(self.sidecars["image"], "encoder", None) if "image" in self.sidecars else None
+        if encoder is None:
+            raise UserError("this model has no frozen image encoder: its image_encoder is empty")
+        encoder.take(source)
+
     def forward(
         self,
         ids: Tensor,
@@ -261,8 +275,8 @@ class ARBModel(nn.Module):
             ledger: earlier positions, to which these are appended; no gradient is recorded.
 
         Returns:
-            With `counts`: logits fp32 [B, T + 1, Q, V + 1] and losses, "audio" in nats per code. Without them:
-            as logits the residual stream [B, D] of the last position, which `heads["audio"].draw` takes.
+            With `counts`: logits fp32 [B, T + 1, Q, V + 1] and losses, "audio" in nats per code. Without
+            them: as logits the residual stream [B, D] of the last position, which `heads["audio"].draw` takes.
 
         Raises:
             UserError: the model has no audio sidecar.

@@ -36,8 +36,8 @@ class TalkerHead(nn.Module):
     """Predicts the Q codes of a time in their order, each from the residual stream and the codes before it.
 
     State q is rms_norm(rms_norm(h) + the vectors of codes 0...q-1), then one feed-forward part that all q
-    share, and a table of its own. (Défossez et al. 2024, "Moshi", section 3.4.1, predict the codes of a time by
-    a small transformer over them; of four codes a sum does.) The first code has one value more, `end`: the
+    share, and a table of its own. (Défossez et al. 2024, "Moshi", section 3.4.1, predict the codes of a time
+    by a small transformer over them; of four codes a sum does.) The first code has one value more, `end`: the
     sound is over.
 
     Attributes:

@@ -27,12 +27,16 @@ class ImageSequencer(nn.Module):
     Tables of rows and columns, not a rotation in two dimensions: attention's rotary part is made of the place
     in the sequence, which image and text share, and stays as it is; and 2 G vectors serve G^2 patches.
 
+    With `image_encoder`, a frozen encoder stands ahead: the patches' vectors are its outputs, which know
+    their places already, so that the matrix alone is trained.
+
     Args:
-        config: `image_size`, `image_patch`, `image_channels`.
+        config: `image_size`, `image_patch`, `image_channels`, `image_encoder`.
         device: where to make it.
 
     Attributes:
         num_positions: P.
+        encoder: the frozen encoder, or None.
     """
 
     def __init__(self, config: ModelConfig, device: torch.device | None = None) -> None:
@@ -40,6 +44,13 @@ class ImageSequencer(nn.Module):
         self.size, self.patch, self.channels = config.image_size, config.image_patch, config.image_channels
         side = self.size // self.patch
         self.num_positions = side * side
+        self.encoder: nn.Module | None = None
+        if config.image_encoder:
+            from arbitor.sidecars.encoder import FrozenEncoder
+
+            self.encoder = encoder = FrozenEncoder(config.image_encoder, device)
+            self.embed = TernaryLinear(encoder.width, config.dim, tscale=config.tscale, device=device)
+            return
         self.embed = TernaryLinear(
             self.channels * self.patch**2, config.dim, tscale=config.tscale, input_norm=False, device=device
         )
@@ -58,6 +69,8 @@ class ImageSequencer(nn.Module):
                 f"images must be uint8 of shape (batch, {', '.join(map(str, wanted))}), got "
                 f"{pixels.dtype} {tuple(pixels.shape)}; arbitor.data.images.fit makes one fit"
             )
+        if self.encoder is not None:
+            return rms_norm(self.embed(self.encoder(pixels)).float())
         h_BPD = self.embed(patches(pixels, self.patch)).float()
         place_G = torch.arange(self.size // self.patch, device=pixels.device)
         places_PD = (self.rows(place_G)[:, None] + self.columns(place_G)).flatten(0, 1)

@@ -19,8 +19,8 @@ class TernaryConv1d(NormedMatrix):
     """y[b, :, u] = W quantize(rms_norm(window u of x[b])); no gain, no bias.
 
     A window is K times, `dilation` apart, of all channels, flattened channel by channel as in torch's
-    `Conv1d`: `decode().view(O, C, K)` is the weight of a `Conv1d`. Zeros stand beyond both ends, so that the output has
-    U = ceil(T / stride) times. Norm and int8 scale are those of the whole window.
+    `Conv1d`: `decode().view(O, C, K)` is the weight of a `Conv1d`. Zeros stand beyond both ends, so that the
+    output has U = ceil(T / stride) times. Norm and int8 scale are those of the whole window.
 
     Args:
         in_channels, out_channels: C and O.

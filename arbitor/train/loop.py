@@ -75,6 +75,8 @@ class Trainer:
         self.growth: list[str] = []
         if checkpoint is None:
             self.model = ARBModel(config=config.model, device=device.device)
+            if config.model.image_encoder and config.data.encoder:
+                self.model.take_encoder(config.data.encoder)
             if base is not None:
                 self.growth += graft_weights(self.model, base)
         else:

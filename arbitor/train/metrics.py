@@ -2,7 +2,8 @@
 
 Step lines have the keys of `STEP_KEYS`; evaluation lines have `EVALUATION_KEYS`. The last step of every
 reading of the device also has the unweighted losses of the model's parts ("ponder", "commitment", "router")
-and their metrics (see `ARBModel.part_metrics`), those that the model has. A number that is not finite is
+and their metrics (see `ARBModel.part_metrics`), those that the model has; evaluations of media with captions
+have "captions_right", the share that was written right. A number that is not finite is
 written as null, since JSON has no other word for it.
 """
 

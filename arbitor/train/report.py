@@ -96,7 +96,8 @@ def describe_parts(model: ModelConfig) -> str:
     if model.image_size:
         side, patch = model.image_size, model.image_patch
         colour = "grey" if model.image_channels == 1 else "colour"
-        parts.append(f"{colour} images of {side} x {side} in {(side // patch) ** 2} patches")
+        frozen = ", behind a frozen encoder" if model.image_encoder else ""
+        parts.append(f"{colour} images of {side} x {side} in {(side // patch) ** 2} patches{frozen}")
     return "; ".join(parts)
 
 

@@ -29,7 +29,15 @@ from arbitor.data.contents import BadLineError, opened, parse_line
 from arbitor.data.images import WORDS
 from arbitor.data.sources import reason
 from arbitor.data.stream import ByteStream
-from arbitor.data.waves import MAX_FILE_BYTES, UNIT, UnusableError, load_content, load_file, usable_wave
+from arbitor.data.waves import (
+    MAX_FILE_BYTES,
+    UNIT,
+    UnusableError,
+    codes_of,
+    load_content,
+    load_file,
+    usable_wave,
+)
 from arbitor.errors import UserError
 
 SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au", ".w64", ".caf")
@@ -50,7 +58,7 @@ class Recordings:
 
     Attributes:
         rate: samples a second, of all.
-        waves: int16 [N] each, in units of 1 / 32767.
+        waves: int16 [N] each, in units of 2^-15.
         labels: texts as bytes.
         speakers: who speaks; empty where it is not known.
     """
@@ -132,7 +140,7 @@ class _Found:
         except UnusableError as error:
             self.skipped[str(error)] += 1
             return
-        self.waves.append(np.rint(wave * UNIT).astype(np.int16))
+        self.waves.append(codes_of(wave))
         self.labels.append(label)
         self.speakers.append(speaker)
         self.keys.append(key)
@@ -366,7 +374,9 @@ def _of_tar(path: Path, skipped: Counter[str]) -> Iterator[_Entry]:
 
                 yield load, label, speaker, f"{real}:{member.name}"
     except (tarfile.TarError, EOFError, zlib.error) as error:
-        raise UserError(f"{str(path)!r} is no tar archive, damaged or cut short: {error}") from error
+        raise UserError(
+            f"{str(path)!r} is no tar archive, damaged or cut short; copy or make it again"
+        ) from error
     except OSError as error:
         raise UserError(f"cannot read {str(path)!r}: {reason(error)}") from error
 

@@ -14,12 +14,13 @@ import numpy as np
 from arbitor.data.sources import reason
 from arbitor.errors import UserError
 
-UNIT = 32767  # of 16-bit samples
+UNIT = 1 << 15  # of 16-bit samples, as libsndfile has it
 MIN_RATE, MAX_RATE = 1_000, 768_000
 MAX_SECONDS = 600.0  # of a recording; what follows is left out
 MAX_FILE_BYTES = 1 << 30
 _ZERO_CROSSINGS = 16  # of the resampling filter on each side
 _ROLLOFF = 0.95  # of the lower rate's band that resampling keeps
+_CHUNK_TAPS = 1 << 22  # that are multiplied at once
 _STREAMED = (0, 0xFFFFFFFF)  # sizes in headers of files that were written without going back
 
 
@@ -45,7 +46,7 @@ def write_recording(path: str | Path, samples: np.ndarray, rate: int) -> None:
     Raises:
         UserError: the disk did not take it.
     """
-    codes = np.rint(np.clip(samples, -1, 1) * UNIT).astype("<i2")
+    codes = codes_of(samples).astype("<i2")
     content = io.BytesIO()
     with wave.open(content, "wb") as file:
         file.setnchannels(1)
@@ -56,6 +57,11 @@ def write_recording(path: str | Path, samples: np.ndarray, rate: int) -> None:
         Path(path).write_bytes(content.getvalue())
     except OSError as error:
         raise UserError(f"cannot write {str(path)!r}: {reason(error)}") from error
+
+
+def codes_of(samples: np.ndarray) -> np.ndarray:
+    """Samples in -1...1 as int16, in units of 2^-15; what is 1 loses one unit."""
+    return np.rint(samples * UNIT).clip(1 - UNIT, UNIT - 1).astype(np.int16)
 
 
 def usable_wave(samples: np.ndarray, rate: int, wanted: int) -> np.ndarray:
@@ -98,7 +104,7 @@ def resample(samples: np.ndarray, rate: int, wanted: int) -> np.ndarray:
     offsets_R = np.arange(-reach + 1, reach + 1)
     padded = np.pad(samples.astype(np.float64), (reach, reach + 1))
     result = np.empty(count, dtype=np.float32)
-    chunk = max(1, (1 << 22) // len(offsets_R))
+    chunk = max(1, _CHUNK_TAPS // len(offsets_R))
     for first in range(0, count, chunk):
         place = np.arange(first, min(first + chunk, count), dtype=np.int64) * down
         whole, part = place // up, place % up

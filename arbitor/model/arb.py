@@ -275,8 +275,8 @@ class ARBModel(nn.Module):
             ledger: earlier positions, to which these are appended; no gradient is recorded.
 
         Returns:
-            With `counts`: logits fp32 [B, T + 1, Q, V + 1] and losses, "audio" in nats per code. Without
-            them: as logits the residual stream [B, D] of the last position, which `heads["audio"].draw` takes.
+            With `counts`: logits fp32 [B, T + 1, Q, V + 1] and losses, "audio" in nats per code. Without: as
+            logits the residual stream [B, D] of the last position, which `heads["audio"].draw` takes.
 
         Raises:
             UserError: the model has no audio sidecar.

@@ -391,8 +391,9 @@ def _synthesised(rate: int) -> _Found:
     """Tones of three pitches, chirps up and down, and warbles, each with overtones, an envelope and noise."""
     found = _Found(rate)
     random = np.random.Generator(np.random.Philox(key=0))
+    labels = random.permutation(SYNTHETIC_LABELS * (_SYNTHETIC_COUNT // len(SYNTHETIC_LABELS))).tolist()
     for number in range(_SYNTHETIC_COUNT):
-        label = SYNTHETIC_LABELS[number % len(SYNTHETIC_LABELS)]
+        label = labels[number]
         wave = _sound(label, rate, random)
         found.add(lambda wave=wave: (wave, rate), label.encode(), "", str(number))  # type: ignore[misc]
     return found

@@ -6,7 +6,10 @@ Shapes: N samples.
 import numpy as np
 
 MAX_GAIN = 1.0  # octaves, up or down
-MAX_SPEED = 0.25  # octaves, up or down
+MAX_SPEED = 0.3  # octaves, up or down
+MAX_COLOUR = 1.0  # octaves of amplitude at each of some frequencies, up or down
+NUM_COLOURS = 8
+MAX_GAP = 0.15  # of the wave, silenced
 NOISE_FLOOR, NOISE_RANGE = -14.0, 6.0  # octaves of amplitude, below full scale and from there up
 
 
@@ -26,21 +29,47 @@ def clip(wave: np.ndarray, samples: int, bits: int | None = None) -> np.ndarray:
 
 
 def varied(wave: np.ndarray, bits: int) -> np.ndarray:
-    """A wave faster or slower by up to a quarter of an octave, louder or softer by up to one, with noise.
+    """A wave as another voice, place and microphone might give it.
+
+    Faster or slower, and with that higher or lower, by up to 0.3 octaves; coloured by a smooth curve over
+    frequency; louder or softer by up to an octave of amplitude; with some noise.
 
     Args:
         wave: fp32 [N] in -1...1.
-        bits: 48 random bits.
+        bits: 48 random bits, all that the result depends on.
 
     Returns:
         fp32 in -1...1, of another length.
     """
-    speed, gain, noise = (((bits >> (16 * n)) & 0xFFFF) / 32767.5 - 1 for n in range(3))
+    random = np.random.Generator(np.random.Philox(key=bits))
+    speed, gain, noise = random.uniform(-1, 1, 3)
     factor = 2 ** (MAX_SPEED * speed)
     count = max(1, int(len(wave) / factor))
     # Straight lines between samples: what that adds is like the noise below.
     changed = np.interp(np.arange(count) * factor, np.arange(len(wave)), wave)
+    changed = coloured(changed, random.uniform(-MAX_COLOUR, MAX_COLOUR, NUM_COLOURS))
     amplitude = 2.0 ** (NOISE_FLOOR + NOISE_RANGE * (noise + 1) / 2)
-    random = np.random.Generator(np.random.Philox(key=bits))
     changed = changed * 2 ** (MAX_GAIN * gain) + amplitude * random.standard_normal(count)
     return np.clip(changed, -1, 1).astype(np.float32)
+
+
+def coloured(wave: np.ndarray, octaves: np.ndarray) -> np.ndarray:
+    """A wave [N], amplified by these octaves at frequencies evenly spaced up to half the rate."""
+    spectrum = np.fft.rfft(wave)
+    place = np.linspace(0, len(octaves) - 1, len(spectrum))
+    return np.fft.irfft(spectrum * 2 ** np.interp(place, np.arange(len(octaves)), octaves), n=len(wave))
+
+
+def with_gap(wave: np.ndarray, bits: int) -> np.ndarray:
+    """A wave [N] of which a part, of up to `MAX_GAP`, is silent (as in Park et al. 2019, "SpecAugment", 2).
+
+    Args:
+        wave: fp32 [N].
+        bits: 48 random bits.
+    """
+    random = np.random.Generator(np.random.Philox(key=bits ^ 1 << 60))
+    size = int(random.uniform(0, MAX_GAP) * len(wave))
+    first = int(random.integers(0, len(wave) - size + 1))
+    silenced = wave.copy()
+    silenced[first : first + size] = 0
+    return silenced

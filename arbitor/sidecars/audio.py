@@ -16,7 +16,7 @@ from arbitor.model.norm import rms_norm
 from arbitor.model.vq import quantize
 from arbitor.ops.fsq import fsq_trits
 from arbitor.sidecars.spectrum import inverse_frames, log_mel, reconstruction_loss
-from arbitor.ternary import Int8Embedding, Int8Vector, TernaryConv1d, TernaryUpsample1d
+from arbitor.ternary import Int8Vector, TernaryConv1d, TernaryLinear, TernaryUpsample1d
 
 FRAMES_PER_SECOND = 100
 STRIDE = 2  # frames of a time
@@ -202,7 +202,9 @@ class AudioVQEncoder(nn.Module):
 
 
 class AudioSequencer(nn.Module):
-    """A fiftieth of a second of sound as one position: rms_norm(the sum of its codes' vectors).
+    """A fiftieth of a second of sound as one position: rms_norm(a ternary linear of its codes' trits).
+
+    So codes that differ in a trit have vectors that are alike, which a table of codes would have to learn.
 
     Attributes:
         codec: what turns waveforms into codes. Listening and speaking do not change it.
@@ -222,7 +224,14 @@ class AudioSequencer(nn.Module):
             num_layers=config.audio_layers,
             device=device,
         )
-        self.embed = Int8Embedding(config.audio_codes * self.codec.num_values, config.dim, device=device)
+        # Trits have one magnitude, and how many of them are 0 says something: no norm.
+        self.from_trits = TernaryLinear(
+            config.audio_codes * config.audio_trits,
+            config.dim,
+            tscale=config.tscale,
+            input_norm=False,
+            device=device,
+        )
 
     def forward(self, sound: Tensor) -> Tensor:
         """Waveforms float [B, N] at the codec's rate, or their codes int64 [B, T, Q] -> [B, T, D] of RMS 1.
@@ -235,5 +244,5 @@ class AudioSequencer(nn.Module):
             raise UserError(
                 f"codes must have the shape (batch, times, {self.codec.num_codes}), got {tuple(sound.shape)}"
             )
-        rows_Q = torch.arange(self.codec.num_codes, device=codes_BTQ.device) * self.codec.num_values
-        return rms_norm(self.embed(codes_BTQ + rows_Q).sum(dim=2))
+        trits_BTQK = fsq_trits(codes_BTQ, self.codec.code_trits)
+        return rms_norm(self.from_trits(trits_BTQK.flatten(2).float()).float())

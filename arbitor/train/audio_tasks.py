@@ -16,7 +16,7 @@ from torch import Tensor
 
 from arbitor.config import RunConfig
 from arbitor.data.audio import AudioCorpus, Recordings
-from arbitor.data.clips import clip, varied
+from arbitor.data.clips import clip, varied, with_gap
 from arbitor.data.draw import EpochSampler
 from arbitor.data.waves import resample, write_recording
 from arbitor.evaluate import Evaluation, caption_figures
@@ -61,6 +61,10 @@ class AudioTask:
             len(corpus.train), train.batch, train.seed, "recordings", corpus.train.fingerprint()
         )
 
+    def varied(self, wave: np.ndarray, bits: int) -> np.ndarray:
+        """A recording fp32 [N] as it might be at another time, by 48 random bits."""
+        return varied(wave, bits)
+
     def next_output(self, model: ARBModel) -> ARBOutput:
         """See `Task`."""
         raise NotImplementedError
@@ -97,7 +101,7 @@ class AudioTask:
         for number, bits in zip(numbers.tolist(), bits_B.tolist(), strict=True):
             wave = self.corpus.train.wave(number)
             if self.augment:
-                wave = varied(wave, bits & (1 << 48) - 1)
+                wave = self.varied(wave, bits & (1 << 48) - 1)
             clips.append(clip(wave, samples, bits >> 48))
         return numbers, clips
 
@@ -168,6 +172,10 @@ class ListenTask(AudioTask):
         self.positions_per_item += self.length
         self.held_out_bytes = sum(min(len(label) + 1, self.ctx - WINDOW) for label in corpus.held_out.labels)
 
+    def varied(self, wave: np.ndarray, bits: int) -> np.ndarray:
+        """See `AudioTask`; a part may be silent."""
+        return with_gap(varied(wave, bits), bits)
+
     def next_output(self, model: ARBModel) -> ARBOutput:
         """See `Task`."""
         numbers, clips = self._drawn(self.samples)
@@ -222,7 +230,7 @@ class SpeakTask(AudioTask):
         waves = []
         for number, bits in zip(numbers.tolist(), bits_B.tolist(), strict=True):
             wave = self.corpus.train.wave(number)
-            waves.append((varied(wave, bits & (1 << 48) - 1) if self.augment else wave)[: self.samples])
+            waves.append((self.varied(wave, bits & (1 << 48) - 1) if self.augment else wave)[: self.samples])
         return self._output(model, waves, [self.corpus.train.labels[n] for n in numbers])
 
     @torch.no_grad()

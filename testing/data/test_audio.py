@@ -34,7 +34,7 @@ def test_the_embedded_sounds_need_no_file_and_are_always_the_same():
     assert len(a.held_out) == 48
     seconds = [len(wave) / 16000 for wave in open_audio([], None, 16000).train.waves]
     assert 0.25 <= min(seconds) < max(seconds) <= 0.6
-    assert all(3000 < np.abs(wave.astype(int)).max() < 32767 for wave in a.train.waves)
+    assert all(2000 < np.abs(wave.astype(int)).max() < 32767 for wave in a.train.waves)
 
 
 @pytest.mark.parametrize(
@@ -147,12 +147,13 @@ def test_a_tar_that_ends_in_the_middle_is_one_line_or_what_there_is(folder, tmp_
     archive = tmp_path / "cut.tar"
     for size in range(0, len(whole), 1111):
         archive.write_bytes(whole[:size])
+        outcome = ""
         try:
             corpus = open_audio([str(archive)], "1", 8000)
         except UserError as error:
-            assert "\n" not in str(error)
-        else:
-            assert 2 <= len(corpus.train) + len(corpus.held_out) <= 10
+            outcome = str(error)
+        assert "\n" not in outcome
+        assert outcome or 2 <= len(corpus.train) + len(corpus.held_out) <= 10
 
 
 @pytest.mark.parametrize(("rates", "rate"), [([8000], 8000), ([8000, 44100, 44100], 16000), ([], 8000)])

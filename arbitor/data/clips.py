@@ -10,7 +10,8 @@ MAX_SPEED = 0.3  # octaves, up or down
 MAX_COLOUR = 1.0  # octaves of amplitude at each of some frequencies, up or down
 NUM_COLOURS = 8
 MAX_GAP = 0.15  # of the wave, silenced
-NOISE_FLOOR, NOISE_RANGE = -14.0, 6.0  # octaves of amplitude, below full scale and from there up
+# Octaves of amplitude of noise over the wave's largest sample: the softest, and the loudest of two kinds.
+LEAST_NOISE, SOFT_NOISE, LOUD_NOISE = -12.0, -8.0, -4.0
 
 
 def clip(wave: np.ndarray, samples: int, bits: int | None = None) -> np.ndarray:
@@ -28,7 +29,7 @@ def clip(wave: np.ndarray, samples: int, bits: int | None = None) -> np.ndarray:
     return np.pad(wave, (place, slack - place))
 
 
-def varied(wave: np.ndarray, bits: int) -> np.ndarray:
+def varied(wave: np.ndarray, bits: int, most_noise: float = SOFT_NOISE) -> np.ndarray:
     """A wave as another voice, place and microphone might give it.
 
     Faster or slower, and with that higher or lower, by up to 0.3 octaves; coloured by a smooth curve over
@@ -37,6 +38,7 @@ def varied(wave: np.ndarray, bits: int) -> np.ndarray:
     Args:
         wave: fp32 [N] in -1...1.
         bits: 48 random bits, all that the result depends on.
+        most_noise: the loudest noise, in octaves of amplitude over the wave's largest sample.
 
     Returns:
         fp32 in -1...1, of another length.
@@ -48,8 +50,8 @@ def varied(wave: np.ndarray, bits: int) -> np.ndarray:
     # Straight lines between samples: what that adds is like the noise below.
     changed = np.interp(np.arange(count) * factor, np.arange(len(wave)), wave)
     changed = coloured(changed, random.uniform(-MAX_COLOUR, MAX_COLOUR, NUM_COLOURS))
-    amplitude = 2.0 ** (NOISE_FLOOR + NOISE_RANGE * (noise + 1) / 2)
-    changed = changed * 2 ** (MAX_GAIN * gain) + amplitude * random.standard_normal(count)
+    amplitude = np.abs(changed).max() * 2 ** (LEAST_NOISE + (most_noise - LEAST_NOISE) * (noise + 1) / 2)
+    changed = (changed + amplitude * random.standard_normal(count)) * 2 ** (MAX_GAIN * gain)
     return np.clip(changed, -1, 1).astype(np.float32)
 
 

@@ -4,6 +4,7 @@ Shape letters: B batch, T times, Q codes of a time, V values of a code, D dim, M
 """
 
 import math
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -126,9 +127,7 @@ class TalkerHead(nn.Module):
 
     def _logits(self, state: Tensor, q: int) -> Tensor:
         """[..., D] -> fp32 [..., V + 1]."""
-        table = self.tables[q]
-        assert isinstance(table, Int8Embedding)
-        logits = table.logits(state).float()
+        logits = cast(Int8Embedding, self.tables[q]).logits(state).float()
         return logits if q == 0 else F.pad(logits, (0, 1), value=-math.inf)
 
 

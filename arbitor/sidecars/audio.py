@@ -234,15 +234,22 @@ class AudioSequencer(nn.Module):
         )
 
     def forward(self, sound: Tensor) -> Tensor:
-        """Waveforms float [B, N] at the codec's rate, or their codes int64 [B, T, Q] -> [B, T, D] of RMS 1.
+        """Waveforms float [B, N] at the codec's rate, or codes int64 [B, T, Q] -> [B, T, D] of RMS 1.
+
+        A waveform is brought to a largest sample of 1/2 first: what is said does not depend on how loud.
 
         Raises:
             UserError: another shape.
         """
-        codes_BTQ = self.codec.encode(sound) if sound.is_floating_point() else sound
+        codes_BTQ = self.codec.encode(levelled(sound)) if sound.is_floating_point() else sound
         if codes_BTQ.dim() != 3 or codes_BTQ.shape[2] != self.codec.num_codes:
             raise UserError(
                 f"codes must have the shape (batch, times, {self.codec.num_codes}), got {tuple(sound.shape)}"
             )
         trits_BTQK = fsq_trits(codes_BTQ, self.codec.code_trits)
         return rms_norm(self.from_trits(trits_BTQK.flatten(2).float()).float())
+
+
+def levelled(wave_BN: Tensor) -> Tensor:
+    """Each waveform [N] times what makes its largest sample 1/2; silence stays what it is."""
+    return wave_BN * (0.5 / wave_BN.abs().amax(dim=-1, keepdim=True).clamp_min(1e-4))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from arbitor.config import RunConfig
 from arbitor.data.audio import AudioCorpus, Recordings
-from arbitor.data.clips import clip, varied, with_gap
+from arbitor.data.clips import LOUD_NOISE, clip, varied, with_gap
 from arbitor.data.draw import EpochSampler
 from arbitor.data.waves import resample, write_recording
 from arbitor.evaluate import Evaluation, caption_figures
@@ -173,8 +173,8 @@ class ListenTask(AudioTask):
         self.held_out_bytes = sum(min(len(label) + 1, self.ctx - WINDOW) for label in corpus.held_out.labels)
 
     def varied(self, wave: np.ndarray, bits: int) -> np.ndarray:
-        """See `AudioTask`; a part may be silent."""
-        return with_gap(varied(wave, bits), bits)
+        """See `AudioTask`; with more noise, and a part may be silent."""
+        return with_gap(varied(wave, bits, LOUD_NOISE), bits)
 
     def next_output(self, model: ARBModel) -> ARBOutput:
         """See `Task`."""

@@ -178,15 +178,17 @@ def show_end(
         "no float weight, no float training state",
         "time": f"{format_seconds(summary['seconds'])}, {format_bytes(summary['bytes_seen'])} seen",
         "run": f"{run}: metrics.jsonl, loss.png, sample.txt, summary.json"
+        + (", samples/" if (run / "samples").is_dir() else "")
         + (", latest/ best/ final/" if config.train.save else " (no checkpoints: --no-save)"),
     }
     console.print()
     print_rows(console, rows)
     is_text = not (config.model.image_size or config.model.audio_rate)
     title = f"sample after {_as_text(prompt)!r}" if is_text else "of the first held-out ones"
-    console.print(Text(f"\n{title}:", style="bold"))
-    text = Text(_as_text(prompt), style="bold").append(_as_text(sample), style="not bold")
-    console.print(text, soft_wrap=True)
+    if is_text or sample:
+        console.print(Text(f"\n{title}:", style="bold"))
+        text = Text(_as_text(prompt), style="bold").append(_as_text(sample), style="not bold")
+        console.print(text, soft_wrap=True)
     if config.train.save:
         command = _next_command(run, config, prompt)
         console.print(Text(f"\nnext: {command}"), soft_wrap=True)

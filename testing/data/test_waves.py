@@ -4,7 +4,7 @@ import wave
 import numpy as np
 import pytest
 
-from arbitor.data.clips import clip, varied
+from arbitor.data.clips import clip, coloured, varied, with_gap
 from arbitor.data.waves import (
     UnusableError,
     load_content,
@@ -156,8 +156,22 @@ def test_varied_waves_depend_on_their_bits_alone():
         assert np.array_equal(made, varied(given, bits))
         assert made.dtype == np.float32
         assert np.abs(made).max() <= 1
-        assert 2**-0.26 < len(made) / len(given) < 2**0.26
-    slow, fast = varied(given, 0), varied(given, 0xFFFF)
-    assert len(slow) > len(given) > len(fast)
-    soft, loud = varied(given, 0x7FFF), varied(given, 0x7FFF | 0xFFFF << 16)
-    assert np.abs(loud).max() > 3 * np.abs(soft).max()
+        assert 2**-0.31 < len(made) / len(given) < 2**0.31
+    many = [varied(given, bits) for bits in range(40)]
+    lengths, peaks = [len(made) for made in many], [np.abs(made).max() for made in many]
+    assert max(lengths) > 1.3 * min(lengths)
+    assert max(peaks) > 3 * min(peaks)
+    assert varied(given, 5, -2.0)[0] != varied(given, 5)[0]
+
+
+def test_a_gap_is_silent_and_short():
+    given = np.ones(1000, np.float32)
+    gaps = [np.flatnonzero(with_gap(given, bits) == 0) for bits in range(50)]
+    assert all(len(gap) == 0 or np.array_equal(gap, np.arange(gap[0], gap[0] + len(gap))) for gap in gaps)
+    assert 100 < max(map(len, gaps)) <= 150
+
+
+def test_colour_multiplies_frequencies_by_its_curve():
+    given = sine(8000, 2000.0, 1.0, 0.0)
+    np.testing.assert_allclose(coloured(given, np.array([0.0, 1.0, 0.0])), 2 * given, atol=1e-3)
+    np.testing.assert_allclose(coloured(given, np.zeros(5)), given, atol=1e-6)

@@ -8,7 +8,7 @@ from arbitor.errors import UserError
 from arbitor.model import ARBModel
 from arbitor.model.heads import TalkerHead
 from arbitor.model.ledger import KVLedger
-from arbitor.sidecars.audio import AudioVQEncoder
+from arbitor.sidecars.audio import AudioVQEncoder, levelled
 from arbitor.speech import hear, say, spoken_ids
 from arbitor.ternary import VoteOptimizer
 from arbitor.ternary.audit import audit
@@ -204,8 +204,10 @@ def test_gradients_reach_every_part_but_the_codec():
 def test_waveforms_and_their_codes_are_the_same_prefix():
     net = model()
     wave = sound()
-    codes = net.sidecars["audio"].codec.encode(wave)
+    codes = net.sidecars["audio"].codec.encode(levelled(wave))
     assert torch.equal(net.encode("audio", wave), net.encode("audio", codes))
+    assert torch.equal(net.encode("audio", wave), net.encode("audio", 0.25 * wave))
+    assert bool(torch.isfinite(net.encode("audio", 0 * wave)).all())
     assert net.encode("audio", wave).shape == (2, 25, net.config.dim)
 
 

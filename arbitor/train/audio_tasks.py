@@ -24,6 +24,7 @@ from arbitor.generate import greedy_texts
 from arbitor.model import ARBModel
 from arbitor.model.arb import ARBOutput
 from arbitor.model.sequencer import WINDOW
+from arbitor.sidecars.audio import levelled
 from arbitor.sidecars.spectrum import METRIC_RATE, metric_mel
 from arbitor.speech import codec_of, say, spoken_ids
 from arbitor.train.task import SHOWN, framed
@@ -215,7 +216,10 @@ class ListenTask(AudioTask):
 
 
 class SpeakTask(AudioTask):
-    """Labels ahead of their sounds, measured in bits per code of the held-out ones."""
+    """Labels ahead of their sounds, measured in bits per code of the held-out ones.
+
+    Sounds are equally loud and not varied: the model would learn to speak with noise.
+    """
 
     figure = "bits_per_code"
 
@@ -226,12 +230,8 @@ class SpeakTask(AudioTask):
 
     def next_output(self, model: ARBModel) -> ARBOutput:
         """See `Task`."""
-        numbers, bits_B = self.sampler.next_numbers()
-        waves = []
-        for number, bits in zip(numbers.tolist(), bits_B.tolist(), strict=True):
-            wave = self.corpus.train.wave(number)
-            waves.append((self.varied(wave, bits & (1 << 48) - 1) if self.augment else wave)[: self.samples])
-        return self._output(model, waves, [self.corpus.train.labels[n] for n in numbers])
+        numbers, _ = self.sampler.next_numbers()
+        return self._output(model, self.corpus.train.part(numbers.tolist()))
 
     @torch.no_grad()
     def evaluate(
@@ -241,15 +241,13 @@ class SpeakTask(AudioTask):
         held_out = self._held_out(max_items)
         bits = codes = 0.0
         for first in range(0, len(held_out), self.batch):
-            numbers = range(first, min(first + self.batch, len(held_out)))
-            waves = [held_out.wave(n)[: self.samples] for n in numbers]
-            output = self._output(model, waves, [held_out.labels[n] for n in numbers])
-            per_time = codec_of(model).samples_per_time
-            count = sum(self.codes_per_time * math.ceil(len(w) / per_time) + 1 for w in waves)
+            part = held_out.part(range(first, min(first + self.batch, len(held_out))))
+            output = self._output(model, part)
+            count = sum(self.codes_per_time * times + 1 for times in self._times(model, part))
             bits += float(output.losses["audio"]) * count / math.log(2)
             codes += count
             if progress is not None:
-                progress(numbers.stop, len(held_out))
+                progress(min(first + self.batch, len(held_out)), len(held_out))
         return Evaluation(bits / codes, 2 * held_out.num_samples, len(held_out))
 
     def write_samples(self, model: ARBModel, folder: Path) -> None:
@@ -259,13 +257,18 @@ class SpeakTask(AudioTask):
             name = "".join(c if c.isalnum() else "-" for c in label.decode("utf-8", "replace"))[:40]
             write_recording(folder / f"{name}.wav", wave, self.rate)
 
-    def _output(self, model: ARBModel, waves: list[np.ndarray], labels: list[bytes]) -> ARBOutput:
-        codec = codec_of(model)
+    def _output(self, model: ARBModel, recordings: Recordings) -> ARBOutput:
+        waves = [recordings.wave(n)[: self.samples] for n in range(len(recordings))]
         longest = max(map(len, waves))
         padded = np.stack([np.pad(wave, (0, longest - len(wave))) for wave in waves])
-        codes = codec.encode(torch.from_numpy(padded).to(model.device))
-        counts = torch.tensor([math.ceil(len(wave) / codec.samples_per_time) for wave in waves])
-        return model.speak(spoken_ids(labels), codes, counts)
+        codes = codec_of(model).encode(levelled(torch.from_numpy(padded).to(model.device)))
+        counts = torch.tensor(self._times(model, recordings))
+        return model.speak(spoken_ids(recordings.labels), codes, counts)
+
+    def _times(self, model: ARBModel, recordings: Recordings) -> list[int]:
+        """How many times of codes each recording has."""
+        per_time = codec_of(model).samples_per_time
+        return [math.ceil(min(len(wave), self.samples) / per_time) for wave in recordings.waves]
 
 
 def metric_bands(wave: np.ndarray, rate: int) -> Tensor:

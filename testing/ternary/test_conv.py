@@ -140,7 +140,7 @@ def test_votes_train_it_and_the_audit_counts_it():
         loss.backward()
         optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / 150)
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert not torch.equal(before, net[0].trits())
     assert losses[-1] < 0.25 * 0.5  # a quarter of the signals' power
     assert audit(net, optimizer).ok

@@ -122,6 +122,19 @@ def test_bad_arguments_are_one_line_and_leave_nothing(arguments, why, tmp_path, 
     assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").iterdir())
 
 
+def test_enable_audio_of_the_train_verb_listens_and_grows_a_text_run(tmp_path, capsys):
+    from arbitor import cli
+
+    (tmp_path / "data.txt").write_text("some text to learn from, again and again\n" * 200)
+    few = ["--steps", "2", "--batch", "4", "--eval-steps", "4", "--device", "cpu"]
+    assert cli.main(["train", "--data", "data.txt", *few, "--run", "text"]) == 0
+    assert cli.main(["train", "--resume", "--run", "text", "--enable-audio", *few]) == 0
+    assert "of the captions right" in capsys.readouterr().out
+    assert (tmp_path / "runs/tiny-1/summary.json").is_file()
+    assert cli.main(["train", "--resume", "--run", "tiny-1", "--enable-audio", "--steps", "3"]) == 0
+    assert cli.main(["train", "--enable-audio", "--enable-vision"]) == 2
+
+
 def test_bad_recordings_do_not_stop_a_run(tmp_path, capsys):
     folder = tmp_path / "words"
     folder.mkdir()

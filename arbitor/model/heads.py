@@ -115,12 +115,12 @@ class TalkerHead(nn.Module):
 
     def _states(self, h_BTD: Tensor, codes_BTQ: Tensor) -> Tensor:
         """[B, T, Q, D]: what each code is predicted from."""
-        h_BT1D = rms_norm(h_BTD.float())[:, :, None]
-        if self.num_codes == 1:
-            return h_BT1D
+        sums_BTD = [rms_norm(h_BTD.float())]
         rows_Q = torch.arange(self.num_codes - 1, device=codes_BTQ.device) * self.end
-        before_BTQD = self.codes(codes_BTQ[..., :-1] + rows_Q).cumsum(dim=2)
-        return rms_norm(torch.cat([h_BT1D, h_BT1D + before_BTQD], dim=2))
+        # Not torch.cumsum, which CUDA has in no deterministic form.
+        for vector_BTD in self.codes(codes_BTQ[..., :-1] + rows_Q).unbind(dim=2):
+            sums_BTD.append(sums_BTD[-1] + vector_BTD)
+        return rms_norm(torch.stack(sums_BTD, dim=2))
 
     def _hidden(self, state: Tensor) -> Tensor:
         return state + self.down(F.relu(self.up(state)).square())

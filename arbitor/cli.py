@@ -84,6 +84,7 @@ def train(
     image_channels: Annotated[int | None, Parameter(group=TRAINING, converter=whole)] = None,
     image_encoder: Annotated[str | None, Parameter(group=TRAINING)] = None,
     no_augment: Annotated[bool, Parameter(group=TRAINING, show_default=False)] = False,
+    enable_audio: Annotated[bool, Parameter(group=TRAINING, show_default=False)] = False,
     max_moe_iters: Annotated[int | None, Parameter(group=TRAINING, converter=whole)] = None,
     state: Annotated[Literal["full", "compact", "lean"] | None, Parameter(group=TRAINING)] = None,
     rule: Annotated[Literal["spectral", "sinkhorn", "row", "sign"] | None, Parameter(group=TRAINING)] = None,
@@ -152,6 +153,9 @@ def train(
         Folder or hub name of a DINOv2 that stands frozen, in int8, ahead of the patch embedding.
     no_augment
         Do not shift and turn the images.
+    enable_audio
+        Learn the labels of recordings: --data names folders, .tar archives, .jsonl or audio files; default
+        synthesised sounds. training/audio.py has more: the codec, speaking.
     max_moe_iters
         Most iterations of the core.
     state
@@ -240,6 +244,10 @@ def train(
         settings |= _part_settings(parts, preset, config, run, resume)
         if enable_vision and batch is None and preset is None and config is None and not resume:
             settings["batch"] = VISION_BATCH  # a run that is resumed or grows keeps its own
+    if enable_audio:
+        if enable_vision:
+            raise UserError("--enable-audio and --enable-vision: a run learns from recordings or images")
+        settings |= _audio_settings(data, run, resume)
     from arbitor.train.session import start_training
 
     return start_training(
@@ -269,6 +277,20 @@ def _part_settings(
         base = base_model(preset, config_file)
         _print_notes(parts.notes(base))
     return parts.settings(base)
+
+
+def _audio_settings(data: list[str] | None, run: str | None, resume: bool) -> dict[str, Any]:
+    """What --enable-audio sets: listening; nothing in a resumed run that has it."""
+    from arbitor.data.audio import default_rate
+
+    if resume:
+        from arbitor.config import load_config
+        from arbitor.train import runs
+
+        if load_config(runs.existing_run(run) / runs.CONFIG_FILE).model.audio_rate:
+            return {}
+    rate = default_rate(data or ())
+    return {"audio_rate": rate, "audio_samples": rate, "audio_task": "listen"}
 
 
 def _print_notes(lines: Sequence[str]) -> None:

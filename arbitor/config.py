@@ -20,9 +20,11 @@ STATES = ("lean", "compact", "full")
 RULES = ("spectral", "sinkhorn", "row", "sign")
 TSCALES = ("T4", "T6", "T8", "T16", "T32", "T64", "T96", "ROW")
 DEVICES = ("auto", "cpu", "cuda")
+AUDIO_TASKS = ("", "codec", "listen", "speak")
 
 MAX_MOTIF_TRITS = 15
 MEMORY_ROWS = 1 << 15  # rows of each hash table of a memory that is asked for without a size
+AUDIO_RATE = 8000  # samples a second of a model that is asked to hear
 ENCODER_FIELDS = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio", "hidden_act", "layer_norm_eps"),
     *("image_size", "patch_size", "num_channels", "qkv_bias", "use_swiglu_ffn"),
@@ -152,6 +154,12 @@ class ModelConfig:
             out. A multiple of `image_patch`.
         image_patch: Pixels a side of a patch; an image is (image_size / image_patch)^2 positions.
         image_channels: 1 for grey, 3 for colour.
+        audio_rate: Samples a second of sounds, a multiple of 200; 0 leaves the audio sidecar out.
+        audio_samples: Samples of the longest sound that the model trains with.
+        audio_dim: Width of the audio codec.
+        audio_layers: Blocks on each side of the codec's codes.
+        audio_codes: Codes of a fiftieth of a second.
+        audio_trits: Trits of a code, one of 3^k.
         image_encoder: Architecture of a frozen encoder ahead of the patch embedding, as a line of JSON (see
             `arbitor.sidecars.encoder`); empty is none.
     """
@@ -191,6 +199,12 @@ class ModelConfig:
     image_size: int = 0
     image_patch: int = 16
     image_channels: int = 3
+    audio_rate: int = 0
+    audio_samples: int = 8000
+    audio_dim: int = 160
+    audio_layers: int = 3
+    audio_codes: int = 4
+    audio_trits: int = 5
     image_encoder: str = ""
 
     @property
@@ -259,6 +273,18 @@ class ModelConfig:
         if self.memory_rows and self.memory_over == "motifs" and not self.has_motifs:
             raise UserError("memory_over is 'motifs', but there are none; set motif_trits, or use 'bytes'")
         self._check_image()
+        self._check_audio()
+
+    def _check_audio(self) -> None:
+        if self.audio_rate and (not 2000 <= self.audio_rate <= 384_000 or self.audio_rate % 200):
+            raise UserError(
+                f"audio_rate must be 0 or a multiple of 200 from 2000 to 384000 Hz, got {self.audio_rate}"
+            )
+        require_range(self, "audio_samples", *_COUNT)
+        require_range(self, "audio_dim", *_WIDTH)
+        require_range(self, "audio_layers", 1, 1000)
+        require_range(self, "audio_codes", 1, 64)
+        require_range(self, "audio_trits", 1, 9)
 
     def _check_image(self) -> None:
         require_range(self, "image_size", 0, 4096)
@@ -366,7 +392,10 @@ class DataConfig:
         held_out: What evaluation is measured on: a path, or the share of the data to hold out. Unset, a
             tenth of the data (a twentieth of the embedded corpus).
         field: Name of the field that holds the text in .jsonl files.
-        augment: Whether images are shifted and turned a little at random.
+        augment: Whether images are shifted and turned, and sounds made faster, slower, louder and softer, a
+            little at random.
+        audio_task: What a model with the audio sidecar learns from recordings: codec, listen (sound to text)
+            or speak (text to sound); empty where the data is something else.
         encoder: Folder or hub name that a new model's frozen image encoder takes its weights from.
     """
 
@@ -374,12 +403,14 @@ class DataConfig:
     held_out: str | None = None
     field: str = "text"
     augment: bool = True
+    audio_task: str = ""
     encoder: str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.held_out, (int, float)) and not isinstance(self.held_out, bool):
             object.__setattr__(self, "held_out", repr(self.held_out))  # `held_out = 0.1` in TOML
         settle_types(self)
+        require_name("audio_task", self.audio_task, AUDIO_TASKS)
         for path in self.data:
             if not path:
                 raise UserError("data contains an empty path; give a file, a folder or a glob")

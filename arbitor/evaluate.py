@@ -11,7 +11,7 @@ Shape letters: B windows at a time, C ctx.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -33,16 +33,19 @@ class Evaluation:
     """Outcome of `bits_per_byte`.
 
     Attributes:
-        bits_per_byte: -sum of log2 of the probability of every byte, divided by their number.
+        bits_per_byte: -sum of log2 of the probability of every byte, divided by their number; of a task with
+            another `figure`, that, of which less is better too.
         num_bytes: bytes predicted.
         windows: windows (or media with a caption) that it took.
         captions_right: of media, the share whose caption was written right; None for text.
+        extra: other figures by name, which go into the logs.
     """
 
     bits_per_byte: float
     num_bytes: int
     windows: int
     captions_right: float | None = None
+    extra: dict[str, float] = field(default_factory=dict)
 
 
 def bits_per_byte(

@@ -29,7 +29,7 @@ from arbitor.errors import UserError
 from arbitor.model import rotary
 from arbitor.model.block import Block
 from arbitor.model.core import MoEGraph
-from arbitor.model.heads import ByteHead
+from arbitor.model.heads import ByteHead, TalkerHead
 from arbitor.model.ledger import KVLedger
 from arbitor.model.memgram import MemGram
 from arbitor.model.router import MODALITIES, OutputRouter
@@ -70,6 +70,15 @@ class _Pass:
     losses: dict[str, Tensor]
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Text:
+    """The positions of a sequence that are text, `first` to ahead of `end`, and the ids that made them."""
+
+    ids_BL: Tensor  # noqa: N815
+    first: int
+    end: int
+
+
 class ARBModel(nn.Module):
     """Byte-level ternary decoder.
 
@@ -90,6 +99,7 @@ class ARBModel(nn.Module):
         device: torch.device | str | None = None,
         enable_memory: bool | None = None,
         enable_vision: bool | None = None,
+        enable_audio: bool | None = None,
         **overrides: Any,
     ) -> None:
         """Makes a model with random trits, drawn from torch's global generator.
@@ -101,13 +111,14 @@ class ARBModel(nn.Module):
             enable_memory: True adds the n-gram memory, of its usual size if no other is given; False leaves
                 it out.
             enable_vision: the same for images: True adds the image sidecar.
+            enable_audio: the same for sounds: True adds the audio sidecar and the head that speaks.
             overrides: fields of `ModelConfig` that replace the preset's or the configuration's.
 
         Raises:
             UserError: both preset and config, an unknown preset or field, or a bad value.
         """
         super().__init__()
-        self.config = config = _resolve(preset, config, enable_memory, enable_vision, overrides)
+        self.config = config = _resolve(preset, config, enable_memory, enable_vision, enable_audio, overrides)
         place = torch.get_default_device() if device is None else torch.device(device)
         self.embed = Int8Embedding(config.vocab_size, config.dim, kind="embedding", device=place)
         self.sequencer = TextSequencer(config, place)
@@ -126,6 +137,11 @@ class ARBModel(nn.Module):
             from arbitor.sidecars.image import ImageSequencer
 
             self.sidecars["image"] = ImageSequencer(config, place)
+        if config.audio_rate:
+            from arbitor.sidecars.audio import AudioSequencer
+
+            self.sidecars["audio"] = AudioSequencer(config, place)
+            self.heads["audio"] = TalkerHead(config, place)
         self._metrics: dict[str, Tensor] = {}
         self.ledgers: weakref.WeakSet[KVLedger] = weakref.WeakSet()
 
@@ -239,6 +255,56 @@ class ARBModel(nn.Module):
         losses = self._losses(done, targets_BL[:, WINDOW:], mask_BN)
         return ARBOutput(done.logits, self._weighted(losses), losses, done.modalities)
 
+    def speak(
+        self,
+        ids: Tensor | None,
+        codes: Tensor,
+        counts: Tensor | None = None,
+        *,
+        ledger: KVLedger | None = None,
+    ) -> ARBOutput:
+        """Logits of the codes of a sound behind a text, time by time, and the loss if `counts` are given.
+
+        The text's positions come first, those of the sound behind them; what a time is predicted from is the
+        position ahead of it. A sound ends with the first code `heads["audio"].end`.
+
+        Args:
+            ids: int64 [B, L], texts that end with the same id; None while the ledger holds the text.
+            codes: int64 [B, T, Q], the sounds so far, T >= 0; with a filled ledger, those that follow.
+            counts: int64 [B], times of each sound; what stands behind them in `codes` does not count.
+            ledger: earlier positions, to which these are appended; no gradient is recorded.
+
+        Returns:
+            With `counts`: logits fp32 [B, T + 1, Q, V + 1] and losses, "audio" in nats per code. Without: as
+            logits the residual stream [B, D] of the last position, which `heads["audio"].draw` takes.
+
+        Raises:
+            UserError: the model has no audio sidecar.
+        """
+        if "audio" not in self.sidecars:
+            raise UserError("this model has no sidecar for sounds; make it with enable_audio=True")
+        codes_BTQ = codes.to(self.device)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and ledger is None), self._autocast():
+            parts, text = [], None
+            if ids is not None:
+                ids_BL = self._checked(ids, "ids")
+                parts.append(self.sequencer(self.embed(ids_BL)))
+                text = _Text(ids_BL, 0, parts[0].shape[1])
+            if codes_BTQ.shape[1]:
+                parts.append(self.sidecars["audio"](codes_BTQ))
+            h_BQD = torch.cat([part.float() for part in parts], dim=1)
+            start = 0 if ledger is None else ledger.num_positions
+            if ledger is not None:
+                ledger.reserve(h_BQD.shape[1])
+            h_BQD, losses = self._trunk(h_BQD, start, ledger, text)
+        if counts is None:
+            return ARBOutput(h_BQD[:, -1].float(), None)
+        assert text is not None
+        head = self.heads["audio"]
+        assert isinstance(head, TalkerHead)
+        logits_BTQV, losses["audio"] = head.loss(h_BQD[:, text.end - 1 :], codes_BTQ, counts.to(self.device))
+        return ARBOutput(logits_BTQV, self._weighted(losses, "audio"), losses)
+
     def part_metrics(self) -> dict[str, Tensor]:
         """Metrics of the last forward, scalars on the device; which ones depends on the parts there are.
 
@@ -292,62 +358,79 @@ class ARBModel(nn.Module):
 
     def _run(self, ids_BL: Tensor, start: int, ledger: KVLedger | None, prefix_BPD: Tensor | None) -> _Pass:
         """All parts, for the positions whose first one, the prefix's if there is one, is number `start`."""
-        device = ids_BL.device
         num_prefix = 0 if prefix_BPD is None else prefix_BPD.shape[1]
-        losses: dict[str, Tensor] = {}
-        metrics: dict[str, Tensor] = {}
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with self._autocast():
             h_BQD = self.sequencer(self.embed(ids_BL))
             if prefix_BPD is not None:
                 h_BQD = torch.cat([prefix_BPD.to(h_BQD.dtype), h_BQD], dim=1)
-            motif_BQ = None
-            if self.vq is not None:
-                h_BQD, motif_BQ, vq_losses = self.vq(h_BQD)
-                losses |= vq_losses
-                metrics |= self.vq.metrics(motif_BQ)
-            rotation = rotary.rotation(
-                start, h_BQD.shape[1], self.config.rope_dim, self.config.rope_theta, device
-            )
-            layers = itertools.repeat(None) if ledger is None else iter(ledger.layers)
-
-            def through(blocks: Iterable[nn.Module], h_BQD: Tensor) -> Tensor:
-                for block in blocks:
-                    h_BQD = block(h_BQD, rotation, next(layers))
-                return h_BQD
-
-            prelude = list(self.prelude)
-            h_BQD = through(prelude[:1], h_BQD)
-            if self.memory is not None:
-                h_BQD = self._with_memory(h_BQD, ids_BL, motif_BQ, ledger, num_prefix)
-            h_BQD = through(prelude[1:], h_BQD)
-            if self.core is not None:
-                core = self.core(h_BQD, motif_BQ, None if self.vq is None else self.vq.code_vectors)
-                h_BQD = core.state
-                metrics |= core.metrics
-                if core.ponder is not None:
-                    losses["ponder"] = core.ponder
-            h_BND = through(self.coda, h_BQD)[:, num_prefix:]
+            text = _Text(ids_BL, num_prefix, h_BQD.shape[1])
+            h_BQD, losses = self._trunk(h_BQD, start, ledger, text)
+        h_BND = h_BQD[:, num_prefix:]
         # Outside of bf16: the head's integer sums are exact, and rounding logits to 8 bits would cost loss.
-        with torch.autocast(device.type, enabled=False):
+        with torch.autocast(h_BND.device.type, enabled=False):
             logits_BNS = self.head.logits(h_BND).float()
         modalities_BNC = None if self.router is None else self.router(h_BND)
-        self._metrics = metrics
         return _Pass(logits_BNS, modalities_BNC, losses)
 
+    def _autocast(self) -> torch.autocast:
+        device = self.device.type
+        return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+
+    def _trunk(
+        self, h_BQD: Tensor, start: int, ledger: KVLedger | None, text: "_Text | None"
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What stands between the sequencers and the heads, and the losses of parts that need no targets.
+
+        Args:
+            h_BQD: positions of all media, in their order.
+            start: number of the first one.
+            ledger: holds those ahead of it, if it is not the first.
+            text: which of the positions are text; None without any.
+        """
+        losses: dict[str, Tensor] = {}
+        metrics: dict[str, Tensor] = {}
+        motif_BQ = None
+        if self.vq is not None:
+            h_BQD, motif_BQ, vq_losses = self.vq(h_BQD)
+            losses |= vq_losses
+            metrics |= self.vq.metrics(motif_BQ)
+        rotation = rotary.rotation(
+            start, h_BQD.shape[1], self.config.rope_dim, self.config.rope_theta, h_BQD.device
+        )
+        layers = itertools.repeat(None) if ledger is None else iter(ledger.layers)
+
+        def through(blocks: Iterable[nn.Module], h_BQD: Tensor) -> Tensor:
+            for block in blocks:
+                h_BQD = block(h_BQD, rotation, next(layers))
+            return h_BQD
+
+        prelude = list(self.prelude)
+        h_BQD = through(prelude[:1], h_BQD)
+        if self.memory is not None:
+            h_BQD = self._with_memory(h_BQD, text, motif_BQ, ledger)
+        h_BQD = through(prelude[1:], h_BQD)
+        if self.core is not None:
+            core = self.core(h_BQD, motif_BQ, None if self.vq is None else self.vq.code_vectors)
+            h_BQD = core.state
+            metrics |= core.metrics
+            if core.ponder is not None:
+                losses["ponder"] = core.ponder
+        self._metrics = metrics
+        return through(self.coda, h_BQD), losses
+
     def _with_memory(
-        self,
-        h_BQD: Tensor,
-        ids_BL: Tensor,
-        motif_BQ: Tensor | None,
-        ledger: KVLedger | None,
-        num_prefix: int,
+        self, h_BQD: Tensor, text: "_Text | None", motif_BQ: Tensor | None, ledger: KVLedger | None
     ) -> Tensor:
         """The residual stream and what the memory adds: of motifs everywhere, of bytes in the text only."""
         assert self.memory is not None
         if self.config.memory_over == "bytes":
-            text_BND = h_BQD[:, num_prefix:]
-            text_BND = text_BND + self.memory(text_BND, ids_BL)
-            return torch.cat([h_BQD[:, :num_prefix], text_BND], dim=1) if num_prefix else text_BND
+            if text is None:
+                return h_BQD
+            text_BND = h_BQD[:, text.first : text.end]
+            text_BND = text_BND + self.memory(text_BND, text.ids_BL)
+            if text_BND.shape[1] == h_BQD.shape[1]:
+                return text_BND
+            return torch.cat([h_BQD[:, : text.first], text_BND, h_BQD[:, text.end :]], dim=1)
         assert motif_BQ is not None
         motif_BL = self.memory.preceded(motif_BQ, None if ledger is None else ledger.motif_tail)
         if ledger is not None:
@@ -376,15 +459,15 @@ class ARBModel(nn.Module):
             self._metrics["router_accuracy"] = accuracy
         return losses
 
-    def _weighted(self, losses: dict[str, Tensor]) -> Tensor:
-        """Sum of the losses, each times its weight."""
+    def _weighted(self, losses: dict[str, Tensor], main: str = "text") -> Tensor:
+        """Sum of the losses, each times its weight; that of `main` has 1."""
         weights = {
             "commitment": 1.0,
             "diversity": 1.0,
             "ponder": self.config.ponder_weight,
             "router": ROUTER_WEIGHT,
         }
-        total = losses["text"]
+        total = losses[main]
         for name, weight in weights.items():
             if weight and name in losses:
                 total = total + weight * losses[name]
@@ -439,6 +522,7 @@ def _resolve(
     config: ModelConfig | None,
     enable_memory: bool | None,
     enable_vision: bool | None,
+    enable_audio: bool | None,
     overrides: dict[str, Any],
 ) -> ModelConfig:
     """The configuration that the constructor's arguments mean."""
@@ -458,4 +542,7 @@ def _resolve(
     if enable_vision is not None:
         size = (config.image_size or presets.IMAGE_SIZE) if enable_vision else 0
         config = dataclasses.replace(config, image_size=size)
+    if enable_audio is not None:
+        rate = (config.audio_rate or presets.AUDIO_RATE) if enable_audio else 0
+        config = dataclasses.replace(config, audio_rate=rate)
     return config

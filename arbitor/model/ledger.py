@@ -118,6 +118,18 @@ class KVLedger:
         self.num_prefix += num_prefix
         return ids_BN
 
+    def reserve(self, count: int) -> None:
+        """Registers `count` positions of other media than text, behind those that there are.
+
+        Raises:
+            UserError: they do not fit.
+        """
+        if self.num_positions + count > self.capacity:
+            raise UserError(
+                f"the ledger holds {self.num_positions} of {self.capacity} positions, {count} more do not fit"
+            )
+        self.num_prefix += count
+
     def clear(self) -> None:
         """Forgets everything; another batch may follow."""
         self.num_ids = self.num_prefix = 0

@@ -51,6 +51,12 @@ class _Quantize(torch.autograd.Function):
         return fsq_backward(dy, x)
 
 
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`fsq` with a gradient: float [..., K] -> codes of trits [..., K], and their ids int64 [...]."""
+    code, ids = _Quantize.apply(x)
+    return code, ids
+
+
 class VQBridge(nn.Module):
     """h + up(code), with code = quantise(down(h)).
 
@@ -92,7 +98,7 @@ class VQBridge(nn.Module):
             x_BNC = self.down(h_BND)
             losses: dict[str, Tensor] = {}
             if self.codebook is None:
-                code_BNC, motif_BN = _Quantize.apply(x_BNC)
+                code_BNC, motif_BN = quantize(x_BNC)
                 if self.down.capture is not None and torch.is_grad_enabled():
                     losses["diversity"] = diversity(self.down(h_BND.detach()))
             else:

@@ -1,6 +1,7 @@
 """The number format and its learning rule; knows nothing of any particular model."""
 
 from arbitor.ternary.codebook import TernaryVQCodebook
+from arbitor.ternary.conv import TernaryConv1d, TernaryUpsample1d
 from arbitor.ternary.counters import IntegerCounters, named_counters
 from arbitor.ternary.experts import TernaryExperts
 from arbitor.ternary.layers import Int8Embedding, Int8Vector, TernaryEmbeddingTable, TernaryLinear
@@ -12,10 +13,12 @@ __all__ = [
     "Int8Vector",
     "IntegerCounters",
     "TScaleType",
+    "TernaryConv1d",
     "TernaryEmbeddingTable",
     "TernaryExperts",
     "TernaryLinear",
     "TernaryScaleTensor",
+    "TernaryUpsample1d",
     "TernaryVQCodebook",
     "VoteOptimizer",
     "named_counters",

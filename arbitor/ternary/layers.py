@@ -67,7 +67,7 @@ class _TernaryMatmul(torch.autograd.Function):
         ctx: Any,
         root: Tensor | None,
         x: Tensor,
-        module: "TernaryLinear",
+        module: "NormedMatrix",
         quantize: bool,
         out_dtype: torch.dtype,
     ) -> Tensor:
@@ -93,7 +93,17 @@ class _TernaryMatmul(torch.autograd.Function):
         return None, dx, None, None, None
 
 
-class TernaryLinear(TernaryScaleTensor):
+class NormedMatrix(TernaryScaleTensor):
+    """A single ternary matrix whose input may be RMS-normalised: what `ternary_matmul` multiplies by.
+
+    Attributes:
+        input_norm: whether it is.
+    """
+
+    input_norm: bool
+
+
+class TernaryLinear(NormedMatrix):
     """y = quantize(rms_norm(x)) W^T on packed trits; no gain, no bias.
 
     Args:
@@ -136,9 +146,14 @@ class TernaryLinear(TernaryScaleTensor):
         """
         if x.shape[-1] != self.in_features:
             raise ValueError(f"expected a last dimension of {self.in_features}, got {tuple(x.shape)}")
-        x_NI = x.reshape(-1, self.in_features)
-        y_NO = _TernaryMatmul.apply(root_of(self), x_NI, self, quantize, output_dtype(x))
-        return y_NO.view(*x.shape[:-1], self.out_features)
+        return ternary_matmul(self, x, quantize)
+
+
+def ternary_matmul(module: "NormedMatrix", x: Tensor, quantize: bool) -> Tensor:
+    """x float [..., I] times the matrix of `module`, [..., O]; captured, as `TernaryLinear.forward` says."""
+    x_NI = x.reshape(-1, module.in_features)
+    y_NO = _TernaryMatmul.apply(root_of(module), x_NI, module, quantize, output_dtype(x))
+    return y_NO.view(*x.shape[:-1], module.out_features)
 
 
 def _row_ids(ids: Tensor, rows: int) -> Tensor:

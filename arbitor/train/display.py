@@ -27,7 +27,7 @@ class Reading:
 
     step: int
     loss: float
-    bits_per_byte: float
+    bits_per_byte: float | None
     bytes_per_second: float
     memory: int
     flip_rate: float
@@ -35,8 +35,9 @@ class Reading:
 
     def line(self) -> str:
         """All figures but the step, in words."""
+        bits = "" if self.bits_per_byte is None else f"{self.bits_per_byte:.3f} bits/byte  "
         return (
-            f"loss {self.loss:.3f}  {self.bits_per_byte:.3f} bits/byte  "
+            f"loss {self.loss:.3f}  {bits}"
             f"{format_bytes(self.bytes_per_second)}/s  ETA {format_seconds(self.seconds_left)}  "
             f"memory {format_bytes(self.memory)}  flips {100 * self.flip_rate:.2f} %"
         )

@@ -11,13 +11,13 @@ from arbitor.model import ARBModel
 from arbitor.ternary import VoteOptimizer, named_ternary
 from arbitor.train.checkpoint import Checkpoint
 
-SIDECARS = ("image",)
-"""What may be added: fields of `ModelConfig` that begin so, with `<name>_size` saying whether it is there."""
+SIDECARS = {"image": "image_size", "audio": "audio_rate"}
+"""What may be added, with the field of `ModelConfig` that says whether it is there."""
 
 
 def added_sidecars(base: ModelConfig, settings: Mapping[str, Any]) -> list[str]:
     """Names of the sidecars that `settings` ask for and `base` does not have."""
-    return [name for name in SIDECARS if settings.get(f"{name}_size") and not getattr(base, f"{name}_size")]
+    return [name for name, field in SIDECARS.items() if settings.get(field) and not getattr(base, field)]
 
 
 def graft_weights(model: ARBModel, checkpoint: Checkpoint) -> list[str]:

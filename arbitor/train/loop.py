@@ -16,6 +16,7 @@ from torch import Tensor
 
 from arbitor.config import RunConfig
 from arbitor.data import ByteCorpus
+from arbitor.data.audio import AudioCorpus
 from arbitor.data.images import ImageCorpus
 from arbitor.errors import UserError
 from arbitor.evaluate import Evaluation
@@ -25,7 +26,7 @@ from arbitor.train.checkpoint import Checkpoint, save_checkpoint
 from arbitor.train.device import Device
 from arbitor.train.display import Display, Reading
 from arbitor.train.growth import graft_state, graft_weights
-from arbitor.train.metrics import EVALUATION_KEYS, STEP_KEYS, MetricsLog, seconds_so_far
+from arbitor.train.metrics import FIGURES, STEP_KEYS, MetricsLog, evaluation_keys, seconds_so_far
 from arbitor.train.recorded import RecordedStep, can_record
 from arbitor.train.schedule import learning_rate
 from arbitor.train.signals import Interrupted, SignalGuard
@@ -64,7 +65,7 @@ class Trainer:
     def __init__(
         self,
         config: RunConfig,
-        corpus: ByteCorpus | ImageCorpus,
+        corpus: ByteCorpus | ImageCorpus | AudioCorpus,
         device: Device,
         checkpoint: Checkpoint | None = None,
         base: Checkpoint | None = None,
@@ -103,7 +104,8 @@ class Trainer:
         self.dropped_in_a_row = 0
         self.last_ok = self.optimizer.last_step_ok
         self.readings: dict[str, Tensor] = {}
-        self._recorded = RecordedStep(self._work, device.device) if can_record(self.model) else None
+        records = self.task.fixed_shapes and can_record(self.model)
+        self._recorded = RecordedStep(self._work, device.device) if records else None
         if checkpoint is not None:
             checkpoint.restore_optimizer(self.optimizer)
             self._restore(checkpoint.state)
@@ -122,7 +124,7 @@ class Trainer:
         """One optimizer step over `accum` micro-batches.
 
         Returns:
-            The loss of the text, nats per byte, a scalar on the device.
+            The main loss of the task (of text: nats per byte), a scalar on the device.
         """
         train = self.config.train
         lr = self.next_lr()
@@ -133,9 +135,9 @@ class Trainer:
         self.optimizer.prepare()
         figures = self._work(batches) if self._recorded is None else self._recorded(batches)
         self.step += 1
-        text, self.last_ok = figures.pop("text"), figures.pop("ok")
+        main, self.last_ok = figures.pop(self.task.main_loss), figures.pop("ok")
         self.readings = figures
-        return text
+        return main
 
     def _work(self, batches: Sequence[Tensor]) -> dict[str, Tensor]:
         """The device's part of a step: losses and metrics of the parts, and whether the step counted."""
@@ -347,7 +349,7 @@ class Run:
                 step.step,
                 step.step * trainer.bytes_per_step,
                 loss,
-                loss / LN2,
+                loss / LN2 if trainer.task.figure == "bits_per_byte" else None,
                 step.lr,
                 rate,
                 memory,
@@ -360,7 +362,7 @@ class Run:
             Reading(
                 step=trainer.step,
                 loss=losses[-1],
-                bits_per_byte=losses[-1] / LN2,
+                bits_per_byte=losses[-1] / LN2 if trainer.task.figure == "bits_per_byte" else None,
                 bytes_per_second=rate,
                 memory=memory,
                 flip_rate=flip_rate,
@@ -396,8 +398,9 @@ class Run:
         self.seconds += seconds
         values = (trainer.step, result.bits_per_byte, result.num_bytes, seconds)
         right = result.captions_right
-        extra = {} if right is None else {"captions_right": right}
-        self._log(dict(zip(EVALUATION_KEYS, values, strict=True)) | extra)
+        extra = ({} if right is None else {"captions_right": right}) | result.extra
+        figure = trainer.task.figure
+        self._log(dict(zip(evaluation_keys(figure), values, strict=True)) | extra)
         trainer.evaluated_step = trainer.step
         self._saved_step = None  # the outcome belongs into `latest`, too
         best = result.bits_per_byte < (math.inf if trainer.best is None else trainer.best["bits_per_byte"])
@@ -410,8 +413,10 @@ class Run:
                 mark = ", better than the best that was saved"
         read = f"first {result.windows} {'windows' if trainer.task.unit == 'bytes' else trainer.task.unit}"
         written = "" if right is None else f", {100 * right:.1f} % of the captions right"
+        written += "".join(f", {name.replace('_', ' ')} {value:.4f}" for name, value in result.extra.items())
         self.display.note(
-            f"step {trainer.step}: held out {result.bits_per_byte:.4f} bits per byte{written} ({read}){mark}"
+            f"step {trainer.step}: held out {result.bits_per_byte:.4f} {FIGURES[figure]}"
+            f"{written} ({read}){mark}"
         )
 
     def _save_or_go_on(self, save: Callable[[], None]) -> bool:

@@ -33,7 +33,21 @@ STEP_KEYS = (
     "memory",  # bytes
     "flip_rate",  # share of all trits that flipped in this step
 )
-EVALUATION_KEYS = ("step", "held_out_bits_per_byte", "held_out_bytes", "seconds")
+HELD_OUT = "held_out_"
+# What held-out data may be measured in, in words; of each, less is better.
+FIGURES = {
+    "bits_per_byte": "bits per byte",
+    "bits_per_code": "bits per code",
+    "log_mel_distance": "nats of log-mel distance",
+}
+
+
+def evaluation_keys(figure: str) -> tuple[str, ...]:
+    """Keys of a line about an evaluation that measured this one of `FIGURES`."""
+    return ("step", HELD_OUT + figure, "held_out_bytes", "seconds")
+
+
+EVALUATION_KEYS = evaluation_keys("bits_per_byte")
 
 
 class MetricsLog:
@@ -126,7 +140,7 @@ def seconds_so_far(path: Path) -> float:
     """Time that the steps and evaluations of `path` took, from their own lines."""
     total, bytes_seen = 0.0, 0
     for line in read_metrics(path):
-        if "held_out_bits_per_byte" in line:
+        if "held_out_bytes" in line:
             total += line["seconds"]
         else:
             total += max(0, line["bytes_seen"] - bytes_seen) / line["bytes_per_second"]
@@ -152,13 +166,14 @@ def _is_reading(line: Any) -> bool:
     """Whether it is a line of a step or of an evaluation, with numbers where they belong."""
     if not isinstance(line, dict):
         return False
-    keys = EVALUATION_KEYS if "held_out_bits_per_byte" in line else STEP_KEYS
+    figure = next((figure for figure in FIGURES if HELD_OUT + figure in line), None)
+    keys = STEP_KEYS if figure is None else evaluation_keys(figure)
     if not all(key in line and _is_number_or_none(line[key]) for key in keys):
         return False
-    counts = ("step", "held_out_bytes") if keys is EVALUATION_KEYS else ("step", "bytes_seen")
+    counts = ("step", "bytes_seen") if figure is None else ("step", "held_out_bytes")
     if not all(type(line[key]) is int and line[key] >= 0 for key in counts):
         return False
-    if keys is EVALUATION_KEYS:
+    if figure is not None:
         return line["seconds"] is not None
     return line["bytes_per_second"] is not None and line["bytes_per_second"] > 0
 

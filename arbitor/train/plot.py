@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from arbitor.train.metrics import read_metrics
+from arbitor.train.metrics import FIGURES, evaluation_keys, read_metrics
 
 WIDTH, HEIGHT = 960, 540
 LEFT, RIGHT, TOP, BOTTOM = 76, 24, 56, 64
@@ -29,13 +29,12 @@ def plot_loss(metrics: Path, target: Path, title: str) -> None:
     lines = list(read_metrics(metrics))
     steps = [line for line in lines if "loss" in line]
     bytes_at = {line["step"]: line["bytes_seen"] for line in steps}
+    figure = next((f for f in FIGURES for line in lines if evaluation_keys(f)[1] in line), "bits_per_byte")
+    key = evaluation_keys(figure)[1]
+    # The loss stands in the same picture where it is in the same unit.
     raw = [(line["bytes_seen"], line["bits_per_byte"]) for line in steps if line["bits_per_byte"] is not None]
-    held_out = [
-        (bytes_at.get(line["step"], 0), line["held_out_bits_per_byte"])
-        for line in lines
-        if line.get("held_out_bits_per_byte") is not None
-    ]
-    _draw(raw, _smoothed(raw), held_out, title).save(target, optimize=True)
+    held_out = [(bytes_at.get(line["step"], 0), line[key]) for line in lines if line.get(key) is not None]
+    _draw(raw, _smoothed(raw), held_out, title, FIGURES[figure]).save(target, optimize=True)
 
 
 def _smoothed(points: Sequence[Point]) -> list[Point]:
@@ -49,12 +48,12 @@ def _smoothed(points: Sequence[Point]) -> list[Point]:
     return smoothed
 
 
-def _draw(raw: list[Point], smooth: list[Point], held_out: list[Point], title: str) -> Image.Image:
+def _draw(raw: list[Point], smooth: list[Point], held_out: list[Point], title: str, unit: str) -> Image.Image:
     image = Image.new("RGB", (WIDTH * SCALE, HEIGHT * SCALE), "white")
     # The raw line counts for the lower end only: its first peaks would leave no height for the rest.
     lowest = [min(raw[len(raw) // 10 :], key=lambda point: point[1])] if raw else []
     canvas = _Canvas(image, [*smooth, *held_out, *lowest])
-    canvas.axes(title)
+    canvas.axes(title, unit)
     canvas.line(raw, RAW, 1)
     canvas.line(smooth, SMOOTH, 2.5)
     canvas.line(held_out, HELD_OUT, 2)
@@ -78,9 +77,9 @@ class _Canvas:
         self.y_min = math.floor(min(values) / self.y_step) * self.y_step
         self.y_max = max(math.ceil(max(values) / self.y_step) * self.y_step, self.y_min + self.y_step)
 
-    def axes(self, title: str) -> None:
+    def axes(self, title: str, unit: str) -> None:
         self.text((LEFT, 14), title, INK, 17, "la")
-        self.text((LEFT, TOP - 10), "bits per byte", FAINT, 13, "ls")
+        self.text((LEFT, TOP - 10), unit, FAINT, 13, "ls")
         self.text((WIDTH - RIGHT, HEIGHT - 14), "bytes seen", FAINT, 13, "rs")
         count = round((self.y_max - self.y_min) / self.y_step)
         digits = max(0, -math.floor(math.log10(self.y_step) + 1e-9))

@@ -1,5 +1,6 @@
 """What a run tells at its start and at its end."""
 
+import math
 import shlex
 import textwrap
 from collections.abc import Mapping
@@ -24,8 +25,9 @@ from arbitor.ternary.audit import audit
 from arbitor.train.device import backend
 from arbitor.train.display import format_bytes, format_seconds, printable
 from arbitor.train.loop import Trainer
+from arbitor.train.metrics import FIGURES, HELD_OUT
 from arbitor.train.runs import existing_run
-from arbitor.train.task import CaptionTask
+from arbitor.train.task import TextTask
 
 EMBEDDED_PROMPT = b"def "
 PROMPT_BYTES = 32
@@ -86,6 +88,11 @@ def describe_parts(model: ModelConfig) -> str:
         parts.append(f"at most {model.max_moe_iters} {plural}")
     if model.output_router:
         parts.append("output router")
+    if model.audio_rate:
+        bits = model.audio_codes * model.audio_trits * math.log2(3) * 50
+        parts.append(
+            f"sounds of {model.audio_rate:,} Hz in 50 x {model.audio_codes} codes ({bits:,.0f} bits) a second"
+        )
     if model.image_size:
         side, patch = model.image_size, model.image_patch
         colour = "grey" if model.image_channels == 1 else "colour"
@@ -118,10 +125,10 @@ def captured_bytes(trainer: Trainer) -> int:
 
 def sample_of(trainer: Trainer) -> tuple[bytes, bytes]:
     """A prompt and what the model makes of it: code for the embedded corpus, else the beginning of the
-    held-out data; of images, no prompt and the captions of the first ones held out.
+    held-out data; of media, no prompt and the captions of the first ones held out.
     """
     task = trainer.task
-    if isinstance(task, CaptionTask):
+    if not isinstance(task, TextTask):
         return b"", task.show(trainer.model).encode()
     prompt = EMBEDDED_PROMPT
     if trainer.config.data.data:
@@ -132,13 +139,15 @@ def sample_of(trainer: Trainer) -> tuple[bytes, bytes]:
 def summarise(trainer: Trainer, result: Evaluation, seconds: float) -> dict[str, Any]:
     """Content of `summary.json`, with the evaluation at the end."""
     report = audit(trainer.model, trainer.optimizer)
-    right = result.captions_right
+    right, figure = result.captions_right, trainer.task.figure
     return {
-        "held_out_bits_per_byte": result.bits_per_byte,
+        **({} if figure == "bits_per_byte" else {"figure": figure}),
+        HELD_OUT + figure: result.bits_per_byte,
         "held_out_bytes": result.num_bytes,
         "held_out_whole": result.num_bytes == trainer.task.held_out_bytes,
         **({} if right is None else {"captions_right": right}),
-        "best_bits_per_byte": None if trainer.best is None else trainer.best["bits_per_byte"],
+        **result.extra,
+        f"best_{figure}": None if trainer.best is None else trainer.best["bits_per_byte"],
         "best_step": None if trainer.best is None else trainer.best["step"],
         "bytes_per_weight": report.bytes_per_weight,
         "trunk_bytes_per_weight": report.trunk_bytes_per_weight,
@@ -160,25 +169,28 @@ def show_end(
 ) -> None:
     """Print the result, the sample and what to do with it."""
     whole = "" if summary["held_out_whole"] else "first "
-    right = summary.get("captions_right")
+    right, figure = summary.get("captions_right"), summary.get("figure", "bits_per_byte")
     rows = {
         **({} if right is None else {"captions": f"{100 * right:.2f} % of the held-out ones written right"}),
-        "held out": f"{summary['held_out_bits_per_byte']:.4f} bits per byte "
+        "held out": f"{summary[HELD_OUT + figure]:.4f} {FIGURES[figure]} "
         f"(on the {whole}{format_bytes(summary['held_out_bytes'])} held out)",
         "state": f"{summary['bytes_per_weight']:.2f} bytes a weight, {format_bytes(summary['state_bytes'])}; "
         "no float weight, no float training state",
         "time": f"{format_seconds(summary['seconds'])}, {format_bytes(summary['bytes_seen'])} seen",
         "run": f"{run}: metrics.jsonl, loss.png, sample.txt, summary.json"
+        + (", samples/" if (run / "samples").is_dir() else "")
         + (", latest/ best/ final/" if config.train.save else " (no checkpoints: --no-save)"),
     }
     console.print()
     print_rows(console, rows)
-    title = f"sample after {_as_text(prompt)!r}" if right is None else "captions of the first held-out images"
-    console.print(Text(f"\n{title}:", style="bold"))
-    text = Text(_as_text(prompt), style="bold").append(_as_text(sample), style="not bold")
-    console.print(text, soft_wrap=True)
+    is_text = not (config.model.image_size or config.model.audio_rate)
+    title = f"sample after {_as_text(prompt)!r}" if is_text else "of the first held-out ones"
+    if is_text or sample:
+        console.print(Text(f"\n{title}:", style="bold"))
+        text = Text(_as_text(prompt), style="bold").append(_as_text(sample), style="not bold")
+        console.print(text, soft_wrap=True)
     if config.train.save:
-        command = _next_command(run, None if right is not None else prompt)
+        command = _next_command(run, config, prompt)
         console.print(Text(f"\nnext: {command}"), soft_wrap=True)
 
 
@@ -188,9 +200,12 @@ def resume_command(run: Path) -> str:
     return "arbitor train --resume" + ("" if is_newest else f" --run {shlex.quote(run.name)}")
 
 
-def _next_command(run: Path, prompt: bytes | None) -> str:
-    """A command line that samples from the run just made; without a prompt, that captions an image."""
-    if prompt is None:
+def _next_command(run: Path, config: RunConfig, prompt: bytes) -> str:
+    """A command line that tries the run just made."""
+    if config.model.audio_rate:
+        what = {"codec": "--reconstruct FILE", "listen": "--hear FILE", "speak": "--say TEXT"}
+        return f"python training/audio.py {what[config.data.audio_task]} --run {shlex.quote(run.name)}"
+    if config.model.image_size:
         return f"arbitor generate {shlex.quote(run.name)} --image FILE --temperature 0"
     text = _as_text(prompt).splitlines()[0] if prompt.strip() else ""
     return f"arbitor generate {shlex.quote(run.name)} --prompt {shlex.quote(text)}"

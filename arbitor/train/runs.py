@@ -141,7 +141,8 @@ def read_summary(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(summary, dict) or type(summary.get("steps")) is not int:
         return {}
-    return summary if type(summary.get("held_out_bits_per_byte")) is float else {}
+    figure = summary.get("figure", "bits_per_byte")
+    return summary if type(summary.get(f"held_out_{figure}")) is float else {}
 
 
 def find_checkpoint(given: str | Path | None = None) -> Path:

@@ -15,6 +15,7 @@ from rich.console import Console
 from arbitor.config import RunConfig, dump_toml, load_config, override
 from arbitor.config import preset as preset_config
 from arbitor.data import ByteCorpus, open_corpus
+from arbitor.data.audio import AudioCorpus, open_audio
 from arbitor.data.contents import unused_field
 from arbitor.data.images import Geometry, ImageCorpus, open_images
 from arbitor.errors import UserError
@@ -26,7 +27,7 @@ from arbitor.train.device import Device, deterministic, resolve_device, thread_c
 from arbitor.train.display import Display, PatientOutput, format_bytes
 from arbitor.train.growth import added_sidecars
 from arbitor.train.loop import MAX_DROPPED_IN_A_ROW, Run, Trainer
-from arbitor.train.metrics import MetricsLog, refuse_busy
+from arbitor.train.metrics import FIGURES, HELD_OUT, MetricsLog, refuse_busy
 from arbitor.train.plot import plot_loss
 from arbitor.train.signals import Interrupted, SignalGuard
 from arbitor.train.task import HELD_OUT_BYTES
@@ -43,6 +44,7 @@ def start_training(
     run: str | None = None,
     resume: bool = False,
     reset: bool = False,
+    base: str | None = None,
     console: Console | None = None,
 ) -> int:
     """Train a run, new or resumed, to its end or to a signal.
@@ -61,6 +63,8 @@ def start_training(
         run: name of the run; None makes the next `<preset>-<number>`, or resumes the newest.
         resume: go on with an existing run and its own settings.
         reset: delete the run of that name first.
+        base: run or checkpoint whose weights, training state and settings a new run starts from; parts that
+            `settings` add are drawn.
         console: where progress goes; None is stdout.
 
     Returns:
@@ -81,7 +85,8 @@ def start_training(
             )
         config = load_config(folder / runs.CONFIG_FILE)
         if added_sidecars(config.model, settings):
-            return _grow(folder, config, settings, preset, config_file, console)
+            _refuse_other_settings(folder.name, preset, config_file)
+            return _grow(_newest_checkpoint(folder, console), settings, None, console)
         device = resolve_device(settings.get("device") or config.train.device)
         _refuse_contradiction(folder, config, device, settings, preset, config_file)
         longer = override(config, steps=max(settings.get("steps", 0), config.train.steps))
@@ -91,6 +96,15 @@ def start_training(
         return _resume(folder, longer, _open(config, settings), device, console)
     if reset and run is None:
         raise UserError("--reset deletes a run and starts it anew: name it with --run")
+    if base is not None:
+        _refuse_other_settings(base, preset, config_file)
+        if run is not None and not reset:
+            runs.refuse_existing(run)
+        if run is not None and reset and runs.run_path(run).exists():
+            raise UserError(
+                f"--reset would delete {run!r} ahead of a run that starts from another: delete it first"
+            )
+        return _grow(load_checkpoint(runs.find_checkpoint(base)), settings, run, console)
     config = _settled(_new_config(settings, preset, config_file))
     if run is not None and not reset:
         runs.refuse_existing(run)
@@ -109,25 +123,21 @@ def start_training(
         raise
 
 
-def _grow(
-    folder: Path,
-    config: RunConfig,
-    settings: Mapping[str, Any],
-    preset: str | None,
-    config_file: str | None,
-    console: Console,
-) -> int:
-    """Train a new run that starts from another one's checkpoint, with the parts that `settings` add."""
+def _refuse_other_settings(base: str, preset: str | None, config_file: str | None) -> None:
     if preset is not None or config_file is not None:
         given = "--preset" if preset is not None else "--config"
-        raise UserError(f"{given}: a run that grows has the settings of {folder.name!r}; leave it out")
-    base = _newest_checkpoint(folder, console)
+        raise UserError(f"{given}: a run that grows has the settings of {base!r}; leave it out")
+
+
+def _grow(base: Checkpoint, settings: Mapping[str, Any], run: str | None, console: Console) -> int:
+    """Train a new run that starts from another one's checkpoint, with the parts that `settings` add."""
+    config = base.config
     with naming_flags(settings):
-        # Other data than that of the text: its settings do not mean anything for media.
+        # Other data than that of the base: its settings do not mean anything for other media.
         grown = override(config, **{"data": (), "held_out": None, "field": "text", **settings})
     device = resolve_device(grown.train.device)
     corpus = _open(grown, settings)
-    new = runs.make_run(config.preset)
+    new = runs.make_run(config.preset, run)
     try:
         with contextlib.closing(MetricsLog(new)) as log:
             swap.write_file(new / runs.CONFIG_FILE, dump_toml(grown))
@@ -145,7 +155,11 @@ def _console() -> Console:
 
 
 def _resume(
-    folder: Path, config: RunConfig, corpus: ByteCorpus | ImageCorpus, device: Device, console: Console
+    folder: Path,
+    config: RunConfig,
+    corpus: ByteCorpus | ImageCorpus | AudioCorpus,
+    device: Device,
+    console: Console,
 ) -> int:
     with contextlib.closing(MetricsLog(folder)) as log:
         for name in runs.CHECKPOINTS:
@@ -192,8 +206,12 @@ def _settled(config: RunConfig) -> RunConfig:
     return override(config, lr=lr, accum_threshold=threshold or train.accum_threshold)
 
 
-def _open(config: RunConfig, settings: Mapping[str, Any]) -> ByteCorpus | ImageCorpus:
+def _open(config: RunConfig, settings: Mapping[str, Any]) -> ByteCorpus | ImageCorpus | AudioCorpus:
     data = config.data
+    if data.audio_task:
+        if not config.model.audio_rate:
+            raise UserError("audio_task is set for a model without the audio sidecar; set audio_rate as well")
+        return open_audio(data.data, data.held_out, config.model.audio_rate)
     if config.model.image_size:
         geometry = Geometry(size=config.model.image_size, channels=config.model.image_channels)
         # "text" is the usual field of texts; of captions, two names are usual.
@@ -298,7 +316,7 @@ def _differences(checkpoint: Checkpoint, device: Device, threads: int) -> list[s
 def _train(
     folder: Path,
     config: RunConfig,
-    corpus: ByteCorpus | ImageCorpus,
+    corpus: ByteCorpus | ImageCorpus | AudioCorpus,
     device: Device,
     log: MetricsLog,
     checkpoint: Checkpoint | None,
@@ -369,6 +387,10 @@ def _finish(run: Run) -> tuple[dict[str, Any], bytes, bytes]:
             "use, or start a new run with a lower --lr or --scale-lr"
         )
     prompt, sample = run.undisturbed(lambda: report.sample_of(trainer))
+    if (write := getattr(trainer.task, "write_samples", None)) is not None:
+        with _naming_folder(run.folder):
+            (run.folder / "samples").mkdir(exist_ok=True)
+        run.undisturbed(lambda: write(trainer.model, run.folder / "samples"))
     run.save("final")
     summary = report.summarise(trainer, result, run.seconds)
     return summary, prompt, sample
@@ -376,9 +398,10 @@ def _finish(run: Run) -> tuple[dict[str, Any], bytes, bytes]:
 
 def _finished_line(folder: Path) -> str:
     summary = runs.read_summary(folder)
-    figure, steps = summary["held_out_bits_per_byte"], summary["steps"]
+    key, steps = summary.get("figure", "bits_per_byte"), summary["steps"]
     return (
-        f"the run {folder.name!r} is finished with {figure:.4f} held-out bits per byte ({steps} steps); "
+        f"the run {folder.name!r} is finished with {summary[HELD_OUT + key]:.4f} held-out {FIGURES[key]} "
+        f"({steps} steps); "
         f"nothing to do (a larger --steps trains it longer)"
     )
 

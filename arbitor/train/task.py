@@ -4,7 +4,7 @@ Shape letters: B items, L ids.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from arbitor.config import RunConfig
 from arbitor.data import ByteCorpus, Sampler
+from arbitor.data.audio import AudioCorpus
 from arbitor.data.draw import ImageSampler
 from arbitor.data.images import ImageCorpus
 from arbitor.evaluate import Evaluation, bits_per_byte, caption_figures
@@ -19,6 +20,9 @@ from arbitor.model import ARBModel
 from arbitor.model.arb import ARBOutput
 from arbitor.model.sequencer import WINDOW
 from arbitor.model.vocab import EOS, PAD
+
+if TYPE_CHECKING:
+    from arbitor.train.audio_tasks import AudioTask
 
 HELD_OUT_BYTES = 1_000_000  # what the evaluation at the end reads at most
 SHOWN = 8  # held-out media whose captions are shown at the end
@@ -29,14 +33,20 @@ class Task(Protocol):
 
     Attributes:
         description: one line for the user.
+        main_loss: key of the loss that is shown as the step's.
+        figure: what evaluations measure, one of `arbitor.train.metrics.FIGURES`.
         unit: what a batch counts, in words: "bytes" for windows of ctx bytes each, else the medium.
+        fixed_shapes: whether every batch has the same shapes.
         bytes_per_item: data that one item of a batch reads.
         positions_per_item: positions of the model that it takes, about.
         held_out_bytes: bytes that the evaluation at the end can predict at most.
     """
 
     description: str
+    main_loss: str
+    figure: str
     unit: str
+    fixed_shapes: bool
     bytes_per_item: int
     positions_per_item: int
     held_out_bytes: int
@@ -71,6 +81,9 @@ class TextTask:
     """
 
     unit = "bytes"
+    fixed_shapes = True
+    main_loss = "text"
+    figure = "bits_per_byte"
 
     def __init__(self, config: RunConfig, corpus: ByteCorpus) -> None:
         self.corpus = corpus
@@ -121,6 +134,9 @@ class CaptionTask:
     """
 
     unit = "images"
+    fixed_shapes = True
+    main_loss = "text"
+    figure = "bits_per_byte"
 
     def __init__(self, config: RunConfig, corpus: ImageCorpus) -> None:
         self.corpus = corpus
@@ -194,8 +210,14 @@ class CaptionTask:
         return min(len(caption) + 1, self.ctx - WINDOW)
 
 
-def task_of(config: RunConfig, corpus: ByteCorpus | ImageCorpus) -> TextTask | CaptionTask:
+def task_of(
+    config: RunConfig, corpus: ByteCorpus | ImageCorpus | AudioCorpus
+) -> "TextTask | CaptionTask | AudioTask":
     """The task that belongs to some data."""
+    if isinstance(corpus, AudioCorpus):
+        from arbitor.train.audio_tasks import AUDIO_TASKS
+
+        return AUDIO_TASKS[config.data.audio_task](config, corpus)
     return CaptionTask(config, corpus) if isinstance(corpus, ImageCorpus) else TextTask(config, corpus)
 
 

@@ -63,7 +63,9 @@ def train(
     return True
 
 
-def stepper(trainee: Trainee, loss_of: Callable[..., Tensor]) -> Callable[..., None]:
+def stepper(
+    trainee: Trainee, loss_of: Callable[..., Tensor], *, fixed_shapes: bool = True
+) -> Callable[..., None]:
     """How to take a step of any contestant: (share of the peak rates, tensors of the batch) -> None.
 
     On a GPU steps are replayed from a graph: of trits all of them, of floats the forward and the backward,
@@ -72,8 +74,9 @@ def stepper(trainee: Trainee, loss_of: Callable[..., Tensor]) -> Callable[..., N
     Args:
         trainee: model and optimizers.
         loss_of: (tensors of the batch) -> loss.
+        fixed_shapes: whether every batch has the same; otherwise nothing is recorded.
     """
-    recording = can_record(trainee.model)
+    recording = fixed_shapes and can_record(trainee.model)
     floats = [parameter for parameter in trainee.model.parameters() if parameter.requires_grad]
     gradients: list[Tensor | None] = []
 

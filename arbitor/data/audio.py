@@ -1,0 +1,416 @@
+"""Recordings with labels: folders, tar archives, JSON Lines, and sounds that are synthesised.
+
+- A folder, or a `.tar`, perhaps compressed: every audio file in it. Its label stands in a `.txt` beside it
+  (`a.wav`, `a.txt`), or else begins its name: `seven_theo_4.wav` is "seven", spoken by "theo"; a label 0 to 9
+  is its word.
+- `.jsonl`: a line is {"audio": path relative to the file, "text": label}, perhaps with a "speaker".
+- An audio file by itself.
+
+All are decoded once, mixed down to one channel, brought to one rate and kept as 16-bit numbers in memory, so
+that what cannot be used is known and counted ahead of the first step, and nothing that happens to the files
+stops a run.
+
+Shapes: N samples.
+"""
+
+import os
+import tarfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from arbitor.config import did_you_mean
+from arbitor.data.contents import BadLineError, opened, parse_line
+from arbitor.data.images import WORDS
+from arbitor.data.sources import reason
+from arbitor.data.stream import ByteStream
+from arbitor.data.waves import (
+    MAX_FILE_BYTES,
+    UNIT,
+    UnusableError,
+    codes_of,
+    load_content,
+    load_file,
+    usable_wave,
+)
+from arbitor.errors import UserError
+
+SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au", ".w64", ".caf")
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")
+OWN_SHARE = "0.1"
+SPEAKER = "speaker:"
+RATES = (8_000, 16_000)  # that recordings are brought to, unless told otherwise
+MAX_SAMPLES = 1 << 30  # of all recordings together, in memory
+MAX_LABEL_BYTES = 1 << 12
+_SYNTHETIC_RATE = 8_000
+_SYNTHETIC_COUNT = 480
+SYNTHETIC_LABELS = ("low", "middle", "high", "rising", "falling", "warble")
+
+
+@dataclass(frozen=True, slots=True)
+class Recordings:
+    """Recordings with their labels.
+
+    Attributes:
+        rate: samples a second, of all.
+        waves: int16 [N] each, in units of 2^-15.
+        labels: texts as bytes.
+        speakers: who speaks; empty where it is not known.
+    """
+
+    rate: int
+    waves: list[np.ndarray]
+    labels: list[bytes]
+    speakers: list[str]
+
+    def __len__(self) -> int:
+        return len(self.waves)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of all recordings."""
+        return sum(map(len, self.waves))
+
+    def wave(self, number: int) -> np.ndarray:
+        """Recording by number: fp32 [N] in -1...1."""
+        return self.waves[number].astype(np.float32) / UNIT
+
+    def part(self, numbers: Sequence[int]) -> "Recordings":
+        """Some of them, in that order."""
+        return Recordings(
+            self.rate,
+            [self.waves[n] for n in numbers],
+            [self.labels[n] for n in numbers],
+            [self.speakers[n] for n in numbers],
+        )
+
+    def fingerprint(self) -> int:
+        """A number below 2^63 made of labels and samples, read as `ByteStream.fingerprint` reads bytes."""
+        sizes = [self.rate, *map(len, self.labels), *map(len, self.waves)]
+        text = np.array(sizes, dtype="<i8").tobytes() + b"".join(self.labels)
+        parts = [np.frombuffer(text, dtype=np.uint8)]
+        parts += [wave.astype("<i2", copy=False).view(np.uint8) for wave in self.waves]
+        return ByteStream(parts).fingerprint()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AudioCorpus:
+    """What a run learns from and what it is measured on.
+
+    Attributes:
+        train, held_out: recordings; none is in both.
+        description: one line for the user: what it is, how many, what was held out, what was skipped and why.
+    """
+
+    train: Recordings
+    held_out: Recordings
+    description: str
+
+
+@dataclass(slots=True)
+class _Found:
+    """Recordings behind some names, those that cannot be used counted by reason."""
+
+    rate: int
+    waves: list[np.ndarray] = field(default_factory=list)
+    labels: list[bytes] = field(default_factory=list)
+    speakers: list[str] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)
+    num_samples: int = 0
+
+    def add(self, load: Callable[[], tuple[np.ndarray, int]], label: bytes, speaker: str, key: str) -> None:
+        """Decode one, or count why not.
+
+        Args:
+            load: gives samples fp32 [N, channels] and their rate, or raises UnusableError.
+            label, speaker: of the recording.
+            key: tells it from others.
+        """
+        if self.num_samples >= MAX_SAMPLES:
+            self.skipped["beyond what memory is to hold"] += 1
+            return
+        try:
+            wave = usable_wave(*load(), self.rate)
+        except UnusableError as error:
+            self.skipped[str(error)] += 1
+            return
+        self.waves.append(codes_of(wave))
+        self.labels.append(label)
+        self.speakers.append(speaker)
+        self.keys.append(key)
+        self.num_samples += len(wave)
+
+    def recordings(self) -> Recordings:
+        """All of them."""
+        return Recordings(self.rate, self.waves, self.labels, self.speakers)
+
+
+def open_audio(data: Sequence[str], held_out: str | None, rate: int) -> AudioCorpus:
+    """Read and decode `data` (none: synthesised sounds) and hold a part out.
+
+    Args:
+        data: folders, tar archives, recordings or their JSON Lines.
+        held_out: a path, `speaker:NAME`, the share to hold out (spread evenly), or how many of the last ones;
+            None is a tenth.
+        rate: what every recording is brought to.
+
+    Raises:
+        UserError: data that is missing, malformed or without one usable recording; one line.
+    """
+    found = _find(data, rate) if data else _synthesised(rate)
+    name = " ".join(data) if data else "synthesised tones and chirps"
+    skipped = found.skipped
+    whole = found.recordings()
+    speaker = held_out.removeprefix(SPEAKER) if held_out and held_out.startswith(SPEAKER) else None
+    if held_out is None or speaker is not None or _number(held_out) is not None:
+        out, rule = _split(whole, speaker, held_out)
+        train = whole.part([n for n in range(len(whole)) if n not in out])
+        test = whole.part(sorted(out))
+    else:
+        apart = _find([held_out], rate)
+        both = set(apart.keys)
+        train = whole.part([n for n, key in enumerate(found.keys) if key not in both])
+        test, rule = apart.recordings(), held_out
+        skipped = skipped + apart.skipped
+        if len(train) < len(whole):
+            skipped["also held out"] += len(whole) - len(train)
+    reasons = ", ".join(f"{n:,} {why}" for why, n in sorted(skipped.items()))
+    reasons = f"; skipped {reasons}" if reasons else ""
+    for part, recordings in (("to train on", train), ("held out", test)):
+        if not len(recordings):
+            raise UserError(
+                f"{name}: no recording {part} can be used{reasons}; give more recordings, or "
+                "another --held-out"
+            )
+    minutes = train.num_samples / rate / 60
+    return AudioCorpus(
+        train=train,
+        held_out=test,
+        description=f"{name}: {len(train):,} recordings to train on ({minutes:.1f} minutes at {rate:,} Hz), "
+        f"{len(test):,} held out ({rule}){reasons}",
+    )
+
+
+def default_rate(data: Sequence[str]) -> int:
+    """8,000 where the first recordings have no more than that, else 16,000 samples a second.
+
+    Raises:
+        UserError: data that is missing.
+    """
+    if not data:
+        return _SYNTHETIC_RATE
+    rates: list[int] = []
+    for load, *_ in _listed(data, Counter()):
+        try:
+            rates.append(load()[1])
+        except UnusableError:
+            continue
+        if len(rates) == 9:
+            break
+    return RATES[0] if not rates or sorted(rates)[len(rates) // 2] <= RATES[0] else RATES[1]
+
+
+def label_of(name: str) -> tuple[bytes, str]:
+    """Label and speaker in a file's name: `7_theo_12.wav` -> (b"seven", "theo")."""
+    label, *rest = PurePosixPath(name).stem.replace("-", "_").split("_")
+    if label.isascii() and label.isdecimal() and int(label) < len(WORDS):
+        label = WORDS[int(label)]
+    speaker = rest[0] if rest and not rest[0].isdecimal() else ""
+    return label.encode("utf-8", "replace")[:MAX_LABEL_BYTES], speaker
+
+
+def _number(held_out: str) -> float | None:
+    try:
+        return float(held_out)
+    except ValueError:
+        return None
+
+
+def _split(whole: Recordings, speaker: str | None, held_out: str | None) -> tuple[set[int], str]:
+    """Numbers of the recordings to hold out, and the rule in words."""
+    if speaker is not None:
+        out = {n for n, name in enumerate(whole.speakers) if name == speaker}
+        if not out:
+            known = sorted(set(whole.speakers) - {""})
+            raise UserError(
+                f"--held-out {SPEAKER}{speaker}: nobody of that name speaks{did_you_mean(speaker, known)}; "
+                f"there are {', '.join(known[:20]) or 'no names of speakers'}"
+            )
+        return out, f"all of {speaker}"
+    number = _number(OWN_SHARE if held_out is None else held_out)
+    assert number is not None
+    if number >= 1 and number == int(number):
+        if number >= len(whole):
+            raise UserError(f"--held-out {held_out} holds out all of the {len(whole):,} recordings")
+        return set(range(len(whole) - int(number), len(whole))), f"the last {int(number):,}"
+    if not 0 < number < 1:
+        raise UserError(
+            f"--held-out must be a path, {SPEAKER}NAME, a share between 0 and 1 or a number of recordings, "
+            f"got {held_out!r}"
+        )
+    share = Fraction(repr(number))
+    return {n for n in range(len(whole)) if int((n + 1) * share) > int(n * share)}, f"one of {1 / number:.3g}"
+
+
+_Entry = tuple[Callable[[], tuple[np.ndarray, int]], bytes, str, str]  # loader, label, speaker, key
+
+
+def _find(data: Sequence[str], rate: int) -> _Found:
+    found = _Found(rate)
+    for entry in _listed(data, found.skipped):
+        found.add(*entry)
+    return found
+
+
+def _listed(data: Sequence[str], skipped: Counter[str]) -> Iterator[_Entry]:
+    """Everything behind some names, in a fixed order; a loader is to be called ahead of the next entry."""
+    for item in data:
+        path = Path(item).expanduser()
+        if not os.path.lexists(path):
+            names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+            raise UserError(f"no such file or folder: {item!r}{did_you_mean(path.name, names)}")
+        name = path.name.lower()
+        if path.is_dir():
+            yield from _of_folder(path, skipped)
+        elif name.endswith(TAR_SUFFIXES):
+            yield from _of_tar(path, skipped)
+        elif name.endswith((".jsonl", ".jsonl.gz")):
+            yield from _of_lines(path)
+        elif name.endswith(SUFFIXES):
+            yield _of_file(path)
+        else:
+            raise UserError(
+                f"{item!r} is no data of sounds: give a folder or .tar of recordings, a .jsonl of audio and "
+                f"text, or one of {', '.join(SUFFIXES)}"
+            )
+
+
+def _of_file(path: Path, label: bytes | None = None, speaker: str | None = None) -> _Entry:
+    named, named_speaker = label_of(path.name)
+    if label is None:
+        try:
+            with open(path.with_suffix(".txt"), "rb") as file:
+                label = file.read(MAX_LABEL_BYTES).removeprefix(b"\xef\xbb\xbf").strip()
+        except OSError:
+            label = named
+    return (
+        lambda: load_file(path),
+        label or named,
+        named_speaker if speaker is None else speaker,
+        os.path.realpath(path),
+    )
+
+
+def _of_folder(folder: Path, skipped: Counter[str]) -> Iterator[_Entry]:
+    listed: set[str] = set()
+    paths: list[Path] = []
+    for root, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            if name.startswith("."):
+                skipped["hidden"] += 1
+            elif name.lower().endswith((".jsonl", ".jsonl.gz")):
+                for entry in _of_lines(Path(root, name)):
+                    listed.add(entry[3])
+                    yield entry
+            elif name.lower().endswith(SUFFIXES):
+                paths.append(Path(root, name))
+    for path in paths:
+        if os.path.realpath(path) not in listed:
+            yield _of_file(path)
+
+
+def _of_lines(path: Path) -> Iterator[_Entry]:
+    with opened(path) as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            where = f"{str(path)!r}, line {number}"
+            try:
+                record = parse_line(line, first=number == 1)
+            except BadLineError as error:
+                raise UserError(f"{where}: {error}") from error
+            fields = record if isinstance(record, dict) else {}
+            audio, text, speaker = (fields.get(key) for key in ("audio", "text", "speaker"))
+            if not isinstance(audio, str) or not isinstance(text, str) or not _is_text(audio, text):
+                raise UserError(f'{where}: an object {{"audio": path, "text": label}} is needed')
+            label = text.strip().encode("utf-8", "replace")[:MAX_LABEL_BYTES]
+            yield _of_file(path.parent / audio, label, speaker if isinstance(speaker, str) else None)
+
+
+def _is_text(*values: str) -> bool:
+    return all(value.strip() and "\0" not in value for value in values)
+
+
+def _of_tar(path: Path, skipped: Counter[str]) -> Iterator[_Entry]:
+    """The members in the order of their names; nothing is unpacked onto the disk."""
+    real = os.path.realpath(path)
+    try:
+        with tarfile.open(path) as archive:
+            members = sorted((m for m in archive.getmembers() if m.isfile()), key=lambda m: m.name)
+            texts = {m.name: m for m in members if m.name.lower().endswith(".txt")}
+            for member in members:
+                name = PurePosixPath(member.name)
+                if not name.name.lower().endswith(SUFFIXES):
+                    continue
+                if name.name.startswith("."):
+                    skipped["hidden"] += 1
+                    continue
+                label, speaker = label_of(name.name)
+                beside = texts.get(str(name.with_suffix(".txt")))
+                if beside is not None and (text := _member(archive, beside, MAX_LABEL_BYTES).strip()):
+                    label = text.removeprefix(b"\xef\xbb\xbf")
+
+                def load(member: tarfile.TarInfo = member) -> tuple[np.ndarray, int]:
+                    if member.size > MAX_FILE_BYTES:
+                        raise UnusableError("too large")
+                    return load_content(_member(archive, member, MAX_FILE_BYTES))
+
+                yield load, label, speaker, f"{real}:{member.name}"
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise UserError(
+            f"{str(path)!r} is no tar archive, damaged or cut short; copy or make it again"
+        ) from error
+    except OSError as error:
+        raise UserError(f"cannot read {str(path)!r}: {reason(error)}") from error
+
+
+def _member(archive: tarfile.TarFile, member: tarfile.TarInfo, size: int) -> bytes:
+    file = archive.extractfile(member)
+    assert file is not None
+    return file.read(size)
+
+
+def _synthesised(rate: int) -> _Found:
+    """Tones of three pitches, chirps up and down, and warbles, each with overtones, an envelope and noise."""
+    found = _Found(rate)
+    random = np.random.Generator(np.random.Philox(key=0))
+    labels = random.permutation(SYNTHETIC_LABELS * (_SYNTHETIC_COUNT // len(SYNTHETIC_LABELS))).tolist()
+    for number in range(_SYNTHETIC_COUNT):
+        label = labels[number]
+        wave = _sound(label, rate, random)
+        found.add(lambda wave=wave: (wave, rate), label.encode(), "", str(number))  # type: ignore[misc]
+    return found
+
+
+def _sound(label: str, rate: int, random: np.random.Generator) -> np.ndarray:
+    """One of `SYNTHETIC_LABELS`, fp32 [N], 0.25 to 0.6 s."""
+    seconds = random.uniform(0.25, 0.6)
+    time = np.arange(int(seconds * rate)) / rate
+    middle = {"low": 180.0, "middle": 420.0, "high": 1000.0}.get(label, 500.0) * 2 ** random.uniform(
+        -0.3, 0.3
+    )
+    octaves = {"rising": 1.2, "falling": -1.2}.get(label, 0.0) * (time / seconds - 0.5)
+    if label == "warble":
+        octaves = 0.25 * np.sin(2 * np.pi * random.uniform(7, 11) * time)
+    phase = 2 * np.pi * np.cumsum(middle * 2**octaves) / rate + random.uniform(0, 2 * np.pi)
+    wave = sum(np.sin(n * phase) / n**1.5 for n in (1, 2, 3))
+    edge = np.minimum(time, seconds - time) / 0.02
+    wave = wave * np.minimum(1, edge) * random.uniform(0.1, 0.5)
+    return (wave + random.normal(0, 0.003, len(time))).astype(np.float32)

@@ -1,0 +1,123 @@
+"""Spectra of waveforms: short-time transforms there and back, mel bands, and the distances made of them.
+
+Shape letters: B waveforms, N samples, F frames, W samples of a window, K frequency bins, M mel bands.
+"""
+
+import math
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FLOOR = 1e-5  # magnitudes below count as this one ahead of a logarithm
+METRIC_RATE, METRIC_BANDS, METRIC_WINDOW, METRIC_HOP = 16_000, 80, 1024, 256
+# Windows in seconds and bands of the reconstruction's loss.
+LOSS_SCALES = ((0.008, 16), (0.016, 32), (0.032, 64), (0.064, 80), (0.128, 80))
+WAVE_WEIGHT = 1.0
+
+
+@lru_cache(maxsize=64)
+def _window(size: int, device: torch.device) -> Tensor:
+    """A periodic Hann window, fp32 [W]."""
+    return torch.hann_window(size, device=device)
+
+
+@lru_cache(maxsize=64)
+def mel_filters(rate: int, bins: int, bands: int, device: torch.device) -> Tensor:
+    """Triangles of equal height 1 whose feet are the neighbours' peaks, evenly spaced in mel, fp32 [K, M].
+
+    The mel scale is 2595 log10(1 + f / 700 Hz) (O'Shaughnessy 1987), from 0 to rate / 2. A triangle narrower
+    than a bin is widened to reach the bins beside its peak, so that no band is empty.
+
+    Args:
+        rate: samples a second.
+        bins: K, from 0 to rate / 2.
+        bands: M.
+        device: where to make it.
+    """
+    top = 2595 * math.log10(1 + rate / 2 / 700)
+    mel_points = torch.linspace(0, top, bands + 2, dtype=torch.float64)
+    points = 700 * (10 ** (mel_points / 2595) - 1)
+    step = rate / 2 / (bins - 1)
+    frequency_K1 = torch.arange(bins, dtype=torch.float64)[:, None] * step
+    left_M, peak_M, right_M = points[:-2], points[1:-1], points[2:]
+    rising = 1 - (peak_M - frequency_K1) / (peak_M - left_M).clamp_min(step)
+    falling = 1 - (frequency_K1 - peak_M) / (right_M - peak_M).clamp_min(step)
+    return torch.minimum(rising, falling).clamp_min_(0).to(device, torch.float32)
+
+
+def frame_spectrum(wave_BN: Tensor, window: int, hop: int) -> Tensor:
+    """Complex spectra [B, F, K] of F = N / hop frames, K = window / 2 + 1.
+
+    The middle of frame f is sample hop * (f + 1/2). A sine of amplitude 1 has a magnitude of about 1. Zeros
+    stand beyond both ends.
+
+    Args:
+        wave_BN: float [B, N], N a multiple of `hop`.
+        window: W, even, hop or more.
+        hop: samples from one frame to the next.
+    """
+    margin = window - hop
+    padded = F.pad(wave_BN, (margin // 2, margin - margin // 2))
+    frames_BFW = padded.unfold(1, window, hop) * _window(window, wave_BN.device)
+    return torch.fft.rfft(frames_BFW) * (4 / window)
+
+
+def inverse_frames(spectrum_BFK: Tensor, window: int, hop: int) -> Tensor:
+    """Waveform [B, F * hop] of the spectra of `frame_spectrum`, by weighted overlap and add.
+
+    Where frames do not agree, the result is the waveform whose spectra are nearest to them (Griffin and Lim
+    1984, equation 6).
+    """
+    hann = _window(window, spectrum_BFK.device)
+    frames_BFW = torch.fft.irfft(spectrum_BFK * (window / 4), n=window) * hann
+    num_frames = frames_BFW.shape[1]
+    length, margin = (num_frames - 1) * hop + window, window - hop
+
+    def added(frames: Tensor) -> Tensor:
+        return F.fold(frames.transpose(1, 2), (1, length), (1, window), stride=(1, hop))[:, 0, 0]
+
+    weight = added(hann.square().expand(1, num_frames, window))
+    wave = added(frames_BFW) / weight.clamp_min(1e-3)
+    return wave[:, margin // 2 : margin // 2 + num_frames * hop]
+
+
+def mel_magnitudes(wave_BN: Tensor, rate: int, window: int, hop: int, bands: int) -> Tensor:
+    """Sums of magnitudes in mel bands, fp32 [B, F, M]; N is filled up to a multiple of `hop`."""
+    wave_BN = F.pad(wave_BN.float(), (0, -wave_BN.shape[1] % hop))
+    magnitude = frame_spectrum(wave_BN, window, hop).abs()
+    return magnitude @ mel_filters(rate, magnitude.shape[-1], bands, wave_BN.device)
+
+
+def log_mel(wave_BN: Tensor, rate: int, window: int, hop: int, bands: int) -> Tensor:
+    """Natural logarithm of `mel_magnitudes`, floored at `FLOOR`."""
+    return mel_magnitudes(wave_BN, rate, window, hop, bands).clamp_min(FLOOR).log()
+
+
+def metric_mel(wave_BN: Tensor) -> Tensor:
+    """What reconstructions are measured with: 80 log-mel bands [B, F, 80] of a waveform at 16 kHz."""
+    return log_mel(wave_BN, METRIC_RATE, METRIC_WINDOW, METRIC_HOP, METRIC_BANDS)
+
+
+def reconstruction_loss(wave_BN: Tensor, target_BN: Tensor, rate: int) -> Tensor:
+    """Mean L1 distance of log-mel magnitudes at five window lengths, plus the L1 distance of the waveforms.
+
+    The multi-scale mel loss of Kumar et al. 2023, "High-Fidelity Audio Compression with Improved RVQGAN",
+    section 3.4, with the term in the time domain of Défossez et al. 2022, "High Fidelity Neural Audio
+    Compression", section 3.4; without adversaries.
+
+    Args:
+        wave_BN: float [B, N].
+        target_BN: what it should be.
+        rate: of both, samples a second.
+
+    Returns:
+        fp32 scalar.
+    """
+    distances = []
+    for seconds, bands in LOSS_SCALES:
+        hop = max(1, round(rate * seconds / 4))
+        mine, theirs = (log_mel(w, rate, 4 * hop, hop, bands) for w in (wave_BN, target_BN))
+        distances.append((mine - theirs).abs().mean())
+    return torch.stack(distances).mean() + WAVE_WEIGHT * (wave_BN - target_BN).abs().mean()

@@ -1,0 +1,235 @@
+"""Command line of the comparison on spoken words; see the package's docstring and `--help`."""
+
+import argparse
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch.optim import AdamW
+
+from arbitor.config import ModelConfig, override, preset
+from arbitor.data.audio import AudioCorpus, open_audio
+from arbitor.errors import UserError
+from arbitor.model import ARBModel
+from arbitor.speech import say
+from arbitor.train.audio_tasks import AudioTask, CodecTask, ListenTask, SpeakTask
+from arbitor.train.device import resolve_device
+from arbitor.train.schedule import learning_rate
+from benchmarks.common import RESULTS, commit, provenance, slug
+from benchmarks.learning.contestants import BETAS, WEIGHT_DECAY, Run, Trainee, build
+from benchmarks.learning.table import Row, Table
+from benchmarks.learning.training import stepper
+from benchmarks.learning.twins import DenseLinear, FloatTable, make_twin
+from benchmarks.speech.recogniser import share_right, train_recogniser
+from benchmarks.speech.twins import replace_convolutions
+
+COLUMNS = (
+    *("task", "contestant", "held_out", "lr", "seed", "codec_steps", "steps", "batch"),
+    *("trunk_weights", "recordings", "words_right", "log_mel_distance", "of_median", "recogniser", "seconds"),
+    *("commit", "device", "torch", "date"),
+)
+KEY = ("task", "contestant", "held_out", "lr", "seed", "codec_steps", "steps", "batch")
+RATES = {"trits-full": (0.05, 0.025, 0.1), "dense-adamw": (0.002, 0.001, 0.004)}
+TENTH = "0.1"
+TIMES_SPOKEN = 20
+GOALS = {"listen": 0.75, "speak": 0.80}
+GOAL_RATIO = 0.97
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what is missing; exit code 0: all is there, 75: time ran out, 2: bad arguments."""
+    options = _parser().parse_args(arguments)
+    try:
+        return compare(options)
+    except UserError as error:
+        print(f"benchmarks.speech: error: {error}", file=sys.stderr)
+        return 2
+
+
+def compare(options: argparse.Namespace) -> int:
+    """All runs of the chosen tasks and contestants that the table does not hold."""
+    deadline = time.monotonic() + options.minutes * 60
+    device = resolve_device(options.device).device
+    table = Table(options.results / f"speech-{slug(device)}.csv", COLUMNS, KEY)
+    data = [str(options.data)]
+    speakers = sorted(set(open_audio(data, TENTH, options.rate).train.speakers) - {""})
+    if options.speaker:
+        speakers = [name for name in speakers if name in options.speaker]
+    for task in options.task or list(GOALS):
+        folds = [f"speaker:{name}" for name in speakers] if task == "listen" else [TENTH]
+        if not folds:
+            raise UserError(f"{options.data}: the files' names say nothing of those speakers")
+        for contestant in options.contestant or list(RATES):
+            rates = RATES[contestant] if options.sweep else RATES[contestant][:1]
+            while (run := next_run(mine(table.rows(), task, contestant, options), folds, rates)) is not None:
+                if time.monotonic() > deadline:
+                    print("time ran out; the same command goes on")
+                    return 75
+                fold, lr = run
+                corpus = open_audio(data, fold, options.rate)
+                row = measure(task, Run(contestant, lr, 0), corpus, fold, options, device)
+                table.put(row)
+                print(
+                    f"{task} {contestant} {fold} lr {lr:g}: {100 * float(row['words_right']):.2f} % right, "
+                    f"log-mel distance {row['log_mel_distance']} ({row['of_median']} of the median's), "
+                    f"{row['seconds']} s",
+                    flush=True,
+                )
+        print(summary(task, table.rows(), options))
+    return 0
+
+
+def mine(rows: Sequence[Row], task: str, contestant: str, options: argparse.Namespace) -> list[Row]:
+    """The rows of one task and contestant that were trained as long as is asked for now."""
+    wanted = (task, contestant, str(options.codec_steps), str(options.steps), str(options.batch))
+    keys = ("task", "contestant", "codec_steps", "steps", "batch")
+    return [row for row in rows if tuple(row[key] for key in keys) == wanted]
+
+
+def next_run(rows: Sequence[Row], folds: Sequence[str], rates: Sequence[float]) -> tuple[str, float] | None:
+    """Fold and rate that are missing: every rate on the first fold, then the best one on the others."""
+    done = {(row["held_out"], float(row["lr"])) for row in rows}
+    wanted = [(folds[0], lr) for lr in rates]
+    if all(pair in done for pair in wanted):
+        wanted = [(fold, best_rate(rows, folds[0])) for fold in folds]
+    return next((pair for pair in wanted if pair not in done), None)
+
+
+def best_rate(rows: Sequence[Row], fold: str) -> float:
+    """The rate with the most words right on a fold."""
+    return float(
+        max((row for row in rows if row["held_out"] == fold), key=lambda r: float(r["words_right"]))["lr"]
+    )
+
+
+def measure(
+    task: str, run: Run, corpus: AudioCorpus, fold: str, options: argparse.Namespace, device: torch.device
+) -> dict[str, str]:
+    """Train and evaluate one run; its row."""
+    config = override(
+        preset("tiny"),
+        audio_rate=options.rate,
+        audio_samples=options.rate,
+        batch=options.batch,
+        seed=run.seed,
+        **({} if options.dim is None else {"dim": options.dim}),
+    )
+    trainee = build_pipeline(run, config.model, device)
+    began = time.perf_counter()
+    codec = CodecTask(config, corpus)
+    train(trainee, codec, options.codec_steps)
+    learnt: AudioTask = ListenTask(config, corpus) if task == "listen" else SpeakTask(config, corpus)
+    train(trainee, learnt, options.steps)
+    seconds = time.perf_counter() - began
+    trainee.model.eval()
+    measured = codec.evaluate(trainee.model, None, None)
+    recognised = ""
+    if task == "listen":
+        right = learnt.evaluate(trainee.model, None, None).captions_right or 0.0
+    else:
+        right, of_real = read_back(trainee.model, corpus, options, device)
+        recognised = format(of_real, ".5f")
+    return {
+        "task": task,
+        "contestant": run.contestant,
+        "held_out": fold,
+        "lr": format(run.lr, "g"),
+        "seed": str(run.seed),
+        "codec_steps": str(options.codec_steps),
+        "steps": str(options.steps),
+        "batch": str(options.batch),
+        "trunk_weights": str(trainee.trunk_weights()),
+        "recordings": str(len(corpus.train)),
+        "words_right": format(right, ".5f"),
+        "log_mel_distance": format(measured.bits_per_byte, ".5f"),
+        "of_median": format(measured.extra["share_of_median"], ".5f"),
+        "recogniser": recognised,
+        "seconds": format(seconds, ".1f"),
+        **provenance(device, options.commit or commit()),
+    }
+
+
+def build_pipeline(run: Run, config: ModelConfig, device: torch.device) -> Trainee:
+    """A fresh model with its codec, of trits or all of floats."""
+    if run.contestant == "trits-full":
+        return build(run, config, device)
+    torch.manual_seed(run.seed)
+    model = ARBModel(config=dataclasses.replace(config), device=device)
+    vectors = replace_convolutions(model)
+    make_twin(model, DenseLinear)
+    matrices = [m.weight for m in model.modules() if isinstance(m, DenseLinear | FloatTable)]
+    parameters = [*matrices, *vectors]
+    return Trainee(model, [AdamW(parameters, lr=run.lr, betas=BETAS, weight_decay=WEIGHT_DECAY)], parameters)
+
+
+def train(trainee: Trainee, task: AudioTask, steps: int) -> None:
+    """All steps on a task."""
+    trainee.model.train()
+
+    def loss_of(*batch: torch.Tensor) -> torch.Tensor:
+        loss = task.output(trainee.model, *batch).loss
+        assert loss is not None
+        return loss
+
+    take_step = stepper(trainee, loss_of, fixed_shapes=task.fixed_shapes)
+    for step in range(steps):
+        take_step(learning_rate(step, steps, 1.0), *task.next_batch())
+
+
+def read_back(
+    model: ARBModel, corpus: AudioCorpus, options: argparse.Namespace, device: torch.device
+) -> tuple[float, float]:
+    """The share of spoken words that a recogniser reads back, and the share of real ones held out."""
+    recogniser = train_recogniser(corpus.train, options.rate, options.recogniser_steps, device)
+    held_out = corpus.held_out
+    real = [held_out.wave(n) for n in range(len(held_out))]
+    words = sorted(set(corpus.train.labels)) * TIMES_SPOKEN
+    spoken = say(model, words, seed=0, temperature=options.temperature)
+    return share_right(recogniser, spoken, words), share_right(recogniser, real, held_out.labels)
+
+
+def summary(task: str, rows: Sequence[Row], options: argparse.Namespace) -> str:
+    """The mean share of words right at each contestant's best rate, and the ratio to the twin."""
+    lines, means = [], {}
+    for contestant in RATES:
+        own = mine(rows, task, contestant, options)
+        if not own:
+            continue
+        rate = best_rate(own, own[0]["held_out"])
+        shares = {r["held_out"]: float(r["words_right"]) for r in own if float(r["lr"]) == rate}
+        means[contestant] = sum(shares.values()) / len(shares)
+        each = ", ".join(f"{fold} {100 * share:.1f}" for fold, share in shares.items())
+        lines.append(f"{task} {contestant} lr {rate:g}: {100 * means[contestant]:.2f} % right ({each})")
+    lines.append(f"goal: at least {100 * GOALS[task]:.0f} %")
+    if len(means) == len(RATES):
+        ratio = means["trits-full"] / max(1e-9, means["dense-adamw"])
+        lines.append(f"trits over float twin: {ratio:.4f} (goal of listening: at least {GOAL_RATIO})")
+    return "\n".join(lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.speech", description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="folder or .tar of <word>_<speaker>_<n>.wav")
+    parser.add_argument("--task", action="append", choices=tuple(GOALS), help="default both")
+    parser.add_argument("--contestant", action="append", choices=tuple(RATES), help="default both")
+    parser.add_argument("--speaker", action="append", help="to hold out; default each in turn")
+    parser.add_argument("--sweep", action="store_true", help="try three rates on the first speaker")
+    parser.add_argument("--rate", type=int, default=8000, help="samples a second")
+    parser.add_argument("--dim", type=int, help="width of the model; default that of tiny")
+    parser.add_argument("--codec-steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=3000, help="of listening or speaking")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--recogniser-steps", type=int, default=1000)
+    parser.add_argument("--temperature", type=float, default=0.7, help="of speaking")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--minutes", type=float, default=60.0, help="no run begins after so long")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--commit", help="commit to note where there is no git")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+import math
+
+import pytest
+import torch
+
+from arbitor.sidecars.spectrum import (
+    FLOOR,
+    frame_spectrum,
+    inverse_frames,
+    log_mel,
+    mel_filters,
+    metric_mel,
+    reconstruction_loss,
+)
+
+
+def sine(frequency, rate=8000, seconds=0.5, amplitude=1.0):
+    time = torch.arange(int(rate * seconds)) / rate
+    return amplitude * torch.sin(2 * math.pi * frequency * time)[None]
+
+
+@pytest.mark.parametrize(("window", "hop"), [(320, 80), (512, 128), (64, 64), (100, 50)])
+@pytest.mark.parametrize("frames", [1, 2, 9])
+def test_spectra_give_the_waveform_back(window, hop, frames):
+    wave = torch.randn(2, frames * hop, generator=torch.Generator().manual_seed(0))
+    spectrum = frame_spectrum(wave, window, hop)
+    assert spectrum.shape == (2, frames, window // 2 + 1)
+    back = inverse_frames(spectrum, window, hop)
+    assert back.shape == wave.shape
+    # At the very ends, where a window is near 0, nothing could be divided by.
+    weight = inverse_frames(frame_spectrum(torch.ones_like(wave), window, hop), window, hop)
+    inside = (weight - 1).abs() < 1e-3
+    assert inside.float().mean() > (0.9 if window > hop else 0.8)
+    torch.testing.assert_close(back[inside], wave[inside], rtol=0, atol=2e-3)
+
+
+def test_a_sine_of_amplitude_one_has_magnitude_one():
+    magnitude = frame_spectrum(sine(1000.0), 320, 80).abs()[0, 10]
+    assert int(magnitude.argmax()) == 1000 * 320 // 8000
+    assert float(magnitude.max()) == pytest.approx(1.0, abs=0.01)
+
+
+@pytest.mark.parametrize(("rate", "bins", "bands"), [(8000, 161, 64), (16000, 513, 80), (8000, 17, 16)])
+def test_every_band_reaches_a_bin_and_bins_between_peaks_count_once(rate, bins, bands):
+    filters_KM = mel_filters(rate, bins, bands, torch.device("cpu"))
+    assert filters_KM.shape == (bins, bands)
+    assert bool((filters_KM.amax(dim=0) > 0.3).all())
+    assert bool(((filters_KM >= 0) & (filters_KM <= 1)).all())
+    peaks = filters_KM.argmax(dim=0)
+    assert bool((peaks[1:] >= peaks[:-1]).all())
+
+
+def test_louder_means_larger_by_the_logarithm_and_silence_is_the_floor():
+    soft, loud = (log_mel(sine(700.0, amplitude=a), 8000, 320, 80, 64) for a in (0.1, 0.2))
+    above = soft > math.log(100 * FLOOR)
+    torch.testing.assert_close((loud - soft)[above], torch.full_like(soft[above], math.log(2)))
+    assert bool((log_mel(torch.zeros(1, 999), 8000, 320, 80, 64) == math.log(FLOOR)).all())
+
+
+def test_the_metric_has_80_bands():
+    assert metric_mel(torch.zeros(1, 16000)).shape == (1, 63, 80)
+
+
+def test_the_loss_is_zero_for_the_target_and_has_a_gradient_elsewhere():
+    target = sine(500.0)
+    assert float(reconstruction_loss(target, target, 8000)) == 0
+    wave = (0.5 * target + 0.01 * torch.randn(target.shape)).requires_grad_()
+    loss = reconstruction_loss(wave, target, 8000)
+    loss.backward()
+    assert float(loss.detach()) > 0.3
+    assert bool(torch.isfinite(wave.grad).all())
+    assert float(wave.grad.abs().max()) > 0
+
+
+def test_the_loss_of_silence_is_finite_with_its_gradient():
+    wave = torch.zeros(1, 4000, requires_grad=True)
+    reconstruction_loss(wave, torch.zeros(1, 4000), 8000).backward()
+    assert bool(torch.isfinite(wave.grad).all())

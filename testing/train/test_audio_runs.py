@@ -1,0 +1,154 @@
+import json
+import wave
+
+import numpy as np
+import pytest
+
+from arbitor.audio_command import main
+from arbitor.data.waves import write_recording
+from arbitor.train.metrics import read_metrics
+
+SMALL = [
+    *("--steps", "3", "--batch", "4", "--ctx", "1000", "--rate", "2000", "--codec-dim", "16"),
+    *("--codec-layers", "1", "--eval-steps", "5", "--eval-interval", "2", "--save-interval", "2"),
+    *("--device", "cpu"),
+]  # fmt: skip
+FIGURES = {"codec": "log_mel_distance", "listen": "bits_per_byte", "speak": "bits_per_code"}
+
+
+@pytest.fixture(autouse=True)
+def _workplace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("arbitor.data.audio._SYNTHETIC_COUNT", 30)
+
+
+def files(run):
+    folder = f"runs/{run}/latest"
+    names = ("model.safetensors", "optimizer.safetensors", "state.json", "config.toml")
+    return {name: open(f"{folder}/{name}", "rb").read() for name in names}
+
+
+@pytest.mark.parametrize("task", FIGURES)
+def test_every_task_runs_on_the_embedded_sounds_and_resumes_bit_for_bit(task, tmp_path, monkeypatch):
+    assert main(["--task", task, *SMALL, "--run", "whole"]) == 0
+    lines = list(read_metrics(tmp_path / "runs/whole/metrics.jsonl"))
+    held_out = [line for line in lines if f"held_out_{FIGURES[task]}" in line]
+    assert [line["step"] for line in held_out] == [2, 3]
+    assert sum("loss" in line for line in lines) == 3
+    summary = json.loads((tmp_path / "runs/whole/summary.json").read_text())
+    assert summary[f"held_out_{FIGURES[task]}"] > 0
+    assert (tmp_path / "runs/whole/loss.png").is_file()
+
+    def stop(run):
+        run.guard.received = 15
+
+    from arbitor.train.loop import Run
+
+    take = Run._take_step
+
+    def take_and_stop(self):
+        take(self)
+        stop(self)
+
+    monkeypatch.setattr(Run, "_take_step", take_and_stop)
+    for step in range(1, 3):
+        given = ["--task", task, *SMALL] if step == 1 else ["--resume"]
+        assert main([*given, "--run", "parts"]) != 0
+    monkeypatch.setattr(Run, "_take_step", take)
+    assert main(["--resume", "--run", "parts"]) == 0
+    assert files("parts") == files("whole")
+    assert main(["--resume", "--run", "parts"]) == 0  # finished: nothing to do
+
+
+def test_the_codec_is_measured_against_the_median(tmp_path):
+    assert main([*SMALL, "--run", "c"]) == 0
+    summary = json.loads((tmp_path / "runs/c/summary.json").read_text())
+    share = summary["held_out_log_mel_distance"] / summary["log_mel_distance_of_median"]
+    assert summary["share_of_median"] == pytest.approx(share)
+    assert sorted(p.name for p in (tmp_path / "runs/c/samples").iterdir())[:2] == [
+        "0-coded.wav",
+        "0-given.wav",
+    ]
+
+
+def test_listening_and_speaking_keep_the_codec_of_their_base(tmp_path):
+    from arbitor.train.checkpoint import load
+
+    assert main([*SMALL, "--run", "codec"]) == 0
+    assert main(["--task", "listen", "--base", "codec", "--steps", "2", "--run", "listen"]) == 0
+    assert main(["--task", "speak", "--base", "listen", "--steps", "2", "--run", "speak"]) == 0
+    runs = [load(run).state_dict() for run in ("codec", "listen", "speak")]  # the best, as --base takes
+    codec = [name for name in runs[0] if ".codec." in name]
+    assert codec
+    assert all((run[name] == runs[0][name]).all() for run in runs[1:] for name in codec)
+    assert any((runs[2][name] != runs[1][name]).any() for name in runs[0] if name.startswith("heads.audio"))
+    assert len(list((tmp_path / "runs/speak/samples").iterdir())) == 6
+
+
+def test_wav_files_by_one_command(tmp_path, capsys):
+    assert main([*SMALL, "--run", "c"]) == 0
+    write_recording("in.wav", 0.1 * np.random.default_rng(0).normal(size=3000).astype(np.float32), 8000)
+    assert main(["--reconstruct", "in.wav", "--out", "back.wav"]) == 0
+    with wave.open("back.wav") as file:
+        assert (file.getframerate(), file.getnframes()) == (2000, 750)
+    assert main(["--say", "seven", "--out", "seven.wav", "--temperature", "0"]) == 0
+    with wave.open("seven.wav") as file:
+        assert file.getframerate() == 2000
+        assert file.getnframes() <= 1000
+    capsys.readouterr()
+    assert main(["--hear", "in.wav"]) == 0
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["--data", "nothing"], "no such file or folder"),
+        (["--hear", "none.wav", "--run", "none"], "there is no run"),
+        (["--say", "x", "--hear", "y"], "give one of them"),
+        (["--reconstruct", "x", "--task", "speak"], "without training"),
+        (["--base", "none"], "there is no run"),
+        (["--rate", "12345"], "multiple of 200"),
+        (["--task", "sing"], "sing"),
+        (["--held-out", "speaker:nobody"], "nobody of that name"),
+        (["--batch", "0"], "batch"),
+    ],
+)
+def test_bad_arguments_are_one_line_and_leave_nothing(arguments, why, tmp_path, capsys):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("arbitor: error: ")
+    assert why in error
+    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").iterdir())
+
+
+def test_enable_audio_of_the_train_verb_listens_and_grows_a_text_run(tmp_path, capsys):
+    from arbitor import cli
+
+    (tmp_path / "data.txt").write_text("some text to learn from, again and again\n" * 200)
+    few = ["--steps", "2", "--batch", "4", "--eval-steps", "4", "--device", "cpu"]
+    assert cli.main(["train", "--data", "data.txt", *few, "--run", "text"]) == 0
+    assert cli.main(["train", "--resume", "--run", "text", "--enable-audio", *few]) == 0
+    assert "of the captions right" in capsys.readouterr().out
+    assert (tmp_path / "runs/tiny-1/summary.json").is_file()
+    assert cli.main(["train", "--resume", "--run", "tiny-1", "--enable-audio", "--steps", "3"]) == 0
+    assert cli.main(["train", "--enable-audio", "--enable-vision"]) == 2
+
+
+def test_bad_recordings_do_not_stop_a_run(tmp_path, capsys):
+    folder = tmp_path / "words"
+    folder.mkdir()
+    for number in range(8):
+        noise = 0.1 * np.random.default_rng(number).normal(size=1500).astype(np.float32)
+        write_recording(folder / f"{number}_x_0.wav", noise, 8000)
+    (folder / "cut_x_0.wav").write_bytes((folder / "0_x_0.wav").read_bytes()[:500])
+    (folder / "empty_x_0.wav").write_bytes(b"")
+    pytest.importorskip("soundfile", reason="needs soundfile (the extra audio)")
+    assert main(["--task", "listen", "--data", str(folder), "--held-out", "2", *SMALL]) == 0
+    assert "skipped 1 cut short, 1 empty" in capsys.readouterr().out
+
+
+def test_a_base_with_a_preset_is_refused(tmp_path, capsys):
+    assert main([*SMALL, "--run", "c"]) == 0
+    assert main(["--base", "c", "--preset", "small"]) == 2
+    assert "leave it out" in capsys.readouterr().err

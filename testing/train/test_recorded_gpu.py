@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from arbitor.audio_command import main as audio_main
+from arbitor.cli import main as cli_main
 from arbitor.config import preset
 from arbitor.data import open_corpus
 from arbitor.train.checkpoint import load_checkpoint
@@ -14,6 +16,7 @@ from testing.train.test_model_parts import PARTS
 pytestmark = pytest.mark.gpu
 
 STEPS = WARM_UP + 5
+SOUNDS = ["--ctx", "1000", "--rate", "2000", "--codec-dim", "16", "--codec-layers", "1"]
 KINDS = {
     "text": {},
     "compact": {"state": "compact"},
@@ -113,3 +116,29 @@ def test_a_replayed_step_can_be_dropped(make):
         after = kept(trainer)
         assert [name for name in before if not torch.equal(before[name], after[name])] == []
         assert steps(trainer, 1)[0]["ok"] == 1.0
+
+
+COMMANDS = {
+    "codec": ["--task", "codec", *SOUNDS],
+    "listen": ["--task", "listen", *SOUNDS],
+    "speak": ["--task", "speak", *SOUNDS],
+    "images": ["train", "--enable-vision", "--image-size", "8", "--image-patch", "4", "--ctx", "32"],
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_runs_on_media_are_the_same_with_and_without_replays(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("arbitor.data.audio._SYNTHETIC_COUNT", 30)
+    main = cli_main if name == "images" else audio_main
+    common = ["--steps", str(STEPS), "--batch", "4", "--eval-steps", "4", "--device", "cuda", "--run"]
+    assert main([*COMMANDS[name], *common, "replayed"]) == 0
+    monkeypatch.setattr("arbitor.train.loop.can_record", lambda model: False)
+    assert main([*COMMANDS[name], *common, "plain"]) == 0
+    runs = (tmp_path / "runs" / run / "final" for run in ("replayed", "plain"))
+    models, optimizers = zip(
+        *(((f / "model.safetensors").read_bytes(), (f / "optimizer.safetensors").read_bytes()) for f in runs),
+        strict=True,
+    )
+    assert models[0] == models[1]
+    assert optimizers[0] == optimizers[1]

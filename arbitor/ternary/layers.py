@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from arbitor.errors import UserError
+from arbitor.ops.activations import scale_tokens
+from arbitor.ops.backend import uses_triton
 from arbitor.ops.int8_table import Q_MAX, int8_gather, int8_linear, int8_linear_backward
 from arbitor.ops.ternary_linear import ternary_linear, ternary_linear_backward
 from arbitor.ops.trit_codec import ternary_decode
@@ -18,6 +20,7 @@ from arbitor.ternary.capture import (
     GradientCapture,
     RowCapture,
     needs_root,
+    outside_autocast,
     refuse_reentrant_checkpoint,
     wants_weights,
 )
@@ -52,11 +55,16 @@ def output_dtype(x: Tensor) -> torch.dtype:
 def scaled_gradient(dy: Tensor, scale: Tensor) -> Tensor:
     """dy [N, O] times the codes' scale [N, 1]; in the dtype of dy, but fp32 for fp16, which may overflow."""
     dtype = torch.float32 if dy.dtype == torch.float16 else dy.dtype
-    return torch.mul(dy, scale, out=torch.empty_like(dy, dtype=dtype))
+    return scale_tokens(dy, scale, dtype)
 
 
 def _capture_linear(capture: GradientCapture, codes: Tensor, scale: Tensor, dy: Tensor) -> None:
-    capture.add_linear(codes, scaled_gradient(dy, scale))
+    if dy.dtype != torch.float16 and uses_triton(dy) and capture.forms_product(codes, dy):
+        # The codes become floats for the product in any case; with their scale, dy needs no pass.
+        with outside_autocast():
+            capture.add_dense(dy.t() @ scale_tokens(codes, scale, dy.dtype))
+    else:
+        capture.add_linear(codes, scaled_gradient(dy, scale))
 
 
 class _TernaryMatmul(torch.autograd.Function):

@@ -205,6 +205,146 @@ def test_norm_backward_equals_the_reference(tokens, columns):
     assert error <= 2**-23 * (4 + columns**0.5)
 
 
+MATMULS = [
+    (1, 1, 1),
+    (3, 70, 40),
+    (70, 300, 161),
+    (65, 64, 256),
+    (130, 129, 128),
+    (0, 3, 5),
+    (5, 0, 3),
+    (2, 3, 0),
+]
+
+
+def int8_case(tokens, rows, columns):
+    torch.manual_seed(0)
+    codes = torch.randint(-127, 128, (tokens, columns), dtype=torch.int8)
+    weight = torch.randint(-1, 2, (rows, columns), dtype=torch.int8)
+    scale = torch.rand(tokens, 1) * torch.exp2(torch.randint(-30, 30, (tokens, 1)).float())
+    row_scale = torch.exp2(torch.randint(-62, 32, (rows,)).float())
+    return codes, weight, scale, row_scale
+
+
+@pytest.mark.parametrize("shape", MATMULS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_int8_matmul_equals_the_reference(shape, dtype):
+    from arbitor.ops.int8_matmul import reference, triton
+
+    if dtype == torch.bfloat16 and DEVICE == "cpu":
+        pytest.skip("Triton's interpreter has no bf16 of its own")
+    case = int8_case(*shape)
+    guarded = Guarded()
+    found = triton.int8_matmul(*map(guarded, case), dtype)
+    assert torch.equal(found.cpu(), reference.int8_matmul(*case, dtype))
+    guarded.check()
+
+
+def test_every_tile_of_int8_matmul_equals_the_reference(monkeypatch):
+    from arbitor.ops.int8_matmul import reference, triton
+
+    case = int8_case(200, 300, 160)
+    expected = reference.int8_matmul(*case, torch.float32)
+    for tokens in (1, 65, 1025):
+        tile = triton._tile(tokens, 300)
+        monkeypatch.setattr(triton, "_tile", lambda *_, tile=tile: tile)
+        assert torch.equal(triton.int8_matmul(*moved(*case), torch.float32).cpu(), expected)
+        monkeypatch.undo()
+
+
+def test_int8_matmul_keeps_a_token_that_is_not_finite_apart():
+    from arbitor.ops.int8_matmul import triton
+
+    codes, weight, scale, row_scale = int8_case(3, 4, 8)
+    scale[1] = torch.nan
+    found = triton.int8_matmul(*moved(codes, weight, scale, row_scale), torch.float32)
+    assert found.isnan().any(dim=1).tolist() == [False, True, False]
+
+
+@each_shape
+def test_decoded_rows_equal_the_reference(shape):
+    from arbitor.ops.trit_codec import reference, triton
+
+    torch.manual_seed(0)
+    packed = trit_pack(torch.randint(-1, 2, shape, dtype=torch.int8))
+    exponent = torch.randint(-62, 32, (*shape[:-1], 1), dtype=torch.int8)
+    trits, scale = triton.decode_rows(*moved(packed, exponent), shape[-1])
+    assert torch.equal(trits.cpu(), reference.unpack(packed, shape[-1]))
+    assert torch.equal(scale.cpu(), torch.exp2(exponent[..., 0].float()))
+
+
+def test_a_row_with_an_illegal_byte_has_no_scale():
+    from arbitor.ops.trit_codec import reference, triton
+
+    packed = torch.full((256, 32), 128, dtype=torch.uint8)
+    packed[:, 17] = torch.arange(256, dtype=torch.uint8)
+    exponent = torch.zeros(256, 1, dtype=torch.int8)
+    trits, scale = triton.decode_rows(*moved(packed, exponent), 160)
+    illegal = reference.unpack(packed, 160).eq(reference.ILLEGAL).any(dim=1)
+    assert illegal.sum() == 13
+    assert torch.equal(scale.cpu().isnan(), illegal)
+    assert torch.equal(trits.cpu()[~illegal], reference.unpack(packed, 160)[~illegal])
+
+
+@pytest.mark.parametrize(("tokens", "columns"), [(5, 40), (3, 1), (2, 9000), (4, 161), (0, 7), (70, 600)])
+@pytest.mark.parametrize("given", [torch.int8, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scaled_tokens_equal_the_reference(tokens, columns, given, dtype):
+    from arbitor.ops.activations import reference, triton
+
+    if torch.bfloat16 in (given, dtype) and DEVICE == "cpu":
+        pytest.skip("Triton's interpreter has no bf16 of its own")
+    torch.manual_seed(0)
+    x, scale = (torch.randn(tokens, columns) * 40).to(given), torch.rand(tokens, 1)
+    expected = reference.scale_tokens(x, scale, dtype)
+    assert torch.equal(triton.scale_tokens(*moved(x, scale), dtype).cpu(), expected)
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+@pytest.mark.parametrize("group", [32, 1000])
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_ternary_linear_equals_the_reference(tokens, group, quantize, monkeypatch):
+    from arbitor.ops.ternary_linear import ternary_linear
+
+    torch.manual_seed(0)
+    rows, columns = 37, 200
+    x = torch.randn(tokens, columns)
+    packed = trit_pack(torch.randint(-1, 2, (rows, columns), dtype=torch.int8))
+    group = min(group, columns)
+    exponent = torch.randint(-9, 3, (rows, -(-columns // group)), dtype=torch.int8)
+    results = []
+    for backend in ("torch", "triton"):
+        monkeypatch.setenv("ARB_TERNARY_BACKEND", backend)
+        given = moved(x, packed, exponent)
+        results.append(ternary_linear(*given, group, False, quantize, torch.float32))
+    for expected, found in zip(*results, strict=True):
+        if quantize:
+            assert torch.equal(found, expected)
+        else:
+            torch.testing.assert_close(found, expected)
+
+
+def test_captured_gradients_equal_the_references(monkeypatch):
+    from arbitor.ternary import TernaryLinear
+
+    torch.manual_seed(0)
+    linear = TernaryLinear(24, 10).to(DEVICE)
+    optimizer = VoteOptimizer(linear)
+    x, dy = moved(torch.randn(50, 24), torch.randn(50, 10))
+    gradients = []
+    for backend in ("torch", "triton"):
+        monkeypatch.setenv("ARB_TERNARY_BACKEND", backend)
+        for uses in (1, 2):
+            for _ in range(uses):
+                linear(x).backward(dy)
+            gradients.append(linear.capture.gradient())
+            optimizer.zero_grad()
+    # Either way each of the 50 products is rounded twice.
+    tolerance = {"rtol": 0, "atol": 50 * 3 * 2**-23 * float(gradients[1].abs().max())}
+    torch.testing.assert_close(gradients[2], gradients[0], **tolerance)
+    torch.testing.assert_close(gradients[3], gradients[1], **tolerance)
+
+
 def test_a_model_trains_as_on_the_reference(triton_backend, monkeypatch):
     losses = []
     for backend in ("triton", "torch"):

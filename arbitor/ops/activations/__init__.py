@@ -10,6 +10,7 @@ from arbitor.ops.activations.reference import (
     linear_outputs,
     norm_backward,
     normalize_and_quantize,
+    scale_tokens,
     weight_dtype,
 )
 
@@ -23,5 +24,6 @@ __all__ = [
     "linear_outputs",
     "norm_backward",
     "normalize_and_quantize",
+    "scale_tokens",
     "weight_dtype",
 ]

@@ -119,7 +119,16 @@ def linear(
         y = exact_matmul(saved if codes.is_cuda else codes, weight, quantize)
     if y.dtype == out_dtype:
         return y.mul_(scale), saved, scale, rstd
-    return torch.mul(y, scale, out=y.new_empty(y.shape, dtype=out_dtype)), saved, scale, rstd
+    return scale_tokens(y, scale, out_dtype), saved, scale, rstd
+
+
+def scale_tokens(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """x [N, I] times scale [N, 1], rounded once to `dtype`."""
+    if scale.dtype == torch.float32 and uses_triton(x):
+        from arbitor.ops.activations import triton
+
+        return triton.scale_tokens(x, scale, dtype)
+    return torch.mul(x, scale, out=torch.empty_like(x, dtype=dtype))
 
 
 def linear_backward(dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, input_norm: bool) -> Tensor:

@@ -12,6 +12,8 @@ from arbitor.ops.activations.reference import CODE_SCALE, RMS_EPS
 from arbitor.ops.triton import round_even
 
 MAX_BLOCK = 8192
+# Columns and elements of a program that only scales: 16 elements for each of 128 threads.
+SCALE_BLOCK, SCALE_ELEMENTS = 512, 2048
 
 
 @triton.jit
@@ -65,6 +67,17 @@ def _norm_backward_kernel(dxn, x, rstd, dx, columns, BLOCK: tl.constexpr):
         tl.store(dx + row + column, result.to(dx.dtype.element_ty), mask=used)
 
 
+@triton.jit
+def _scale_kernel(x, scale, y, tokens, columns, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    factor = tl.load(scale + token, mask=token < tokens, other=0.0)
+    at = token.to(tl.int64)[:, None] * columns + column[None, :]
+    used = (token < tokens)[:, None] & (column < columns)[None, :]
+    value = tl.load(x + at, mask=used, other=0).to(tl.float32) * factor[:, None]
+    tl.store(y + at, value.to(y.dtype.element_ty), mask=used)
+
+
 def quantize(x: Tensor, input_norm: bool) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.normalize_and_quantize` of x [N, I] in fp32 or bf16; the codes are int8."""
     tokens, columns = x.shape
@@ -89,6 +102,18 @@ def norm_backward(dxn: Tensor, x: Tensor, rstd: Tensor) -> Tensor:
             BLOCK=_block(columns), num_warps=_warps(columns),
         )  # fmt: skip
     return dx
+
+
+def scale_tokens(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """x [N, I], float or int8, times scale fp32 [N, 1], rounded once to `dtype`."""
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    if x.numel():
+        tokens, columns = x.shape
+        block = min(SCALE_BLOCK, max(16, triton.next_power_of_2(columns)))
+        rows = SCALE_ELEMENTS // block
+        grid = (triton.cdiv(tokens, rows), triton.cdiv(columns, block))
+        _scale_kernel[grid](x.contiguous(), scale, y, tokens, columns, TOKENS=rows, BLOCK=block, num_warps=4)
+    return y
 
 
 def _block(columns: int) -> int:

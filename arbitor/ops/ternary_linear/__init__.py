@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from arbitor.ops import activations
+from arbitor.ops.backend import uses_triton
 from arbitor.ops.registry import register
 from arbitor.ops.ternary_linear import reference
 
@@ -52,6 +53,23 @@ def ternary_linear_backward(
     return _backward(dy, x, rstd, packed, exponent, group, input_norm)
 
 
+def _dispatch_forward(
+    x: Tensor,
+    packed: Tensor,
+    exponent: Tensor,
+    group: int,
+    input_norm: bool,
+    quantize: bool,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if uses_triton(x):
+        from arbitor.ops.ternary_linear import triton
+
+        if triton.has_int8_forward(x, exponent, quantize):
+            return triton.forward(x, packed, exponent, input_norm, out_dtype)
+    return reference.forward(x, packed, exponent, group, input_norm, quantize, out_dtype)
+
+
 def _forward_fake(
     x: Tensor,
     packed: Tensor,
@@ -67,7 +85,7 @@ def _forward_fake(
 _forward = register(
     "ternary_linear(Tensor x, Tensor packed, Tensor exponent, int group, bool input_norm, bool quantize, "
     "ScalarType out_dtype) -> (Tensor, Tensor, Tensor, Tensor)",
-    reference.forward,
+    _dispatch_forward,
     _forward_fake,
 )
 _backward = register(

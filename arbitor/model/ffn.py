@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from arbitor.config import ModelConfig
+from arbitor.ops.backend import uses_triton
 from arbitor.ternary import TernaryLinear
 
 
@@ -48,4 +49,8 @@ class FeedForward(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """Residual stream [..., D] -> what is added to it, [..., D]."""
-        return self.down(squared_relu(self.up(h)))
+        u = self.up(h)
+        # On a GPU the linear's kernels take the square along. Elsewhere it is cheaper to keep it.
+        if type(self.down) is TernaryLinear and uses_triton(u):
+            return self.down(u, squared=True)
+        return self.down(squared_relu(u))

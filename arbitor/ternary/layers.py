@@ -78,12 +78,14 @@ class _TernaryMatmul(torch.autograd.Function):
         module: "NormedMatrix",
         quantize: bool,
         out_dtype: torch.dtype,
+        squared: bool,
     ) -> Tensor:
         packed, exponent = module.T_packed, module.E
         y, codes, scale, rstd = ternary_linear(
-            x, packed, exponent, module.group, module.input_norm, quantize, out_dtype
+            x, packed, exponent, module.group, module.input_norm, quantize, out_dtype, squared
         )
         ctx.module = module
+        ctx.squared = squared
         saved_codes = codes if module.capture is not None else None
         ctx.save_for_backward(x, rstd, packed, exponent, saved_codes, scale)
         return y
@@ -97,8 +99,10 @@ class _TernaryMatmul(torch.autograd.Function):
             _capture_linear(module.capture, codes, scale, dy)
         dx = None
         if ctx.needs_input_grad[1]:
-            dx = ternary_linear_backward(dy, x, rstd, packed, exponent, module.group, module.input_norm)
-        return None, dx, None, None, None
+            dx = ternary_linear_backward(
+                dy, x, rstd, packed, exponent, module.group, module.input_norm, ctx.squared
+            )
+        return None, dx, None, None, None, None
 
 
 class NormedMatrix(TernaryScaleTensor):
@@ -142,25 +146,26 @@ class TernaryLinear(NormedMatrix):
         )
         self.input_norm = input_norm
 
-    def forward(self, x: Tensor, quantize: bool = True) -> Tensor:
+    def forward(self, x: Tensor, quantize: bool = True, squared: bool = False) -> Tensor:
         """Apply to x.
 
         Args:
             x: float [..., I].
             quantize: int8 activations per token; False keeps them float.
+            squared: apply to relu(x)^2 in place of x.
 
         Returns:
             [..., O] in autocast's dtype where autocast is on, else in the dtype of x.
         """
         if x.shape[-1] != self.in_features:
             raise ValueError(f"expected a last dimension of {self.in_features}, got {tuple(x.shape)}")
-        return ternary_matmul(self, x, quantize)
+        return ternary_matmul(self, x, quantize, squared)
 
 
-def ternary_matmul(module: "NormedMatrix", x: Tensor, quantize: bool) -> Tensor:
+def ternary_matmul(module: "NormedMatrix", x: Tensor, quantize: bool, squared: bool = False) -> Tensor:
     """x float [..., I] times the matrix of `module`, [..., O]; captured, as `TernaryLinear.forward` says."""
     x_NI = x.reshape(-1, module.in_features)
-    y_NO = _TernaryMatmul.apply(root_of(module), x_NI, module, quantize, output_dtype(x))
+    y_NO = _TernaryMatmul.apply(root_of(module), x_NI, module, quantize, output_dtype(x), squared)
     return y_NO.view(*x.shape[:-1], module.out_features)
 
 

@@ -170,15 +170,17 @@ def test_decode_of_every_byte():
 @pytest.mark.parametrize(("tokens", "columns"), [(5, 40), (3, 1), (2, 9000), (4, 161), (0, 7)])
 @pytest.mark.parametrize("input_norm", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_codes_equal_the_reference(tokens, columns, input_norm, dtype):
+@pytest.mark.parametrize("squared", [False, True])
+def test_codes_equal_the_reference(tokens, columns, input_norm, dtype, squared):
     from arbitor.ops.activations import reference, triton
 
     if dtype == torch.bfloat16 and DEVICE == "cpu":
         pytest.skip("Triton's interpreter has no bf16 of its own")
     torch.manual_seed(0)
     x = (torch.randn(tokens, columns) * torch.exp2(torch.randint(-10, 10, (tokens, 1)).float())).to(dtype)
-    codes, scale, rstd = reference.normalize_and_quantize(x.float(), input_norm, True)
-    found = triton.quantize(*moved(x), input_norm)
+    u = reference.squared_relu(x) if squared else x
+    codes, scale, rstd = reference.normalize_and_quantize(u.float(), input_norm, True)
+    found = triton.quantize(*moved(x), input_norm, squared)
     assert torch.equal(found[0].cpu(), codes.to(torch.int8))
     # Sums of `columns` squares, in another order.
     for mine, theirs in zip(found[1:], (scale, rstd), strict=True):
@@ -192,17 +194,34 @@ def test_a_token_that_overflows_shows():
     assert triton.quantize(*moved(x), True)[1].isnan().all()
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("input_norm", [False, True])
+@pytest.mark.parametrize("squared", [False, True])
+def test_a_token_that_is_not_finite_shows_in_its_scale(bad, input_norm, squared):
+    from arbitor.ops.activations import triton
+
+    x = torch.randn(3, 40)
+    x[1, 7] = bad
+    scale = triton.quantize(*moved(x), input_norm, squared)[1]
+    assert scale.isfinite().flatten().tolist() == [True, False, True]
+
+
 @pytest.mark.parametrize(("tokens", "columns"), [(5, 40), (3, 1), (2, 9000), (4, 161)])
-def test_norm_backward_equals_the_reference(tokens, columns):
+@pytest.mark.parametrize("input_norm", [False, True])
+@pytest.mark.parametrize("squared", [False, True])
+def test_norm_backward_equals_the_reference(tokens, columns, input_norm, squared):
     from arbitor.ops.activations import reference, triton
 
     torch.manual_seed(0)
     x, gradient = torch.randn(tokens, columns), torch.randn(tokens, columns)
-    rstd = (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
-    expected = reference.norm_backward(gradient.clone(), x, rstd)
-    found = triton.norm_backward(*moved(gradient, x, rstd)).cpu()
+    u = reference.squared_relu(x) if squared else x
+    rstd = (u.square().mean(-1, keepdim=True) + 1e-6).rsqrt() if input_norm else torch.ones(tokens, 1)
+    expected = reference.norm_backward(gradient.clone(), u, rstd) if input_norm else gradient
+    if squared:
+        expected = reference.squared_relu_backward(expected, x)
+    found = triton.norm_backward(*moved(gradient, x, rstd), input_norm, squared).cpu()
     error = (found - expected).norm() / gradient.norm()
-    assert error <= 2**-23 * (4 + columns**0.5)
+    assert error <= 2**-23 * (4 + columns**0.5) * float(2 * x.max() if squared else 1)
 
 
 MATMULS = [
@@ -303,7 +322,8 @@ def test_scaled_tokens_equal_the_reference(tokens, columns, given, dtype):
 @pytest.mark.parametrize("quantize", [False, True])
 @pytest.mark.parametrize("group", [32, 1000])
 @pytest.mark.parametrize("tokens", [1, 7])
-def test_ternary_linear_equals_the_reference(tokens, group, quantize, monkeypatch):
+@pytest.mark.parametrize("squared", [False, True])
+def test_ternary_linear_equals_the_reference(tokens, group, quantize, squared, monkeypatch):
     from arbitor.ops.ternary_linear import ternary_linear
 
     torch.manual_seed(0)
@@ -316,7 +336,7 @@ def test_ternary_linear_equals_the_reference(tokens, group, quantize, monkeypatc
     for backend in ("torch", "triton"):
         monkeypatch.setenv("ARB_TERNARY_BACKEND", backend)
         given = moved(x, packed, exponent)
-        results.append(ternary_linear(*given, group, False, quantize, torch.float32))
+        results.append(ternary_linear(*given, group, False, quantize, torch.float32, squared))
     for expected, found in zip(*results, strict=True):
         if quantize:
             assert torch.equal(found, expected)
@@ -343,6 +363,28 @@ def test_captured_gradients_equal_the_references(monkeypatch):
     tolerance = {"rtol": 0, "atol": 50 * 3 * 2**-23 * float(gradients[1].abs().max())}
     torch.testing.assert_close(gradients[2], gradients[0], **tolerance)
     torch.testing.assert_close(gradients[3], gradients[1], **tolerance)
+
+
+def test_a_feed_forward_part_equals_the_reference(monkeypatch):
+    from arbitor.config import preset
+    from arbitor.model.ffn import FeedForward
+
+    torch.manual_seed(0)
+    ffn = FeedForward(preset("tiny").model).to(DEVICE)
+    optimizer = VoteOptimizer(ffn)
+    h = torch.randn(9, ffn.up.in_features, device=DEVICE, requires_grad=True)
+    dy = torch.randn(9, ffn.up.in_features, device=DEVICE)
+    results = []
+    for backend in ("torch", "triton"):
+        monkeypatch.setenv("ARB_TERNARY_BACKEND", backend)
+        y = ffn(h)
+        (dh,) = torch.autograd.grad(y, h, dy, retain_graph=True)
+        y.backward(dy)
+        results.append([y.detach(), dh, *(linear.capture.gradient() for linear in (ffn.up, ffn.down))])
+        optimizer.zero_grad()
+    for found, expected in zip(results[1], results[0], strict=True):
+        error = (found - expected).norm() / expected.norm()
+        assert error <= 2**-23 * 4 * ffn.up.out_features**0.5
 
 
 def test_a_model_trains_as_on_the_reference(triton_backend, monkeypatch):

@@ -11,6 +11,8 @@ from arbitor.ops.activations.reference import (
     norm_backward,
     normalize_and_quantize,
     scale_tokens,
+    squared_relu,
+    squared_relu_backward,
     weight_dtype,
 )
 
@@ -25,5 +27,7 @@ __all__ = [
     "norm_backward",
     "normalize_and_quantize",
     "scale_tokens",
+    "squared_relu",
+    "squared_relu_backward",
     "weight_dtype",
 ]

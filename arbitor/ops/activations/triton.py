@@ -17,19 +17,32 @@ SCALE_BLOCK, SCALE_ELEMENTS = 512, 2048
 
 
 @triton.jit
+def _squared_relu(x, dtype: tl.constexpr):
+    """relu(x)^2 of fp32 x, rounded to `dtype`, as fp32; NaN stays."""
+    positive = tl.where(x < 0.0, 0.0, x)
+    return (positive * positive).to(dtype).to(tl.float32)
+
+
+@triton.jit
 def _quantize_kernel(
-    x, codes, scale, rstd, columns, eps, code_scale, smallest, NORM: tl.constexpr, BLOCK: tl.constexpr
-):
+    x, codes, scale, rstd, columns, eps, code_scale, smallest,
+    NORM: tl.constexpr, SQUARED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     here = x + token * columns
     square = tl.zeros((BLOCK,), dtype=tl.float32)
     largest = tl.zeros((BLOCK,), dtype=tl.float32)
+    strange = tl.zeros((BLOCK,), dtype=tl.float32)
     for first in range(0, columns, BLOCK):
         column = first + tl.arange(0, BLOCK)
         value = tl.load(here + column, mask=column < columns, other=0.0).to(tl.float32)
+        if SQUARED:
+            value = _squared_relu(value, x.dtype.element_ty)
         square += value * value
         largest = tl.maximum(largest, tl.abs(value))
-    absmax = tl.maximum(tl.max(largest, axis=0), smallest)
+        strange += value - value
+    # A maximum passes over NaN, so such a token's scale is made NaN by what is 0 for every finite value.
+    absmax = tl.maximum(tl.max(largest, axis=0), smallest) + tl.sum(strange, axis=0)
     inverse = 1.0
     if NORM:
         mean = tl.sum(square, axis=0) / columns + eps
@@ -40,30 +53,43 @@ def _quantize_kernel(
         column = first + tl.arange(0, BLOCK)
         used = column < columns
         value = tl.load(here + column, mask=used, other=0.0).to(tl.float32)
+        if SQUARED:
+            value = _squared_relu(value, x.dtype.element_ty)
         tl.store(codes + token * columns + column, round_even(value * factor).to(tl.int8), mask=used)
     tl.store(scale + token, absmax * inverse / code_scale)
     tl.store(rstd + token, inverse)
 
 
 @triton.jit
-def _norm_backward_kernel(dxn, x, rstd, dx, columns, BLOCK: tl.constexpr):
+def _norm_backward_kernel(
+    dxn, x, rstd, dx, columns, NORM: tl.constexpr, SQUARED: tl.constexpr, BLOCK: tl.constexpr
+):
     token = tl.program_id(0).to(tl.int64)
     row = token * columns
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for first in range(0, columns, BLOCK):
-        column = first + tl.arange(0, BLOCK)
-        used = column < columns
-        gradient = tl.load(dxn + row + column, mask=used, other=0.0).to(tl.float32)
-        value = tl.load(x + row + column, mask=used, other=0.0).to(tl.float32)
-        total += gradient * value
     inverse = tl.load(rstd + token)
-    coefficient = tl.sum(total, axis=0) * (inverse * inverse * inverse / columns)
+    coefficient = 0.0
+    if NORM:
+        total = tl.zeros((BLOCK,), dtype=tl.float32)
+        for first in range(0, columns, BLOCK):
+            column = first + tl.arange(0, BLOCK)
+            used = column < columns
+            gradient = tl.load(dxn + row + column, mask=used, other=0.0).to(tl.float32)
+            value = tl.load(x + row + column, mask=used, other=0.0).to(tl.float32)
+            if SQUARED:
+                value = _squared_relu(value, x.dtype.element_ty)
+            total += gradient * value
+        coefficient = tl.sum(total, axis=0) * (inverse * inverse * inverse / columns)
     for first in range(0, columns, BLOCK):
         column = first + tl.arange(0, BLOCK)
         used = column < columns
         gradient = tl.load(dxn + row + column, mask=used, other=0.0).to(tl.float32)
-        value = tl.load(x + row + column, mask=used, other=0.0).to(tl.float32)
+        given = tl.load(x + row + column, mask=used, other=0.0).to(tl.float32)
+        value = given
+        if SQUARED:
+            value = _squared_relu(given, x.dtype.element_ty)
         result = gradient * inverse - value * coefficient
+        if SQUARED:
+            result *= 2.0 * tl.where(given < 0.0, 0.0, given)
         tl.store(dx + row + column, result.to(dx.dtype.element_ty), mask=used)
 
 
@@ -78,7 +104,7 @@ def _scale_kernel(x, scale, y, tokens, columns, TOKENS: tl.constexpr, BLOCK: tl.
     tl.store(y + at, value.to(y.dtype.element_ty), mask=used)
 
 
-def quantize(x: Tensor, input_norm: bool) -> tuple[Tensor, Tensor, Tensor]:
+def quantize(x: Tensor, input_norm: bool, squared: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.normalize_and_quantize` of x [N, I] in fp32 or bf16; the codes are int8."""
     tokens, columns = x.shape
     codes = torch.empty((tokens, columns), dtype=torch.int8, device=x.device)
@@ -87,19 +113,25 @@ def quantize(x: Tensor, input_norm: bool) -> tuple[Tensor, Tensor, Tensor]:
         smallest = torch.finfo(torch.float32).tiny * CODE_SCALE
         _quantize_kernel[(tokens,)](
             x.contiguous(), codes, scale, rstd, columns, RMS_EPS, CODE_SCALE, smallest,
-            NORM=input_norm, BLOCK=_block(columns), num_warps=_warps(columns), enable_fp_fusion=False,
+            NORM=input_norm, SQUARED=squared, BLOCK=_block(columns), num_warps=_warps(columns),
+            enable_fp_fusion=False,
         )  # fmt: skip
     return codes, scale, rstd
 
 
-def norm_backward(dxn: Tensor, x: Tensor, rstd: Tensor) -> Tensor:
-    """Gradient [N, I] of x, in its dtype, from that of x * rstd(x)."""
+def norm_backward(
+    dxn: Tensor, x: Tensor, rstd: Tensor, input_norm: bool = True, squared: bool = False
+) -> Tensor:
+    """Gradient [N, I] of x, in its dtype, from that of u * rstd(u), u = x or relu(x)^2.
+
+    Without `input_norm`, rstd is 1 and no function of u.
+    """
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     tokens, columns = x.shape
     if tokens:
         _norm_backward_kernel[(tokens,)](
             dxn.contiguous(), x.contiguous(), rstd, dx, columns,
-            BLOCK=_block(columns), num_warps=_warps(columns),
+            NORM=input_norm, SQUARED=squared, BLOCK=_block(columns), num_warps=_warps(columns),
         )  # fmt: skip
     return dx
 

@@ -22,9 +22,9 @@ def has_int8_forward(x: Tensor, exponent: Tensor, quantize: bool) -> bool:
 
 
 def forward(
-    x: Tensor, packed: Tensor, exponent: Tensor, input_norm: bool, out_dtype: torch.dtype
+    x: Tensor, packed: Tensor, exponent: Tensor, input_norm: bool, out_dtype: torch.dtype, squared: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `reference.forward` of x [N, I], quantised, with exponent [O, 1]."""
-    codes, scale, rstd = activations.normalize_and_quantize(x, input_norm, quantize=True)
+    codes, scale, rstd = activations.normalize_and_quantize(x, input_norm, True, squared)
     trits, row_scale = trit_codec.decode_rows(packed, exponent, x.shape[-1])
     return int8_matmul(codes, trits, scale, row_scale, out_dtype), codes, scale, rstd

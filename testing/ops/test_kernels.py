@@ -280,6 +280,36 @@ def test_int8_matmul_keeps_a_token_that_is_not_finite_apart():
     assert found.isnan().any(dim=1).tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize("shape", [*MATMULS, (20, 33, 700), (2, 8200, 5)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_product_of_few_tokens_equals_the_reference(shape, dtype):
+    from arbitor.ops.int8_matmul import reference
+    from arbitor.ops.ternary_linear import triton
+
+    if dtype == torch.bfloat16 and DEVICE == "cpu":
+        pytest.skip("Triton's interpreter has no bf16 of its own")
+    codes, trits, scale, row_scale = int8_case(*shape)
+    exponent = row_scale.log2().to(torch.int8)[:, None]
+    guarded = Guarded()
+    found = triton.few_tokens(*map(guarded, (codes, trit_pack(trits), exponent, scale)), dtype)
+    assert torch.equal(found.cpu(), reference.int8_matmul(codes, trits, scale, row_scale, dtype))
+    guarded.check()
+
+
+def test_illegal_bytes_show_in_products_of_few_tokens():
+    from arbitor.ops.ternary_linear import triton
+    from arbitor.ops.trit_codec import legal_bytes
+
+    packed = torch.full((256, 32), 128, dtype=torch.uint8)
+    packed[:, 17] = torch.arange(256, dtype=torch.uint8)
+    codes, scale = torch.zeros(2, 160, dtype=torch.int8), torch.ones(2, 1)
+    exponent = torch.zeros(256, 1, dtype=torch.int8)
+    y = triton.few_tokens(*moved(codes, packed, exponent, scale), torch.float32).cpu()
+    legal = legal_bytes(torch.device("cpu"))
+    assert y.isnan().all(dim=0).tolist() == (~legal).tolist()
+    assert y[:, legal].eq(0).all()
+
+
 @each_shape
 def test_decoded_rows_equal_the_reference(shape):
     from arbitor.ops.trit_codec import reference, triton
@@ -321,7 +351,7 @@ def test_scaled_tokens_equal_the_reference(tokens, columns, given, dtype):
 
 @pytest.mark.parametrize("quantize", [False, True])
 @pytest.mark.parametrize("group", [32, 1000])
-@pytest.mark.parametrize("tokens", [1, 7])
+@pytest.mark.parametrize("tokens", [1, 7, 66])
 @pytest.mark.parametrize("squared", [False, True])
 def test_ternary_linear_equals_the_reference(tokens, group, quantize, squared, monkeypatch):
     from arbitor.ops.ternary_linear import ternary_linear

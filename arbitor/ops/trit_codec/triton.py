@@ -9,15 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from arbitor.ops.triton import digit, exp2_int
+from arbitor.ops.triton import digit, exp2_int, is_legal
 
 BYTES = 1024
-
-
-@triton.jit
-def _is_legal(code, value):
-    """Whether packing produces the byte `code` (int32), whose digits are those of `value` or `value + 1`."""
-    return ((value * 256 + 242) // 243 == code) | (((value + 1) * 256 + 242) // 243 == code)
 
 
 @triton.jit
@@ -28,8 +22,7 @@ def _decode_kernel(packed, exponents, weights, rows, columns, width, group, grou
     within = byte % width
     column = (within // 32) * 160 + within % 32
     code = tl.load(packed + byte, mask=inside, other=0).to(tl.int32)
-    # Packing never produces byte q where ceil(256 v / 243) skips it; such a byte gives NaN, not a weight.
-    legal = _is_legal(code, (code * 243) >> 8)
+    legal = is_legal(code)  # an illegal byte gives NaN, not a weight
     for plane in tl.static_range(5):
         col = column + 32 * plane
         used = inside & (col < columns)
@@ -47,7 +40,7 @@ def _decode_rows_kernel(packed, exponents, trits, scale, columns, width, BYTES: 
         byte = first + tl.arange(0, BYTES)
         inside = byte < width
         code = tl.load(packed + row * width + byte, mask=inside, other=0).to(tl.int32)
-        illegal |= tl.where(_is_legal(code, (code * 243) >> 8), 0, 1)
+        illegal |= tl.where(is_legal(code), 0, 1)
         column = (byte // 32) * 160 + byte % 32
         for plane in tl.static_range(5):
             col = column + 32 * plane

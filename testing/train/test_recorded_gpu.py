@@ -14,6 +14,7 @@ from arbitor.train.checkpoint import load_checkpoint
 from arbitor.train.device import deterministic, resolve_device
 from arbitor.train.loop import Trainer
 from arbitor.train.recorded import WARM_UP, can_record
+from testing.small_run import MODEL
 from testing.train.test_model_parts import PARTS
 
 pytestmark = pytest.mark.gpu
@@ -82,7 +83,7 @@ def test_replayed_steps_equal_others(make, kind):
 
 def test_a_step_in_which_the_host_waits_is_not_recorded(make, monkeypatch):
     """A workspace for one expert, and fewer tokens than make its gradient dense."""
-    one = PARTS["expert_dim"] * 160 * WORKSPACE_BYTES_PER_WEIGHT
+    one = PARTS["expert_dim"] * MODEL["dim"] * WORKSPACE_BYTES_PER_WEIGHT
     monkeypatch.setitem(STATES, "full", dataclasses.replace(STATES["full"], workspace_bytes=one))
     results = []
     for recorded in (False, True):

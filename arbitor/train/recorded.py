@@ -23,8 +23,6 @@ def why_not_recorded(model: ARBModel) -> str | None:
     config = model.config
     if model.device.type != "cuda":
         return "there is no GPU"
-    if config.has_core and config.max_moe_iters > 1:
-        return "the core's iterations end when all positions have halted, which the host must know"
     if config.memory_rows and config.memory_host:
         return "the memory is on the host"
     return None

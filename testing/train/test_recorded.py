@@ -27,7 +27,7 @@ def test_no_step_is_recorded_on_a_cpu(make_trainer):
     [
         ({}, None),
         ({**EXPERTS, "max_moe_iters": 1}, None),
-        ({**EXPERTS, "max_moe_iters": 2}, "iterations end when all positions have halted"),
+        ({**EXPERTS, "max_moe_iters": 2}, None),
         ({"max_moe_iters": 2}, None),
         ({"memory_rows": 16}, None),
         ({"memory_rows": 16, "memory_host": True}, "memory is on the host"),

@@ -30,6 +30,7 @@ KINDS = {
     "T32": {"tscale": "T32"},
     "sign": {"rule": "sign"},
     "parts": {**PARTS, "max_moe_iters": 1},
+    "iterations": PARTS,
     "experts, lean": {**PARTS, "max_moe_iters": 1, "state": "lean"},
 }
 
@@ -113,12 +114,12 @@ def test_an_evaluation_between_replays_changes_nothing(make):
 
 def test_a_resumed_run_equals_an_uninterrupted_one(make, tmp_path):
     with deterministic(3, torch.device("cuda")):
-        whole = make(True, **PARTS, max_moe_iters=1)
+        whole = make(True, **PARTS)
         first = steps(whole, WARM_UP + 2)
         whole.save(tmp_path / "latest")
         rest = steps(whole, STEPS - len(first))
     with deterministic(4, torch.device("cuda")):
-        resumed = make(True, load_checkpoint(tmp_path / "latest"), **PARTS, max_moe_iters=1)
+        resumed = make(True, load_checkpoint(tmp_path / "latest"), **PARTS)
         assert steps(resumed, len(rest)) == rest
     states = kept(whole), kept(resumed)
     assert [name for name in states[0] if not torch.equal(states[0][name], states[1][name])] == []

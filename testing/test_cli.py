@@ -221,7 +221,7 @@ def test_a_gpu_that_is_not_there(refused):
 )
 def test_a_back_end_that_is_not_there(refused, monkeypatch, value, words):
     monkeypatch.setenv("ARB_TERNARY_BACKEND", value)
-    monkeypatch.setattr("arbitor.ops.backend.find_spec", lambda name: None)
+    monkeypatch.setattr("arbitor.ops.backend.has_triton", lambda: False)
     smoke = ["smoke", "--preset", "tiny"]
     for verb in (TRAIN, ["generate", "done"], ["eval", "done", "--data", "data.txt"], smoke, ["doctor"]):
         refused(verb, f"ARB_TERNARY_BACKEND is '{value}'", words)

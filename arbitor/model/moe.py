@@ -81,7 +81,7 @@ class Routing(NamedTuple):
         gate: float [M, K], weights of the chosen experts; they sum to 1.
         order: int64 [R], sorted position -> use (row * K + choice).
         place: int64 [R], use -> sorted position.
-        offsets: int32 [E], the end of each expert's sorted uses.
+        offsets: int32 [E], the end of each expert's sorted uses; what is behind the last one's uses none.
     """
 
     gate: Tensor
@@ -109,8 +109,14 @@ class Router(nn.Module):
         self.affinity = TernaryLinear(config.dim, config.num_experts, tscale=config.tscale, device=device)
         self.balance = BalanceBias(config.num_experts, device)
 
-    def forward(self, s_MD: Tensor) -> Routing:
-        """The routing of some rows; notes the loads for the next step."""
+    def forward(self, s_MD: Tensor, live_M1: Tensor | None = None) -> Routing:
+        """The routing of some rows; notes the loads for the next step.
+
+        Args:
+            s_MD: state of M rows.
+            live_M1: bool, rows that use experts; None are all. The uses of the others come behind the last
+                expert's.
+        """
         # In bf16, affinities of different experts would often be equal.
         with torch.autocast(s_MD.device.type, enabled=False):
             affinity_ME = sigmoid(self.affinity(s_MD))
@@ -118,10 +124,12 @@ class Router(nn.Module):
             biased_ME = self.balance(affinity_ME)
             # A stable sort keeps equals in order, which topk does not promise.
             chosen_MK = biased_ME.sort(dim=-1, descending=True, stable=True).indices[:, : self.num_active]
+            if live_M1 is not None:
+                chosen_MK = torch.where(live_M1, chosen_MK, affinity_ME.shape[-1])
             expert_R, order_R = chosen_MK.flatten().sort(stable=True)
             experts_E = torch.arange(affinity_ME.shape[-1], device=s_MD.device)
             offsets_E = torch.searchsorted(expert_R, experts_E, right=True, out_int32=True)
-        chosen_affinity_MK = affinity_ME.gather(-1, chosen_MK)
+        chosen_affinity_MK = affinity_ME.gather(-1, chosen_MK.clamp(max=affinity_ME.shape[-1] - 1))
         total_M1 = chosen_affinity_MK.sum(dim=-1, keepdim=True)
         gate_MK = chosen_affinity_MK / total_M1.clamp_min(torch.finfo(total_M1.dtype).tiny)
         routing = Routing(gate_MK, order_R, order_R.argsort(), offsets_E)
@@ -179,18 +187,27 @@ class MoE(nn.Module):
         self.down = TernaryExperts(experts, hidden, dim, tscale=tscale, device=device)
         self.shared = FeedForward(config, device, hidden)
 
-    def forward(self, s_MD: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, s_MD: Tensor, live_M1: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """What the experts add to the state.
 
         Args:
             s_MD: state of M rows.
+            live_M1: bool, rows whose result is wanted; None are all. Those of the others come from the shared
+                expert alone, and have no gradient at the routed ones.
 
         Returns:
             [M, D], and the load of every expert, int32 [E].
         """
-        routing = self.router(s_MD)
-        s_RD = _Dispatch.apply(s_MD, routing.order, routing.place)
-        y_RD = self.down(squared_relu(self.up(s_RD, routing.offsets)), routing.offsets)
+        routing = self.router(s_MD, live_M1)
+        if live_M1 is None:
+            s_RD = _Dispatch.apply(s_MD, routing.order, routing.place)
+            y_RD = self.down(squared_relu(self.up(s_RD, routing.offsets)), routing.offsets)
+        else:
+            # Products leave anything behind the last expert's uses, and it must not meet a weight of 0.
+            used_R1 = torch.arange(routing.gate.numel(), device=s_MD.device)[:, None] < routing.offsets[-1]
+            s_RD = _Dispatch.apply(torch.where(live_M1, s_MD, 0), routing.order, routing.place)
+            hidden_RH = torch.where(used_R1, self.up(s_RD, routing.offsets), 0)
+            y_RD = torch.where(used_R1, self.down(squared_relu(hidden_RH), routing.offsets), 0)
         y_MKD = _Permute.apply(y_RD, routing.place, routing.order).unflatten(0, routing.gate.shape)
         gated_MKD = routing.gate[..., None] * y_MKD
         return self.shared(s_MD) + gated_MKD.sum(dim=1), routing.load

@@ -139,10 +139,16 @@ class FrozenEncoder(nn.Module):
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> Tensor:
         """Images uint8 [B, 3, S, S], S a multiple of the patch -> float [B, P, H], without gradient."""
-        mean, std = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (MEAN, STD))
+        mean, std = (_of_channels(values, pixels.device) for values in (MEAN, STD))
         x_BCSS = (pixels.float() / 255 - mean) / std
         output = torch.func.functional_call(_skeleton(self.architecture), self.weights(), (x_BCSS,))
         return output.last_hidden_state[:, 1:]  # without the class token
+
+
+@functools.cache
+def _of_channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """fp32 [C, 1, 1], kept, since a CUDA graph cannot record the copy to the device."""
+    return torch.tensor(values, device=device).view(-1, 1, 1)
 
 
 def _num_rows(name: str, shape: torch.Size) -> int:

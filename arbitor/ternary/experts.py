@@ -82,7 +82,8 @@ class TernaryExperts(TernaryScaleTensor):
 
         Args:
             x_MI: float [M, I], the rows of expert 0 first.
-            offsets_E: int32 [E] on the same device, the end of each expert's rows; the last one must be M.
+            offsets_E: int32 [E] on the same device, the end of each expert's rows. Rows behind the last one's
+                have undefined results, and a gradient of 0 must come back for them.
             quantize: int8 activations per token; False keeps them float.
 
         Returns:

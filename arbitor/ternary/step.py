@@ -27,6 +27,7 @@ from arbitor.ternary.counters import IntegerCounters
 from arbitor.ternary.layers import Int8Weights, TernaryEmbeddingTable
 from arbitor.ternary.tensor import IntegerModule, TernaryScaleTensor
 from arbitor.ternary.update import (
+    FACTORED_RULES,
     LOOKAHEAD,
     MatrixBatch,
     StepNumbers,
@@ -128,11 +129,11 @@ class Step:
         return max(1, self.constants.workspace_weights // (module.out_features * module.in_features))
 
     def _may_stay_factored(self, module: TernaryScaleTensor, tokens: int) -> bool:
-        """Whether a gradient of so few tokens can be orthogonalised as a product of two thin matrices."""
+        """Whether the direction of a gradient of so few tokens comes from two thin matrices."""
         constants = self.constants
         return (
             2 * tokens < min(module.out_features, module.in_features)
-            and constants.rule == "spectral"
+            and constants.rule in FACTORED_RULES
             and constants.momentum_bits == 0
             and not constants.votes_on_scales
             and module.E.shape[-1] == 1

@@ -20,6 +20,7 @@ from arbitor.ops.state_update import scale_update, state_update_drawn
 from arbitor.ops.trit_codec import trit_unpack
 from arbitor.ternary import rules
 
+FACTORED_RULES = ("spectral", "row")  # whose direction needs no more than some rows at a time
 LOOKAHEAD = 0.95  # weight of the momentum in the direction, Nesterov's form
 
 
@@ -154,7 +155,9 @@ def update_dense(
 def update_factored(
     batch: MatrixBatch, activations: Tensor, output_gradient: Tensor, ok: Tensor, constants: VoteConstants
 ) -> Tensor:
-    """A step of the rule `spectral` without momentum, from gradients of few tokens that are never formed.
+    """A step without momentum, from gradients of few tokens of which only some rows are formed at a time.
+
+    For the rules of `FACTORED_RULES`.
 
     Args:
         batch: what moves; one exponent a row.
@@ -169,11 +172,16 @@ def update_factored(
     relative = relative_scale(batch.exponent, batch.group, batch.in_features)
     if relative is not None:
         output_gradient.mul_(relative.mT)
-    right, nonzero = rules.spectral_factors(output_gradient, activations)
-    active = (nonzero & ok)[:, None, None]
+    right, active = activations, ok.expand(len(activations))
+    if constants.rule == "spectral":
+        right, nonzero = rules.spectral_factors(output_gradient, activations)
+        active = nonzero & ok
+    active = active[:, None, None]
     flips = torch.zeros(len(right), dtype=torch.int64, device=right.device)
     for rows in batch.slices(constants.workspace_weights):
         direction = output_gradient[:, :, rows].mT @ right
+        if constants.rule == "row":  # a row without a gradient has no direction, so it does not vote
+            direction = rules.row(direction)
         flips += _vote(batch, direction, rows, active, constants)
     return flips
 

@@ -155,6 +155,11 @@ class Trainer:
         self.optimizer.apply()
         return totals | self.model.part_metrics() | {"ok": self.optimizer.last_step_ok}
 
+    @property
+    def waits(self) -> bool:
+        """A step was seen in which the host waits for the GPU, so none is recorded and replayed."""
+        return self._recorded is not None and self._recorded.waits
+
     def next_lr(self) -> float:
         """Learning rate of the coming step, trits."""
         return learning_rate(self.step, self.config.train.steps, self.peak_lr, self.config.train.warmup)
@@ -314,8 +319,13 @@ class Run:
 
     def _take_step(self) -> None:
         started = time.perf_counter()
-        lr = self.trainer.next_lr()
+        lr, waited = self.trainer.next_lr(), self.trainer.waits
         loss = self.trainer.take_step()
+        if self.trainer.waits and not waited:
+            self.display.note(
+                f"step {self.trainer.step}: the host waits for the GPU within a step of this model, so steps "
+                "are not replayed as one CUDA graph"
+            )
         ok = self.trainer.last_ok
         self._unread.append(_Unread(self.trainer.step, lr, loss, ok))
         self._unread_seconds += time.perf_counter() - started

@@ -6,7 +6,9 @@ tensors that keep their place. A replay runs the kernels that were recorded, so 
 step that was recorded, bit for bit.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,26 +18,35 @@ from arbitor.model import ARBModel
 WARM_UP = 3  # steps before one is recorded
 
 
-def can_record(model: ARBModel) -> bool:
-    """Whether a step of the model can be recorded: it is on a GPU and nothing in it asks the host.
-
-    What asks: iterations that end when all positions have halted, and a memory in host memory.
-    """
+def why_not_recorded(model: ARBModel) -> str | None:
+    """Why a step of the model is known not to be recordable, in words for the user; None if it may be."""
     config = model.config
-    iterates = config.has_core and config.max_moe_iters > 1
-    return model.device.type == "cuda" and not iterates and not (config.memory_rows and config.memory_host)
+    if model.device.type != "cuda":
+        return "there is no GPU"
+    if config.memory_rows and config.memory_host:
+        return "the memory is on the host"
+    return None
+
+
+def can_record(model: ARBModel) -> bool:
+    """Whether to try to record a step of the model."""
+    return why_not_recorded(model) is None
 
 
 class RecordedStep:
     """Calls `work` at first, and replays it later.
 
+    The last call ahead of the recording is watched. Work in which the host waits for the device cannot be
+    recorded, and is called every time: so do experts that are too large for the optimizer's workspace, and
+    torch's grouped products on GPUs older than Hopper.
+
     Args:
-        work: (batch) -> scalars on the device. It must not ask the device anything, and whatever it changes
-            must keep its place.
+        work: (batch) -> scalars on the device; whatever it changes must keep its place.
         device: a GPU.
 
     Attributes:
         recorded: whether the next call is a replay.
+        waits: the host was seen to wait for the device, so the work will not be recorded.
     """
 
     def __init__(
@@ -44,6 +55,7 @@ class RecordedStep:
         self._work = work
         self._stream = torch.cuda.Stream(device)
         self._calls = 0
+        self.waits = False
         self._graph: torch.cuda.CUDAGraph | None = None
         self._batch: list[Tensor] = []
         self._names: list[str] = []
@@ -68,13 +80,13 @@ class RecordedStep:
         for place, tensor in zip(self._batch, batch, strict=True):
             place.copy_(tensor.pin_memory() if tensor.device.type == "cpu" else tensor, non_blocking=True)
         self._calls += 1
-        if self._graph is None and self._calls <= WARM_UP:
-            # On a stream of its own, as the recording will be: autograd keeps to the stream of the forward.
-            self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-            with torch.cuda.stream(self._stream):
-                figures = self._packed(self._work(self._batch))
-            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
-            return self._unpacked(figures)
+        if self._calls < WARM_UP or self.waits:
+            return self._called()
+        if self._calls == WARM_UP:
+            with watched() as seen:
+                figures = self._called()
+            self.waits = bool(seen)
+            return figures
         if self._graph is None:
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph, stream=self._stream):
@@ -83,9 +95,41 @@ class RecordedStep:
         assert self._figures is not None
         return self._unpacked(self._figures.clone())
 
+    def _called(self) -> dict[str, Tensor]:
+        # On a stream of its own, as the recording will be: autograd keeps to the stream of the forward.
+        current = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            figures = self._packed(self._work(self._batch))
+        current.wait_stream(self._stream)
+        return self._unpacked(figures)
+
     def _packed(self, figures: Mapping[str, Tensor]) -> Tensor:
         self._names = list(figures)
         return torch.stack([figure.detach().to(torch.float64) for figure in figures.values()])
 
     def _unpacked(self, figures: Tensor) -> dict[str, Tensor]:
         return dict(zip(self._names, figures.unbind(), strict=True))
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[list[str]]:
+    """A list that holds, afterwards, what torch said of operations inside that made the host wait.
+
+    Other warnings are passed on.
+    """
+    seen: list[str] = []
+    mode = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield seen
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+    for warning in caught:
+        text = str(warning.message)
+        if "synchronizing CUDA operation" in text:
+            seen.append(text)
+        elif not text.startswith("Synchronization debug mode"):  # is a prototype feature, it says
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)

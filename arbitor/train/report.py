@@ -26,6 +26,7 @@ from arbitor.train.device import backend
 from arbitor.train.display import format_bytes, format_seconds, printable
 from arbitor.train.loop import Trainer
 from arbitor.train.metrics import FIGURES, HELD_OUT
+from arbitor.train.recorded import why_not_recorded
 from arbitor.train.runs import existing_run
 from arbitor.train.task import TextTask
 
@@ -50,6 +51,7 @@ def show_start(console: Console, trainer: Trainer, run: Path) -> None:
         "run": f"{run}  (arbitor {__version__}, torch {torch.__version__})",
         "device": f"{device.name}{threads}: {device.reason}",
         "back end": backend(device.device),
+        **({"steps": how_steps_run(trainer)} if device.is_cuda else {}),
         "model": f"{config.preset}: {trunk:,} ternary weights, {tables:,} int8 table weights, "
         f"context {ctx} bytes",
         **({"parts": parts} if (parts := describe_parts(config.model)) else {}),
@@ -64,6 +66,12 @@ def show_start(console: Console, trainer: Trainer, run: Path) -> None:
     if trainer.step:
         console.print(Text(f"going on after step {trainer.step} of {train.steps}"))
     console.print()
+
+
+def how_steps_run(trainer: Trainer) -> str:
+    """Whether steps on a GPU are replayed, and if not, why."""
+    why_not = why_not_recorded(trainer.model)
+    return "replayed as one CUDA graph" if why_not is None else f"kernels are launched one by one: {why_not}"
 
 
 def describe_parts(model: ModelConfig) -> str:

@@ -6,7 +6,7 @@ from torch import nn
 
 from arbitor.config import ModelConfig
 from arbitor.model.core import MoEGraph, StateDecay
-from arbitor.ternary import VoteOptimizer
+from arbitor.ternary import VoteOptimizer, named_ternary
 from testing.model import core_oracles as oracles
 
 DIM, CODE_DIM, TRITS = 24, 5, 3
@@ -73,9 +73,11 @@ CASES = [  # bias, threshold, most iterations
 ]
 
 
+@pytest.mark.parametrize("masks", [False, True])
 @pytest.mark.parametrize(("bias", "threshold", "iters"), CASES)
-def test_equals_the_oracle_with_every_gradient(unrounded, bias, threshold, iters):
+def test_equals_the_oracle_with_every_gradient(unrounded, bias, threshold, iters, masks):
     core = unrounded(make(max_moe_iters=iters, halt_threshold=threshold))
+    core.masks = masks
     bias_to(core, bias)
     VoteOptimizer(core)
     h = stream(dtype=torch.float64).requires_grad_()
@@ -108,7 +110,7 @@ def test_equals_the_oracle_with_every_gradient(unrounded, bias, threshold, iters
     )
     rows = rows_seen(core)
     output = core(h)
-    assert rows == [sum(c > n for c in counts) for n in range(max(counts))]
+    assert rows == ([21] * iters if masks else [sum(c > n for c in counts) for n in range(max(counts))])
     assert output.metrics["mean_iterations"] == pytest.approx(sum(counts) / len(counts), rel=1e-6)
     assert output.ponder.dtype == torch.float32
     assert output.ponder.item() == pytest.approx(ponder.item(), rel=1e-6)
@@ -124,6 +126,40 @@ def test_equals_the_oracle_with_every_gradient(unrounded, bias, threshold, iters
         torch.testing.assert_close(
             captured(capture).view_as(gradient).to(gradient.dtype), gradient, rtol=1e-5, atol=1e-5
         )
+
+
+@each_part
+@pytest.mark.parametrize("bias", [-0.5, 0.0, 1.0])
+def test_masked_rows_are_as_if_they_were_left_out(part, bias):
+    """To the last bit in the forward and in what experts are balanced by, up to rounding in gradients."""
+    results = []
+    for masks in (False, True):
+        core = make(part)
+        core.masks = masks
+        bias_to(core, bias)
+        optimizer = VoteOptimizer(core, lr=0.01)
+        h = stream().requires_grad_()
+        output = core(h, motifs(), code_vectors)
+        ((output.state * stream(seed=3)).sum() + output.ponder).backward()
+        modules = {n: m for n, m in named_ternary(core) if not m.capture.empty}
+        gradients = {n: captured(m.capture).clone() for n, m in modules.items()}
+        optimizer.step()
+        assert optimizer.last_step_applied
+        results.append((output, h.grad, gradients, core.state_dict()))
+    (left, left_dh, left_gradients, left_state), (masked, masked_dh, gradients, state) = results
+    assert torch.equal(masked.state, left.state)
+    assert left.metrics.keys() == masked.metrics.keys()
+    assert all(
+        float(masked.metrics[k]) == pytest.approx(float(left.metrics[k]), rel=1e-6) for k in left.metrics
+    )
+    assert 1 < float(masked.metrics["mean_iterations"]) < 4
+    assert masked.ponder.item() == pytest.approx(left.ponder.item(), rel=1e-6)
+    torch.testing.assert_close(masked_dh, left_dh, rtol=1e-4, atol=1e-5)
+    assert gradients.keys() == left_gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, left_gradients[name], rtol=1e-4, atol=1e-5)
+    same = [name for name in state if torch.equal(state[name], left_state[name])]
+    assert {name for name in state if name.endswith(("balance.bias", "graph.score"))} <= set(same)
 
 
 def captured(capture):

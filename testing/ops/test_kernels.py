@@ -71,11 +71,11 @@ def test_state_update_equals_the_reference(shape, by_row, span, threshold, rail,
     stream = keys(n)
     active = torch.rand(n, rows if by_row else 1, 1) > 0.3
     bits = random_bits(stream, rows * columns).view(shape)
-    constants = (12.8, span, threshold, rail, reset)
+    step, *constants = torch.tensor(12.8), span, threshold, rail, reset
     expected = packed.clone(), accumulator.clone()
-    flips = reference.update(*expected, direction, bits, active, *constants)
+    flips = reference.update(*expected, direction, bits, active, step, *constants)
     found = guarded(packed), guarded(accumulator)
-    given = moved(direction, stream, active)
+    given = moved(direction, stream, active, step)
     found_flips = triton.update(*found, *given, *constants)
     assert torch.equal(found[0].cpu(), expected[0])
     assert torch.equal(found[1].cpu(), expected[1])
@@ -95,14 +95,16 @@ def test_state_update_of_some_rows_of_larger_matrices(transposed):
     direction, stream, active = torch.randn(n, rows, columns), keys(n), torch.ones(n, 1, 1, dtype=torch.bool)
     bits = random_bits(stream, rows * columns).view(direction.shape)
     expected = packed.clone(), accumulator.clone()
-    reference.update(*expected, direction, bits, active, 12.8, 128, 64, 63, False)
-    packed, accumulator, direction, stream, active = moved(packed, accumulator, direction, stream, active)
+    reference.update(*expected, direction, bits, active, torch.tensor(12.8), 128, 64, 63, False)
+    packed, accumulator, direction, stream, active, step = moved(
+        packed, accumulator, direction, stream, active, torch.tensor(12.8)
+    )
     if transposed:  # as the orthogonalisation of a tall matrix leaves it
         direction = direction.mT.contiguous().mT
     for part in (slice(0, 4), slice(4, 9)):
         triton.update(
             packed[:, part], accumulator[:, part], direction[:, part], skip(stream, part.start * columns),
-            active, 12.8, 128, 64, 63, False,
+            active, step, 128, 64, 63, False,
         )  # fmt: skip
     assert torch.equal(packed.cpu(), expected[0])
     assert torch.equal(accumulator.cpu(), expected[1])

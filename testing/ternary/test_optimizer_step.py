@@ -123,6 +123,28 @@ def test_a_table_steps_by_half_the_learning_rate_against_the_sign(state):
         assert torch.equal(optimizer.state[table.q]["M"], momentum["M"])
 
 
+@pytest.mark.parametrize("rule", ["spectral", "row"])
+@pytest.mark.parametrize("slices", [1 << 40, 40 * 64], ids=["whole", "a row at a time"])
+def test_a_gradient_of_few_tokens_votes_as_if_it_were_formed(rule, slices, monkeypatch):
+    """Up to rounding: an accumulator differs by one unit where a product does in its last bits."""
+    monkeypatch.setattr(optimizer_module, "WORKSPACE_BYTES_PER_WEIGHT", (96 << 20) // slices or 1)
+    accumulators, flips = [], []
+    for factored in (True, False):
+        layer, optimizer = matrix(48, 64, state="lean", rule=rule, lr=0.4)
+        if not factored:
+            monkeypatch.setattr("arbitor.ternary.step.Step._may_stay_factored", lambda *_: False)
+        for step in range(4):
+            (layer(gaussian(5, 64, seed=step)) * gaussian(5, 48, seed=9)).sum().backward()
+            optimizer.step()
+            flips.append(optimizer.flip_rate())
+        accumulators.append(optimizer.named_state()[".T_accum"].int())
+    assert min(flips) > 0
+    assert flips[4:] == pytest.approx(flips[:4], abs=2e-3)
+    difference = (accumulators[0] - accumulators[1]).abs()
+    assert difference.max() <= 1
+    assert difference.float().mean() < 0.002
+
+
 def test_each_matrix_has_its_own_random_stream_by_its_name():
     torch.manual_seed(0)
     net = nn.ModuleDict({"one": TernaryLinear(40, 6), "two": TernaryLinear(40, 6)})

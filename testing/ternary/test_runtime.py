@@ -309,7 +309,7 @@ def test_whole_steps_of_the_scale_accumulator_are_applied_on_demand():
 )
 def test_a_back_end_that_there_is_not_is_refused(monkeypatch, value, message):
     monkeypatch.setenv("ARB_TERNARY_BACKEND", value)
-    monkeypatch.setattr("arbitor.ops.backend.find_spec", lambda name: None)
+    monkeypatch.setattr("arbitor.ops.backend.has_triton", lambda: False)
     with pytest.raises(UserError, match=message):
         make()
 

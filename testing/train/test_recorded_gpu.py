@@ -1,5 +1,7 @@
 """Steps that a GPU replays from a graph are those that it takes without one."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -7,10 +9,12 @@ from arbitor.audio_command import main as audio_main
 from arbitor.cli import main as cli_main
 from arbitor.config import preset
 from arbitor.data import open_corpus
+from arbitor.ternary.optimizer import STATES, WORKSPACE_BYTES_PER_WEIGHT
 from arbitor.train.checkpoint import load_checkpoint
 from arbitor.train.device import deterministic, resolve_device
 from arbitor.train.loop import Trainer
 from arbitor.train.recorded import WARM_UP, can_record
+from testing.small_run import MODEL
 from testing.train.test_model_parts import PARTS
 
 pytestmark = pytest.mark.gpu
@@ -26,6 +30,7 @@ KINDS = {
     "T32": {"tscale": "T32"},
     "sign": {"rule": "sign"},
     "parts": {**PARTS, "max_moe_iters": 1},
+    "iterations": PARTS,
     "experts, lean": {**PARTS, "max_moe_iters": 1, "state": "lean"},
 }
 
@@ -67,6 +72,7 @@ def test_replayed_steps_equal_others(make, kind):
         with deterministic(3, torch.device("cuda")):
             trainer = make(recorded, **KINDS[kind])
             seen = steps(trainer, STEPS)
+            assert not trainer.waits
             assert (trainer._recorded is not None and trainer._recorded.recorded) == recorded
             results.append((seen, kept(trainer), trainer.optimizer.hyperparameters()))
     (plain, state, values), (replayed, replayed_state, replayed_values) = results
@@ -74,6 +80,24 @@ def test_replayed_steps_equal_others(make, kind):
     assert replayed_values == values
     assert [name for name in state if not torch.equal(state[name], replayed_state[name])] == []
     assert len({step["loss"] for step in replayed}) == STEPS
+
+
+def test_a_step_in_which_the_host_waits_is_not_recorded(make, monkeypatch):
+    """A workspace for one expert, and fewer tokens than make its gradient dense."""
+    one = PARTS["expert_dim"] * MODEL["dim"] * WORKSPACE_BYTES_PER_WEIGHT
+    monkeypatch.setitem(STATES, "full", dataclasses.replace(STATES["full"], workspace_bytes=one))
+    results = []
+    for recorded in (False, True):
+        with deterministic(3, torch.device("cuda")):
+            trainer = make(recorded, **PARTS, max_moe_iters=1, batch=2)
+            results.append((steps(trainer, STEPS), kept(trainer)))
+    assert trainer.waits
+    assert not trainer._recorded.recorded
+    assert torch.cuda.get_sync_debug_mode() == 0
+    assert results[0][0] == results[1][0]
+    assert [
+        name for name, tensor in results[0][1].items() if not torch.equal(tensor, results[1][1][name])
+    ] == []
 
 
 def test_an_evaluation_between_replays_changes_nothing(make):
@@ -90,12 +114,12 @@ def test_an_evaluation_between_replays_changes_nothing(make):
 
 def test_a_resumed_run_equals_an_uninterrupted_one(make, tmp_path):
     with deterministic(3, torch.device("cuda")):
-        whole = make(True, **PARTS, max_moe_iters=1)
+        whole = make(True, **PARTS)
         first = steps(whole, WARM_UP + 2)
         whole.save(tmp_path / "latest")
         rest = steps(whole, STEPS - len(first))
     with deterministic(4, torch.device("cuda")):
-        resumed = make(True, load_checkpoint(tmp_path / "latest"), **PARTS, max_moe_iters=1)
+        resumed = make(True, load_checkpoint(tmp_path / "latest"), **PARTS)
         assert steps(resumed, len(rest)) == rest
     states = kept(whole), kept(resumed)
     assert [name for name in states[0] if not torch.equal(states[0][name], states[1][name])] == []

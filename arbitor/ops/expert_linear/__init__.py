@@ -28,7 +28,7 @@ def expert_linear(
 
     Args:
         x: float [M, I], rows of expert 0 first, then those of expert 1, ...
-        offsets: int32 [E], the end of each expert's rows; the last one is M.
+        offsets: int32 [E], the end of each expert's rows; results of rows behind the last one are undefined.
         packed: uint8 [E, O, P].
         exponent: int8 [E, O, G].
         group: neighbouring elements along I that share an exponent.

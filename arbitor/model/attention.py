@@ -13,6 +13,7 @@ from arbitor.model.ledger import LayerLedger
 from arbitor.model.rotary import Rotation
 from arbitor.ops.head_norm import keys_and_values, norm_and_rotate
 from arbitor.ternary import TernaryLinear
+from arbitor.ternary.stream import read_stream
 
 
 class LatentAttention(nn.Module):
@@ -52,7 +53,13 @@ class LatentAttention(nn.Module):
         )
 
     def forward(self, h_BND: Tensor, rotation: Rotation, ledger: LayerLedger | None = None) -> Tensor:
-        """What attention adds to the residual stream.
+        """What attention adds to the residual stream [B, N, D]; see `update`."""
+        return self.update(h_BND, rotation, ledger)[1]
+
+    def update(
+        self, h_BND: Tensor, rotation: Rotation, ledger: LayerLedger | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream, to go on with, and what attention adds to it.
 
         Args:
             h_BND: residual stream of the new positions.
@@ -61,11 +68,13 @@ class LatentAttention(nn.Module):
                 Without one, the new positions are the whole context.
 
         Returns:
-            [B, N, D].
+            [B, N, D] twice.
         """
         B, N, _ = h_BND.shape
-        query_BHNK = self._queries(h_BND, rotation)
-        latent_BMC, shared_key_BMR = self.kv_down(h_BND).split([self.latent_dim, self.rope_dim], dim=-1)
+        h_BND, query_BNE, down_BNE = read_stream(h_BND, self.query, self.kv_down)
+        query_BNHK = query_BNE.unflatten(-1, (self.num_heads, -1))
+        query_BHNK = norm_and_rotate(query_BNHK, *rotation).transpose(1, 2)
+        latent_BMC, shared_key_BMR = down_BNE.split([self.latent_dim, self.rope_dim], dim=-1)
         shared_key_BMR = norm_and_rotate(shared_key_BMR[:, :, None], *rotation)[:, :, 0]
         if ledger is not None:
             latent_BMC, shared_key_BMR = ledger.append(latent_BMC, shared_key_BMR)
@@ -74,11 +83,7 @@ class LatentAttention(nn.Module):
                 latent_BMC, shared_key_BMR = latent_BMC[:, -visible:], shared_key_BMR[:, -visible:]
         key_BHMK, value_BHMV = self._keys_and_values(latent_BMC, shared_key_BMR)
         y_BHNV = self._attend(query_BHNK, key_BHMK, value_BHMV)
-        return self.out(y_BHNV.transpose(1, 2).reshape(B, N, -1))
-
-    def _queries(self, h_BND: Tensor, rotation: Rotation) -> Tensor:
-        query_BNHK = self.query(h_BND).unflatten(-1, (self.num_heads, -1))
-        return norm_and_rotate(query_BNHK, *rotation).transpose(1, 2)
+        return h_BND, self.out(y_BHNV.transpose(1, 2).reshape(B, N, -1))
 
     def _keys_and_values(self, latent_BMC: Tensor, shared_key_BMR: Tensor) -> tuple[Tensor, Tensor]:
         up_BMHU = self.kv_up(latent_BMC).unflatten(-1, (self.num_heads, -1))

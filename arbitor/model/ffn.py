@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from arbitor.config import ModelConfig
 from arbitor.ops.backend import uses_triton
 from arbitor.ternary import TernaryLinear
+from arbitor.ternary.stream import read_stream
 
 
 class _SquaredReLU(torch.autograd.Function):
@@ -49,8 +50,12 @@ class FeedForward(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """Residual stream [..., D] -> what is added to it, [..., D]."""
-        u = self.up(h)
+        return self.update(h)[1]
+
+    def update(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual stream, to go on with, and what is added to it."""
+        h, u = read_stream(h, self.up)
         # On a GPU the linear's kernels take the square along. Elsewhere it is cheaper to keep it.
         if type(self.down) is TernaryLinear and uses_triton(u):
-            return self.down(u, squared=True)
-        return self.down(squared_relu(u))
+            return h, self.down(u, squared=True)
+        return h, self.down(squared_relu(u))

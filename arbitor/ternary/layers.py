@@ -58,7 +58,8 @@ def scaled_gradient(dy: Tensor, scale: Tensor) -> Tensor:
     return scale_tokens(dy, scale, dtype)
 
 
-def _capture_linear(capture: GradientCapture, codes: Tensor, scale: Tensor, dy: Tensor) -> None:
+def capture_linear(capture: GradientCapture, codes: Tensor, scale: Tensor, dy: Tensor) -> None:
+    """Leave a weight's gradient: dy [N, O] beside the input, which is codes [N, I] times scale [N, 1]."""
     if dy.dtype != torch.float16 and uses_triton(dy) and capture.forms_product(codes, dy):
         # The codes become floats for the product in any case; with their scale, dy needs no pass.
         with outside_autocast():
@@ -96,7 +97,7 @@ class _TernaryMatmul(torch.autograd.Function):
         x, rstd, packed, exponent, codes, scale = ctx.saved_tensors
         module = ctx.module
         if module.capture is not None and codes is not None and wants_weights(ctx):
-            _capture_linear(module.capture, codes, scale, dy)
+            capture_linear(module.capture, codes, scale, dy)
         dx = None
         if ctx.needs_input_grad[1]:
             dx = ternary_linear_backward(
@@ -279,7 +280,7 @@ class _TableMatmul(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, rstd, q, exponent, codes, scale = ctx.saved_tensors
         if ctx.module.capture is not None and codes is not None and wants_weights(ctx):
-            _capture_linear(ctx.module.capture, codes, scale, dy)
+            capture_linear(ctx.module.capture, codes, scale, dy)
         dx = int8_linear_backward(dy, x, rstd, q, exponent) if ctx.needs_input_grad[1] else None
         return None, dx, None, None, None
 

@@ -61,9 +61,19 @@ def _quantize_kernel(
 
 
 @triton.jit
+def _gradient(dxn, more, at, used, MORE: tl.constexpr):
+    """Sum of one or two gradients of the normed input, as fp32."""
+    gradient = tl.load(dxn + at, mask=used, other=0.0).to(tl.float32)
+    if MORE:
+        gradient += tl.load(more + at, mask=used, other=0.0).to(tl.float32)
+    return gradient
+
+
+@triton.jit
 def _norm_backward_kernel(
-    dxn, x, rstd, dx, columns, NORM: tl.constexpr, SQUARED: tl.constexpr, BLOCK: tl.constexpr
-):
+    dxn, more, x, rstd, beside, dx, columns, NORM: tl.constexpr, SQUARED: tl.constexpr, MORE: tl.constexpr,
+    BESIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     row = token * columns
     inverse = tl.load(rstd + token)
@@ -73,7 +83,7 @@ def _norm_backward_kernel(
         for first in range(0, columns, BLOCK):
             column = first + tl.arange(0, BLOCK)
             used = column < columns
-            gradient = tl.load(dxn + row + column, mask=used, other=0.0).to(tl.float32)
+            gradient = _gradient(dxn, more, row + column, used, MORE)
             value = tl.load(x + row + column, mask=used, other=0.0).to(tl.float32)
             if SQUARED:
                 value = _squared_relu(value, x.dtype.element_ty)
@@ -82,7 +92,7 @@ def _norm_backward_kernel(
     for first in range(0, columns, BLOCK):
         column = first + tl.arange(0, BLOCK)
         used = column < columns
-        gradient = tl.load(dxn + row + column, mask=used, other=0.0).to(tl.float32)
+        gradient = _gradient(dxn, more, row + column, used, MORE)
         given = tl.load(x + row + column, mask=used, other=0.0).to(tl.float32)
         value = given
         if SQUARED:
@@ -90,7 +100,18 @@ def _norm_backward_kernel(
         result = gradient * inverse - value * coefficient
         if SQUARED:
             result *= 2.0 * tl.where(given < 0.0, 0.0, given)
+        if BESIDE:
+            result += tl.load(beside + row + column, mask=used, other=0.0).to(tl.float32)
         tl.store(dx + row + column, result.to(dx.dtype.element_ty), mask=used)
+
+
+@triton.jit
+def _add_kernel(x, y, total, size, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    used = at < size
+    value = tl.load(x + at, mask=used, other=0.0).to(tl.float32)
+    value += tl.load(y + at, mask=used, other=0.0).to(tl.float32)
+    tl.store(total + at, value.to(total.dtype.element_ty), mask=used)
 
 
 @triton.jit
@@ -120,20 +141,46 @@ def quantize(x: Tensor, input_norm: bool, squared: bool = False) -> tuple[Tensor
 
 
 def norm_backward(
-    dxn: Tensor, x: Tensor, rstd: Tensor, input_norm: bool = True, squared: bool = False
+    dxn: Tensor,
+    x: Tensor,
+    rstd: Tensor,
+    input_norm: bool = True,
+    squared: bool = False,
+    *,
+    more: Tensor | None = None,
+    beside: Tensor | None = None,
 ) -> Tensor:
     """Gradient [N, I] of x, in its dtype, from that of u * rstd(u), u = x or relu(x)^2.
 
-    Without `input_norm`, rstd is 1 and no function of u.
+    Args:
+        dxn: float [N, I].
+        x: float [N, I].
+        rstd: fp32 [N, 1].
+        input_norm: without it, rstd is 1 and no function of u.
+        squared: u is relu(x)^2.
+        more: of the dtype of dxn, a second gradient to be added to it.
+        beside: [N, I], a gradient of x itself, to be added to the result.
     """
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     tokens, columns = x.shape
     if tokens:
         _norm_backward_kernel[(tokens,)](
-            dxn.contiguous(), x.contiguous(), rstd, dx, columns,
-            NORM=input_norm, SQUARED=squared, BLOCK=_block(columns), num_warps=_warps(columns),
+            dxn.contiguous(), dxn if more is None else more.contiguous(), x.contiguous(), rstd,
+            x if beside is None else beside.contiguous(), dx, columns, NORM=input_norm, SQUARED=squared,
+            MORE=more is not None, BESIDE=beside is not None, BLOCK=_block(columns),
+            num_warps=_warps(columns),
         )  # fmt: skip
     return dx
+
+
+def add(x: Tensor, y: Tensor) -> Tensor:
+    """x + y of one shape and two dtypes, in the dtype of x."""
+    total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.numel():
+        _add_kernel[(triton.cdiv(x.numel(), SCALE_ELEMENTS),)](
+            x.contiguous(), y.contiguous(), total, x.numel(), BLOCK=SCALE_ELEMENTS, num_warps=4
+        )
+    return total
 
 
 def scale_tokens(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

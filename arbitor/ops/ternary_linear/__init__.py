@@ -66,11 +66,10 @@ def _dispatch_forward(
     out_dtype: torch.dtype,
     squared: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if uses_triton(x):
+    if quantize and activations.compute_dtype(x) == torch.float32 and uses_triton(x):
         from arbitor.ops.ternary_linear import triton
 
-        if triton.has_int8_forward(x, exponent, quantize):
-            return triton.forward(x, packed, exponent, input_norm, out_dtype, squared)
+        return triton.forward(x, packed, exponent, group, input_norm, out_dtype, squared)
     return reference.forward(x, packed, exponent, group, input_norm, quantize, out_dtype, squared)
 
 

@@ -1,7 +1,9 @@
-"""Triton forward of the linear on packed trits, for matrices with one exponent a row.
+"""Triton forward of the linear on packed trits.
 
-Few tokens are multiplied by trits that are decoded on the way; for many, the trits are decoded once. Shape
-letters: N tokens, I in, O out, P packed bytes a row.
+Where a row has one exponent, few tokens are multiplied by trits that are decoded on the way; for many, trits
+are decoded once, into int8. With more exponents a row they are decoded into floats.
+
+Shape letters: N tokens, I in, O out, P packed bytes a row.
 """
 
 import os
@@ -136,22 +138,30 @@ def _tile(tokens: int, rows: int) -> tuple[int, int, int]:
     return (16, 16, 1) if block_n == 16 else (32, 32, 4)
 
 
-def has_int8_forward(x: Tensor, exponent: Tensor, quantize: bool) -> bool:
-    """Whether `forward` equals the reference here: int8 codes, ROW scales, and sums that fp32 holds."""
-    return (
-        quantize
-        and activations.compute_dtype(x) == torch.float32
-        and exponent.shape[-1] == 1
-        and x.shape[-1] <= MAX_IN_FEATURES
-    )
+def product(
+    codes: Tensor, scale: Tensor, packed: Tensor, exponent: Tensor, group: int, out_dtype: torch.dtype
+) -> Tensor:
+    """Output [N, O] of a linear from its quantised input: codes int8 [N, I] and their scale fp32 [N, 1]."""
+    columns = codes.shape[-1]
+    if exponent.shape[-1] > 1 or columns > MAX_IN_FEATURES:
+        weight = trit_codec.decode(packed, exponent, columns, group, activations.weight_dtype(scale, True))
+        return activations.scale_tokens(activations.exact_matmul(codes, weight, True), scale, out_dtype)
+    if len(codes) <= FEW_TOKENS:
+        return few_tokens(codes, packed, exponent, scale, out_dtype)
+    trits, row_scale = trit_codec.decode_rows(packed, exponent, columns)
+    return int8_matmul(codes, trits, scale, row_scale, out_dtype)
 
 
 def forward(
-    x: Tensor, packed: Tensor, exponent: Tensor, input_norm: bool, out_dtype: torch.dtype, squared: bool
+    x: Tensor,
+    packed: Tensor,
+    exponent: Tensor,
+    group: int,
+    input_norm: bool,
+    out_dtype: torch.dtype,
+    squared: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `reference.forward` of x [N, I], quantised, with exponent [O, 1]."""
+    """As `reference.forward` of x [N, I], fp32 or narrower, quantised."""
     codes, scale, rstd = activations.normalize_and_quantize(x, input_norm, True, squared)
-    if len(x) <= FEW_TOKENS:
-        return few_tokens(codes, packed, exponent, scale, out_dtype), codes, scale, rstd
-    trits, row_scale = trit_codec.decode_rows(packed, exponent, x.shape[-1])
-    return int8_matmul(codes, trits, scale, row_scale, out_dtype), codes, scale, rstd
+    with torch.autocast(x.device.type, enabled=False):
+        return product(codes, scale, packed, exponent, group, out_dtype), codes, scale, rstd

@@ -397,6 +397,27 @@ def test_captured_gradients_equal_the_references(monkeypatch):
     torch.testing.assert_close(gradients[3], gradients[1], **tolerance)
 
 
+@pytest.mark.parametrize("workspace", [1, 1 << 26])
+@pytest.mark.parametrize("input_norm", [False, True])
+def test_experts_equal_the_reference(workspace, input_norm, monkeypatch):
+    from arbitor.ops.expert_linear import reference
+    from arbitor.ternary import TernaryExperts
+
+    monkeypatch.setattr(reference, "WORKSPACE_BYTES", workspace)
+    torch.manual_seed(0)
+    experts = TernaryExperts(3, 40, 70, input_norm=input_norm).to(DEVICE)
+    offsets = torch.tensor([4, 4, 9], dtype=torch.int32, device=DEVICE)
+    x = torch.randn(9, 40, device=DEVICE, requires_grad=True)
+    dy = torch.randn(9, 70, device=DEVICE)
+    results = []
+    for backend in ("torch", "triton"):
+        monkeypatch.setenv("ARB_TERNARY_BACKEND", backend)
+        y = experts(x, offsets)
+        results.append((y.detach(), *torch.autograd.grad(y, x, dy)))
+    for found, expected in zip(results[1], results[0], strict=True):
+        assert (found - expected).abs().max() <= 2**-23 * (8 + 70**0.5) * expected.abs().max()
+
+
 def test_a_feed_forward_part_equals_the_reference(monkeypatch):
     from arbitor.config import preset
     from arbitor.model.ffn import FeedForward

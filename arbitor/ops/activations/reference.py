@@ -169,6 +169,18 @@ def linear_backward(
     """
     with _no_autocast(x):
         dxn = dy.to(weight.dtype) @ weight
+    return input_gradient(dxn, x, rstd, input_norm, squared)
+
+
+def input_gradient(dxn: Tensor, x: Tensor, rstd: Tensor, input_norm: bool, squared: bool = False) -> Tensor:
+    """Gradient [N, I] of x, in its dtype, from that of `normalize_and_quantize`'s codes * scale.
+
+    Args:
+        dxn: float [N, I], overwritten.
+        x: float [N, I].
+        rstd: [N, 1].
+        input_norm, squared: as in the forward.
+    """
     if (input_norm or squared) and compute_dtype(x) == torch.float32 and uses_triton(x):
         from arbitor.ops.activations import triton
 

@@ -103,13 +103,18 @@ def forward(
     operand = saved.to(dtype)
     experts, ends = busy_experts(offsets, x.shape[0])
     out_features = packed.shape[1]
-    y = x.new_empty((x.shape[0], out_features), dtype=out_dtype)
+    y: Tensor | None = None
     for first, last in slices(x, out_features, len(experts), dtype.itemsize):
         weight = trit_codec.decode(
             packed[experts, first:last], exponent[experts, first:last], x.shape[1], group, dtype
         )
-        product = grouped_matmul(operand, weight.mT, ends)
-        y[:, first:last] = product * scale
+        part = activations.scale_tokens(grouped_matmul(operand, weight.mT, ends), scale, out_dtype)
+        if last - first == out_features:
+            y = part
+        else:
+            y = x.new_empty((x.shape[0], out_features), dtype=out_dtype) if y is None else y
+            y[:, first:last] = part
+    assert y is not None, "an expert has at least one row"
     return y, saved, scale, rstd
 
 
@@ -127,10 +132,12 @@ def backward(
     dtype = activations.weight_dtype(x, quantized=True)
     dy = dy.to(dtype)
     experts, ends = busy_experts(offsets, x.shape[0])
-    dxn = torch.zeros(x.shape, dtype=activations.compute_dtype(x), device=x.device)
+    dxn: Tensor | None = None
     for first, last in slices(x, packed.shape[1], len(experts), dtype.itemsize):
         weight = trit_codec.decode(
             packed[experts, first:last], exponent[experts, first:last], x.shape[1], group, dtype
         )
-        dxn += grouped_matmul(dy[:, first:last].contiguous(), weight, ends)
-    return (activations.norm_backward(dxn, x, rstd) if input_norm else dxn).to(x.dtype)
+        part = grouped_matmul(dy[:, first:last].contiguous(), weight, ends)
+        dxn = part if dxn is None else dxn.to(activations.compute_dtype(x)).add_(part)
+    assert dxn is not None, "an expert has at least one row"
+    return activations.input_gradient(dxn, x, rstd, input_norm)

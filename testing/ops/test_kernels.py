@@ -399,7 +399,8 @@ def test_captured_gradients_equal_the_references(monkeypatch):
 
 @pytest.mark.parametrize("workspace", [1, 1 << 26])
 @pytest.mark.parametrize("input_norm", [False, True])
-def test_experts_equal_the_reference(workspace, input_norm, monkeypatch):
+@pytest.mark.parametrize("squared", [False, True])
+def test_experts_equal_the_reference(workspace, input_norm, squared, monkeypatch):
     from arbitor.ops.expert_linear import reference
     from arbitor.ternary import TernaryExperts
 
@@ -412,7 +413,7 @@ def test_experts_equal_the_reference(workspace, input_norm, monkeypatch):
     results = []
     for backend in ("torch", "triton"):
         monkeypatch.setenv("ARB_TERNARY_BACKEND", backend)
-        y = experts(x, offsets)
+        y = experts(x, offsets, squared=squared)
         results.append((y.detach(), *torch.autograd.grad(y, x, dy)))
     for found, expected in zip(results[1], results[0], strict=True):
         assert (found - expected).abs().max() <= 2**-23 * (8 + 70**0.5) * expected.abs().max()

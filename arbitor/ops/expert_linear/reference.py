@@ -95,9 +95,10 @@ def forward(
     input_norm: bool,
     quantize: bool,
     out_dtype: torch.dtype,
+    squared: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y = quantize(rms_norm(x)) @ (T * 2^E)^T by expert; see `arbitor.ops.expert_linear.expert_linear`."""
-    codes, scale, rstd = activations.normalize_and_quantize(x, input_norm, quantize)
+    codes, scale, rstd = activations.normalize_and_quantize(x, input_norm, quantize, squared)
     saved = codes.to(torch.int8) if quantize else codes
     dtype = activations.weight_dtype(x, quantize)
     operand = saved.to(dtype)
@@ -127,6 +128,7 @@ def backward(
     exponent: Tensor,
     group: int,
     input_norm: bool,
+    squared: bool = False,
 ) -> Tensor:
     """Gradient of x; see `arbitor.ops.expert_linear.expert_linear_backward`."""
     dtype = activations.weight_dtype(x, quantized=True)
@@ -140,4 +142,4 @@ def backward(
         part = grouped_matmul(dy[:, first:last].contiguous(), weight, ends)
         dxn = part if dxn is None else dxn.to(activations.compute_dtype(x)).add_(part)
     assert dxn is not None, "an expert has at least one row"
-    return activations.input_gradient(dxn, x, rstd, input_norm)
+    return activations.input_gradient(dxn, x, rstd, input_norm, squared)

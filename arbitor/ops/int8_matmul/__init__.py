@@ -3,6 +3,8 @@
 Shape letters: N tokens, I in, O out.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,13 @@ from arbitor.ops.backend import uses_triton
 from arbitor.ops.int8_matmul import reference
 from arbitor.ops.int8_matmul.reference import MAX_IN_FEATURES
 
-__all__ = ["MAX_IN_FEATURES", "int8_matmul"]
+__all__ = ["MAX_IN_FEATURES", "has_int8_kernels", "int8_matmul"]
+
+
+@cache
+def has_int8_kernels(device: torch.device) -> bool:
+    """Whether Triton multiplies int8 there: on GPUs since NVIDIA's Ampere, and in the interpreter."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def int8_matmul(
@@ -28,7 +36,7 @@ def int8_matmul(
     Returns:
         [N, O] in `out_dtype`.
     """
-    if uses_triton(codes):
+    if uses_triton(codes) and has_int8_kernels(codes.device):
         from arbitor.ops.int8_matmul import triton
 
         return triton.int8_matmul(codes, weight, scale, row_scale, out_dtype)

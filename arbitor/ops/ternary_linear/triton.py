@@ -1,7 +1,7 @@
 """Triton forward of the linear on packed trits.
 
 Where a row has one exponent, few tokens are multiplied by trits that are decoded on the way; for many, trits
-are decoded once, into int8. With more exponents a row they are decoded into floats.
+are decoded once, into int8. With more exponents a row, or on GPUs before Ampere, they become floats.
 
 Shape letters: N tokens, I in, O out, P packed bytes a row.
 """
@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from arbitor.ops import activations
-from arbitor.ops.int8_matmul import MAX_IN_FEATURES, int8_matmul
+from arbitor.ops.int8_matmul import MAX_IN_FEATURES, has_int8_kernels, int8_matmul
 from arbitor.ops.trit_codec import triton as trit_codec
 from arbitor.ops.triton import digit, exp2_int, is_legal
 
@@ -125,9 +125,14 @@ def few_tokens(
         _few_tokens_kernel[(triton.cdiv(rows, block_o), triton.cdiv(tokens, block_n))](
             codes.contiguous(), packed.contiguous(), exponent.contiguous(), scale, y,
             tokens, rows, columns, width, TOKENS=block_n, ROWS=block_o, BYTES=BYTES,
-            PACKED=os.environ.get("TRITON_INTERPRET") != "1", num_warps=warps, num_stages=3,
+            PACKED=_has_ptx(), num_warps=warps, num_stages=3,
         )  # fmt: skip
     return y
+
+
+def _has_ptx() -> bool:
+    """Whether assembly for NVIDIA's GPUs can be run: not in the interpreter, nor on AMD's."""
+    return os.environ.get("TRITON_INTERPRET") != "1" and torch.version.hip is None
 
 
 def _tile(tokens: int, rows: int) -> tuple[int, int, int]:
@@ -143,7 +148,7 @@ def product(
 ) -> Tensor:
     """Output [N, O] of a linear from its quantised input: codes int8 [N, I] and their scale fp32 [N, 1]."""
     columns = codes.shape[-1]
-    if exponent.shape[-1] > 1 or columns > MAX_IN_FEATURES:
+    if exponent.shape[-1] > 1 or columns > MAX_IN_FEATURES or not has_int8_kernels(codes.device):
         weight = trit_codec.decode(packed, exponent, columns, group, activations.weight_dtype(scale, True))
         return activations.scale_tokens(activations.exact_matmul(codes, weight, True), scale, out_dtype)
     if len(codes) <= FEW_TOKENS:

@@ -226,6 +226,31 @@ def test_norm_backward_equals_the_reference(tokens, columns, input_norm, squared
     assert error <= 2**-23 * (4 + columns**0.5) * float(2 * x.max() if squared else 1)
 
 
+@pytest.mark.parametrize("columns", [1, 40, 9000])
+def test_norm_backward_adds_other_gradients(columns):
+    from arbitor.ops.activations import reference, triton
+
+    torch.manual_seed(0)
+    x, first, second, beside = torch.randn(4, 3, columns)
+    rstd = (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+    expected = reference.norm_backward(first + second, x, rstd) + beside
+    x, first, second, beside, rstd = moved(x, first, second, beside, rstd)
+    found = triton.norm_backward(first, x, rstd, more=second, beside=beside).cpu()
+    error = (found - expected).norm() / (first.norm() + second.norm() + beside.norm()).cpu()
+    assert error <= 2**-23 * (4 + columns**0.5)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (0, 5), (7, 1000)], ids=str)
+def test_a_sum_of_two_dtypes_equals_torchs(shape):
+    from arbitor.ops.activations import triton
+
+    torch.manual_seed(0)
+    x, y = torch.randn(shape), torch.randn(shape).to(torch.bfloat16)
+    guarded = Guarded()
+    assert torch.equal(triton.add(guarded(x), guarded(y)).cpu(), x + y)
+    guarded.check()
+
+
 MATMULS = [
     (1, 1, 1),
     (3, 70, 40),

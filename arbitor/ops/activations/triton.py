@@ -12,8 +12,8 @@ from arbitor.ops.activations.reference import CODE_SCALE, RMS_EPS
 from arbitor.ops.triton import round_even
 
 MAX_BLOCK = 8192
-# Columns and elements of a program that only scales: 16 elements for each of 128 threads.
-SCALE_BLOCK, SCALE_ELEMENTS = 512, 2048
+# Most columns and the elements of a program that has no sums: 16 elements for each of 128 threads.
+PATCH_COLUMNS, PATCH_ELEMENTS = 512, 2048
 
 
 @triton.jit
@@ -105,16 +105,18 @@ def _norm_backward_kernel(
         tl.store(dx + row + column, result.to(dx.dtype.element_ty), mask=used)
 
 
-@triton.jit
-def _add_kernel(x, y, total, size, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    used = at < size
+@triton.jit(do_not_specialize=["tokens"])
+def _add_kernel(x, y, total, tokens, columns, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    at = token.to(tl.int64)[:, None] * columns + column[None, :]
+    used = (token < tokens)[:, None] & (column < columns)[None, :]
     value = tl.load(x + at, mask=used, other=0.0).to(tl.float32)
     value += tl.load(y + at, mask=used, other=0.0).to(tl.float32)
     tl.store(total + at, value.to(total.dtype.element_ty), mask=used)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _scale_kernel(x, scale, y, tokens, columns, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -174,12 +176,13 @@ def norm_backward(
 
 
 def add(x: Tensor, y: Tensor) -> Tensor:
-    """x + y of one shape and two dtypes, in the dtype of x."""
+    """x + y of one shape [..., I] and two dtypes, in the dtype of x."""
     total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel():
-        _add_kernel[(triton.cdiv(x.numel(), SCALE_ELEMENTS),)](
-            x.contiguous(), y.contiguous(), total, x.numel(), BLOCK=SCALE_ELEMENTS, num_warps=4
-        )
+        columns = x.shape[-1]
+        tokens = x.numel() // columns
+        grid, block = _patches(tokens, columns)
+        _add_kernel[grid](x.contiguous(), y.contiguous(), total, tokens, columns, **block, num_warps=4)
     return total
 
 
@@ -187,12 +190,16 @@ def scale_tokens(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """x [N, I], float or int8, times scale fp32 [N, 1], rounded once to `dtype`."""
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     if x.numel():
-        tokens, columns = x.shape
-        block = min(SCALE_BLOCK, max(16, triton.next_power_of_2(columns)))
-        rows = SCALE_ELEMENTS // block
-        grid = (triton.cdiv(tokens, rows), triton.cdiv(columns, block))
-        _scale_kernel[grid](x.contiguous(), scale, y, tokens, columns, TOKENS=rows, BLOCK=block, num_warps=4)
+        grid, block = _patches(*x.shape)
+        _scale_kernel[grid](x.contiguous(), scale, y, *x.shape, **block, num_warps=4)
     return y
+
+
+def _patches(tokens: int, columns: int) -> tuple[tuple[int, int], dict[str, int]]:
+    """Grid and sizes of the patches that elementwise kernels take."""
+    block = min(PATCH_COLUMNS, max(16, triton.next_power_of_2(columns)))
+    rows = PATCH_ELEMENTS // block
+    return (triton.cdiv(tokens, rows), triton.cdiv(columns, block)), {"TOKENS": rows, "BLOCK": block}
 
 
 def _block(columns: int) -> int:

@@ -14,7 +14,7 @@ from arbitor.ops.head_norm.reference import RMS_EPS
 HEADS = 32  # of a program
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total", "positions"])
 def _rotate_kernel(
     x, dy, cos, sin, y, total, heads, positions, eps,
     PLAIN: tl.constexpr, HALF: tl.constexpr, BACKWARD: tl.constexpr,

@@ -1,7 +1,7 @@
 """Multi-head latent attention with a decoupled rotary key (DeepSeek-AI 2024, "DeepSeek-V2", section 2.1).
 
 Shape letters: B batch, N new positions, M positions that they see, H heads, D dim, C latent, P plain (not
-rotary) dims of a head, R rotary dims, K = P + R dims of a query or key, V value dims of a head.
+rotary) dims of a head, R rotary dims, K = P + R dims of a query or key, V value dims of a head, U = P + V.
 """
 
 import torch
@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from arbitor.config import ModelConfig
 from arbitor.model.ledger import LayerLedger
-from arbitor.model.norm import rms_norm
-from arbitor.model.rotary import Rotation, rotate
+from arbitor.model.rotary import Rotation
+from arbitor.ops.head_norm import keys_and_values, norm_and_rotate
 from arbitor.ternary import TernaryLinear
+from arbitor.ternary.stream import read_stream
 
 
 class LatentAttention(nn.Module):
@@ -52,7 +53,13 @@ class LatentAttention(nn.Module):
         )
 
     def forward(self, h_BND: Tensor, rotation: Rotation, ledger: LayerLedger | None = None) -> Tensor:
-        """What attention adds to the residual stream.
+        """What attention adds to the residual stream [B, N, D]; see `update`."""
+        return self.update(h_BND, rotation, ledger)[1]
+
+    def update(
+        self, h_BND: Tensor, rotation: Rotation, ledger: LayerLedger | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream, to go on with, and what attention adds to it.
 
         Args:
             h_BND: residual stream of the new positions.
@@ -61,12 +68,14 @@ class LatentAttention(nn.Module):
                 Without one, the new positions are the whole context.
 
         Returns:
-            [B, N, D].
+            [B, N, D] twice.
         """
         B, N, _ = h_BND.shape
-        query_BHNK = self._queries(h_BND, rotation)
-        latent_BMC, shared_key_BMR = self.kv_down(h_BND).split([self.latent_dim, self.rope_dim], dim=-1)
-        shared_key_BMR = rotate(rms_norm(shared_key_BMR), *rotation).to(latent_BMC.dtype)
+        h_BND, query_BNE, down_BNE = read_stream(h_BND, self.query, self.kv_down)
+        query_BNHK = query_BNE.unflatten(-1, (self.num_heads, -1))
+        query_BHNK = norm_and_rotate(query_BNHK, *rotation).transpose(1, 2)
+        latent_BMC, shared_key_BMR = down_BNE.split([self.latent_dim, self.rope_dim], dim=-1)
+        shared_key_BMR = norm_and_rotate(shared_key_BMR[:, :, None], *rotation)[:, :, 0]
         if ledger is not None:
             latent_BMC, shared_key_BMR = ledger.append(latent_BMC, shared_key_BMR)
             if self.window:
@@ -74,21 +83,12 @@ class LatentAttention(nn.Module):
                 latent_BMC, shared_key_BMR = latent_BMC[:, -visible:], shared_key_BMR[:, -visible:]
         key_BHMK, value_BHMV = self._keys_and_values(latent_BMC, shared_key_BMR)
         y_BHNV = self._attend(query_BHNK, key_BHMK, value_BHMV)
-        return self.out(y_BHNV.transpose(1, 2).reshape(B, N, -1))
-
-    def _queries(self, h_BND: Tensor, rotation: Rotation) -> Tensor:
-        query_BNHK = self.query(h_BND).unflatten(-1, (self.num_heads, -1))
-        plain_BNHP, rotary_BNHR = rms_norm(query_BNHK).split([self.head_dim, self.rope_dim], dim=-1)
-        rotary_BNHR = rotate(rotary_BNHR, rotation.cos[:, None], rotation.sin[:, None])
-        normed_BNHK = torch.cat([plain_BNHP, rotary_BNHR], dim=-1)
-        return normed_BNHK.to(query_BNHK.dtype).transpose(1, 2)
+        return h_BND, self.out(y_BHNV.transpose(1, 2).reshape(B, N, -1))
 
     def _keys_and_values(self, latent_BMC: Tensor, shared_key_BMR: Tensor) -> tuple[Tensor, Tensor]:
-        up_BMHPV = self.kv_up(latent_BMC).unflatten(-1, (self.num_heads, -1))
-        plain_BMHP, value_BMHV = up_BMHPV.split([self.head_dim, self.value_dim], dim=-1)
-        shared_key_BMHR = shared_key_BMR[:, :, None].expand(-1, -1, self.num_heads, -1)
-        key_BMHK = torch.cat([rms_norm(plain_BMHP), shared_key_BMHR], dim=-1)
-        return key_BMHK.to(value_BMHV.dtype).transpose(1, 2), value_BMHV.transpose(1, 2)
+        up_BMHU = self.kv_up(latent_BMC).unflatten(-1, (self.num_heads, -1))
+        key_BMHK, value_BMHV = keys_and_values(up_BMHU, shared_key_BMR, self.head_dim)
+        return key_BMHK.transpose(1, 2), value_BMHV.transpose(1, 2)
 
     def _attend(self, query_BHNK: Tensor, key_BHMK: Tensor, value_BHMV: Tensor) -> Tensor:
         """Softmax attention [B, H, N, V]; the N queries are the last N of the M positions."""

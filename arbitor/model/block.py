@@ -8,6 +8,7 @@ from arbitor.model.attention import LatentAttention
 from arbitor.model.ffn import FeedForward
 from arbitor.model.ledger import LayerLedger
 from arbitor.model.rotary import Rotation
+from arbitor.ternary.stream import add_to_stream
 
 
 class Block(nn.Module):
@@ -20,5 +21,5 @@ class Block(nn.Module):
 
     def forward(self, h_BND: Tensor, rotation: Rotation, ledger: LayerLedger | None = None) -> Tensor:
         """Residual stream [B, N, D] -> residual stream [B, N, D], same dtype; see `LatentAttention`."""
-        h_BND = h_BND + self.attention(h_BND, rotation, ledger)
-        return h_BND + self.ffn(h_BND)
+        h_BND = add_to_stream(*self.attention.update(h_BND, rotation, ledger))
+        return add_to_stream(*self.ffn.update(h_BND))

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from arbitor.config import ModelConfig
-from arbitor.ternary import TernaryLinear
+from arbitor.ops.backend import uses_triton
+from arbitor.ternary import TernaryExperts, TernaryLinear
+from arbitor.ternary.stream import read_stream
 
 
 class _SquaredReLU(torch.autograd.Function):
@@ -29,6 +31,16 @@ def squared_relu(x: Tensor) -> Tensor:
     return _SquaredReLU.apply(x)
 
 
+def after_squared_relu(linear: nn.Module, x: Tensor, *others: Tensor) -> Tensor:
+    """linear(relu(x)^2, *others), in one where that is faster.
+
+    On a GPU a linear's kernels take the square along. Elsewhere it is cheaper to keep it.
+    """
+    if type(linear) in (TernaryLinear, TernaryExperts) and uses_triton(x):
+        return linear(x, *others, squared=True)
+    return linear(squared_relu(x), *others)
+
+
 class FeedForward(nn.Module):
     """down(relu(up(h))^2); both linears RMS-normalise their own input.
 
@@ -48,4 +60,9 @@ class FeedForward(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """Residual stream [..., D] -> what is added to it, [..., D]."""
-        return self.down(squared_relu(self.up(h)))
+        return self.update(h)[1]
+
+    def update(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual stream, to go on with, and what is added to it."""
+        h, u = read_stream(h, self.up)
+        return h, after_squared_relu(self.down, u)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from arbitor.config import ModelConfig
-from arbitor.model.ffn import FeedForward, squared_relu
+from arbitor.model.ffn import FeedForward, after_squared_relu
 from arbitor.model.precision import sigmoid
 from arbitor.ternary import IntegerCounters, TernaryExperts, TernaryLinear
 from arbitor.ternary.counters import RandomBits
@@ -201,13 +201,13 @@ class MoE(nn.Module):
         routing = self.router(s_MD, live_M1)
         if live_M1 is None:
             s_RD = _Dispatch.apply(s_MD, routing.order, routing.place)
-            y_RD = self.down(squared_relu(self.up(s_RD, routing.offsets)), routing.offsets)
+            y_RD = after_squared_relu(self.down, self.up(s_RD, routing.offsets), routing.offsets)
         else:
             # Products leave anything behind the last expert's uses, and it must not meet a weight of 0.
             used_R1 = torch.arange(routing.gate.numel(), device=s_MD.device)[:, None] < routing.offsets[-1]
             s_RD = _Dispatch.apply(torch.where(live_M1, s_MD, 0), routing.order, routing.place)
             hidden_RH = torch.where(used_R1, self.up(s_RD, routing.offsets), 0)
-            y_RD = torch.where(used_R1, self.down(squared_relu(hidden_RH), routing.offsets), 0)
+            y_RD = torch.where(used_R1, after_squared_relu(self.down, hidden_RH, routing.offsets), 0)
         y_MKD = _Permute.apply(y_RD, routing.place, routing.order).unflatten(0, routing.gate.shape)
         gated_MKD = routing.gate[..., None] * y_MKD
         return self.shared(s_MD) + gated_MKD.sum(dim=1), routing.load

@@ -1,11 +1,5 @@
 """The norm of activations that no linear normalises."""
 
-import torch.nn.functional as F
-from torch import Tensor
+from arbitor.ops.head_norm import RMS_EPS, rms_norm
 
-RMS_EPS = 1e-6
-
-
-def rms_norm(x: Tensor) -> Tensor:
-    """x / rms(x) over the last dimension, without a gain."""
-    return F.rms_norm(x, x.shape[-1:], eps=RMS_EPS)
+__all__ = ["RMS_EPS", "rms_norm"]

@@ -26,9 +26,3 @@ def rotation(start: int, num_positions: int, dims: int, theta: float, device: to
     frequencies_R = theta ** -(torch.arange(0, dims, 2, dtype=torch.float64, device=device) / dims)
     angles_NR = positions_N[:, None] * frequencies_R
     return Rotation(angles_NR.cos().float(), angles_NR.sin().float())
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates x [..., R] by angles whose cos and sin broadcast to [..., R/2]; at least fp32."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)

@@ -54,6 +54,12 @@ def digit(byte, plane: tl.constexpr):
     return (((byte * 3**plane) & 255) * 3) >> 8
 
 
+@triton.jit
+def is_legal(byte):
+    """Whether packing produces a byte (int32). q = ceil(256 v / 243) is 243 q = 256 v + r with r < 243."""
+    return ((byte * 243) & 255) < 243
+
+
 def dense_rows(x: Tensor) -> Tensor:
     """x [n, O, I] with every matrix dense in memory; copied where it is not (slices of rows are)."""
     return x if x.stride(-1) == 1 and x.stride(-2) == x.shape[-1] else x.contiguous()

@@ -150,6 +150,11 @@ class GradientCapture(MatrixCapture):
         """
         self._add_pair(activations, output_gradient)
 
+    def forms_product(self, activations: Tensor, output_gradient: Tensor) -> bool:
+        """Whether `add_linear` of these would form dW at once, of nothing but them."""
+        size = self.rows * self.columns * output_gradient.element_size()
+        return not self._pairs and activations.nbytes + output_gradient.nbytes >= size
+
     @property
     def num_tokens(self) -> int | None:
         """Tokens in the pairs, which bound the gradient's rank; None if it is dense."""

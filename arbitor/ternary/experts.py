@@ -26,12 +26,14 @@ class _ExpertMatmul(torch.autograd.Function):
         module: "TernaryExperts",
         quantize: bool,
         out_dtype: torch.dtype,
+        squared: bool,
     ) -> Tensor:
         packed, exponent = module.T_packed, module.E
         y, codes, scale, rstd = expert_linear(
-            x, offsets, packed, exponent, module.group, module.input_norm, quantize, out_dtype
+            x, offsets, packed, exponent, module.group, module.input_norm, quantize, out_dtype, squared
         )
         ctx.module = module
+        ctx.squared = squared
         saved_codes = codes if module.capture is not None else None
         ctx.save_for_backward(x, offsets, rstd, packed, exponent, saved_codes, scale)
         return y
@@ -46,9 +48,9 @@ class _ExpertMatmul(torch.autograd.Function):
         dx = None
         if ctx.needs_input_grad[1]:
             dx = expert_linear_backward(
-                dy, x, rstd, offsets, packed, exponent, module.group, module.input_norm
+                dy, x, rstd, offsets, packed, exponent, module.group, module.input_norm, ctx.squared
             )
-        return None, dx, None, None, None, None
+        return None, dx, None, None, None, None, None
 
 
 class TernaryExperts(TernaryScaleTensor):
@@ -77,7 +79,9 @@ class TernaryExperts(TernaryScaleTensor):
         )
         self.input_norm = input_norm
 
-    def forward(self, x_MI: Tensor, offsets_E: Tensor, quantize: bool = True) -> Tensor:
+    def forward(
+        self, x_MI: Tensor, offsets_E: Tensor, quantize: bool = True, squared: bool = False
+    ) -> Tensor:
         """Apply to rows that are sorted by expert.
 
         Args:
@@ -85,6 +89,7 @@ class TernaryExperts(TernaryScaleTensor):
             offsets_E: int32 [E] on the same device, the end of each expert's rows. Rows behind the last one's
                 have undefined results, and a gradient of 0 must come back for them.
             quantize: int8 activations per token; False keeps them float.
+            squared: apply to relu(x)^2 in place of x.
 
         Returns:
             [M, O] in autocast's dtype where autocast is on, else in the dtype of x.
@@ -96,4 +101,6 @@ class TernaryExperts(TernaryScaleTensor):
                 f"expected int32 offsets of shape {self.leading_shape}, got {offsets_E.dtype} "
                 f"{tuple(offsets_E.shape)}"
             )
-        return _ExpertMatmul.apply(root_of(self), x_MI, offsets_E, self, quantize, output_dtype(x_MI))
+        return _ExpertMatmul.apply(
+            root_of(self), x_MI, offsets_E, self, quantize, output_dtype(x_MI), squared
+        )

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from arbitor.errors import UserError
+from arbitor.ops.activations import scale_tokens
+from arbitor.ops.backend import uses_triton
 from arbitor.ops.int8_table import Q_MAX, int8_gather, int8_linear, int8_linear_backward
 from arbitor.ops.ternary_linear import ternary_linear, ternary_linear_backward
 from arbitor.ops.trit_codec import ternary_decode
@@ -18,6 +20,7 @@ from arbitor.ternary.capture import (
     GradientCapture,
     RowCapture,
     needs_root,
+    outside_autocast,
     refuse_reentrant_checkpoint,
     wants_weights,
 )
@@ -52,11 +55,17 @@ def output_dtype(x: Tensor) -> torch.dtype:
 def scaled_gradient(dy: Tensor, scale: Tensor) -> Tensor:
     """dy [N, O] times the codes' scale [N, 1]; in the dtype of dy, but fp32 for fp16, which may overflow."""
     dtype = torch.float32 if dy.dtype == torch.float16 else dy.dtype
-    return torch.mul(dy, scale, out=torch.empty_like(dy, dtype=dtype))
+    return scale_tokens(dy, scale, dtype)
 
 
-def _capture_linear(capture: GradientCapture, codes: Tensor, scale: Tensor, dy: Tensor) -> None:
-    capture.add_linear(codes, scaled_gradient(dy, scale))
+def capture_linear(capture: GradientCapture, codes: Tensor, scale: Tensor, dy: Tensor) -> None:
+    """Leave a weight's gradient: dy [N, O] beside the input, which is codes [N, I] times scale [N, 1]."""
+    if dy.dtype != torch.float16 and uses_triton(dy) and capture.forms_product(codes, dy):
+        # The codes become floats for the product in any case; with their scale, dy needs no pass.
+        with outside_autocast():
+            capture.add_dense(dy.t() @ scale_tokens(codes, scale, dy.dtype))
+    else:
+        capture.add_linear(codes, scaled_gradient(dy, scale))
 
 
 class _TernaryMatmul(torch.autograd.Function):
@@ -70,12 +79,14 @@ class _TernaryMatmul(torch.autograd.Function):
         module: "NormedMatrix",
         quantize: bool,
         out_dtype: torch.dtype,
+        squared: bool,
     ) -> Tensor:
         packed, exponent = module.T_packed, module.E
         y, codes, scale, rstd = ternary_linear(
-            x, packed, exponent, module.group, module.input_norm, quantize, out_dtype
+            x, packed, exponent, module.group, module.input_norm, quantize, out_dtype, squared
         )
         ctx.module = module
+        ctx.squared = squared
         saved_codes = codes if module.capture is not None else None
         ctx.save_for_backward(x, rstd, packed, exponent, saved_codes, scale)
         return y
@@ -86,11 +97,13 @@ class _TernaryMatmul(torch.autograd.Function):
         x, rstd, packed, exponent, codes, scale = ctx.saved_tensors
         module = ctx.module
         if module.capture is not None and codes is not None and wants_weights(ctx):
-            _capture_linear(module.capture, codes, scale, dy)
+            capture_linear(module.capture, codes, scale, dy)
         dx = None
         if ctx.needs_input_grad[1]:
-            dx = ternary_linear_backward(dy, x, rstd, packed, exponent, module.group, module.input_norm)
-        return None, dx, None, None, None
+            dx = ternary_linear_backward(
+                dy, x, rstd, packed, exponent, module.group, module.input_norm, ctx.squared
+            )
+        return None, dx, None, None, None, None
 
 
 class NormedMatrix(TernaryScaleTensor):
@@ -134,25 +147,26 @@ class TernaryLinear(NormedMatrix):
         )
         self.input_norm = input_norm
 
-    def forward(self, x: Tensor, quantize: bool = True) -> Tensor:
+    def forward(self, x: Tensor, quantize: bool = True, squared: bool = False) -> Tensor:
         """Apply to x.
 
         Args:
             x: float [..., I].
             quantize: int8 activations per token; False keeps them float.
+            squared: apply to relu(x)^2 in place of x.
 
         Returns:
             [..., O] in autocast's dtype where autocast is on, else in the dtype of x.
         """
         if x.shape[-1] != self.in_features:
             raise ValueError(f"expected a last dimension of {self.in_features}, got {tuple(x.shape)}")
-        return ternary_matmul(self, x, quantize)
+        return ternary_matmul(self, x, quantize, squared)
 
 
-def ternary_matmul(module: "NormedMatrix", x: Tensor, quantize: bool) -> Tensor:
+def ternary_matmul(module: "NormedMatrix", x: Tensor, quantize: bool, squared: bool = False) -> Tensor:
     """x float [..., I] times the matrix of `module`, [..., O]; captured, as `TernaryLinear.forward` says."""
     x_NI = x.reshape(-1, module.in_features)
-    y_NO = _TernaryMatmul.apply(root_of(module), x_NI, module, quantize, output_dtype(x))
+    y_NO = _TernaryMatmul.apply(root_of(module), x_NI, module, quantize, output_dtype(x), squared)
     return y_NO.view(*x.shape[:-1], module.out_features)
 
 
@@ -266,7 +280,7 @@ class _TableMatmul(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, rstd, q, exponent, codes, scale = ctx.saved_tensors
         if ctx.module.capture is not None and codes is not None and wants_weights(ctx):
-            _capture_linear(ctx.module.capture, codes, scale, dy)
+            capture_linear(ctx.module.capture, codes, scale, dy)
         dx = int8_linear_backward(dy, x, rstd, q, exponent) if ctx.needs_input_grad[1] else None
         return None, dx, None, None, None
 

@@ -8,7 +8,8 @@ import torch
 
 from arbitor.config import ModelConfig
 from arbitor.model.attention import LatentAttention
-from arbitor.model.rotary import rotate, rotation
+from arbitor.model.rotary import rotation
+from arbitor.ops.head_norm import rotate
 
 EPS64 = torch.finfo(torch.float64).eps
 

@@ -172,15 +172,17 @@ def test_decode_of_every_byte():
 @pytest.mark.parametrize(("tokens", "columns"), [(5, 40), (3, 1), (2, 9000), (4, 161), (0, 7)])
 @pytest.mark.parametrize("input_norm", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_codes_equal_the_reference(tokens, columns, input_norm, dtype):
+@pytest.mark.parametrize("squared", [False, True])
+def test_codes_equal_the_reference(tokens, columns, input_norm, dtype, squared):
     from arbitor.ops.activations import reference, triton
 
     if dtype == torch.bfloat16 and DEVICE == "cpu":
         pytest.skip("Triton's interpreter has no bf16 of its own")
     torch.manual_seed(0)
     x = (torch.randn(tokens, columns) * torch.exp2(torch.randint(-10, 10, (tokens, 1)).float())).to(dtype)
-    codes, scale, rstd = reference.normalize_and_quantize(x.float(), input_norm, True)
-    found = triton.quantize(*moved(x), input_norm)
+    u = reference.squared_relu(x) if squared else x
+    codes, scale, rstd = reference.normalize_and_quantize(u.float(), input_norm, True)
+    found = triton.quantize(*moved(x), input_norm, squared)
     assert torch.equal(found[0].cpu(), codes.to(torch.int8))
     # Sums of `columns` squares, in another order.
     for mine, theirs in zip(found[1:], (scale, rstd), strict=True):
@@ -194,17 +196,301 @@ def test_a_token_that_overflows_shows():
     assert triton.quantize(*moved(x), True)[1].isnan().all()
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("input_norm", [False, True])
+@pytest.mark.parametrize("squared", [False, True])
+def test_a_token_that_is_not_finite_shows_in_its_scale(bad, input_norm, squared):
+    from arbitor.ops.activations import triton
+
+    x = torch.randn(3, 40)
+    x[1, 7] = bad
+    scale = triton.quantize(*moved(x), input_norm, squared)[1]
+    assert scale.isfinite().flatten().tolist() == [True, False, True]
+
+
 @pytest.mark.parametrize(("tokens", "columns"), [(5, 40), (3, 1), (2, 9000), (4, 161)])
-def test_norm_backward_equals_the_reference(tokens, columns):
+@pytest.mark.parametrize("input_norm", [False, True])
+@pytest.mark.parametrize("squared", [False, True])
+def test_norm_backward_equals_the_reference(tokens, columns, input_norm, squared):
     from arbitor.ops.activations import reference, triton
 
     torch.manual_seed(0)
     x, gradient = torch.randn(tokens, columns), torch.randn(tokens, columns)
-    rstd = (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
-    expected = reference.norm_backward(gradient.clone(), x, rstd)
-    found = triton.norm_backward(*moved(gradient, x, rstd)).cpu()
+    u = reference.squared_relu(x) if squared else x
+    rstd = (u.square().mean(-1, keepdim=True) + 1e-6).rsqrt() if input_norm else torch.ones(tokens, 1)
+    expected = reference.norm_backward(gradient.clone(), u, rstd) if input_norm else gradient
+    if squared:
+        expected = reference.squared_relu_backward(expected, x)
+    found = triton.norm_backward(*moved(gradient, x, rstd), input_norm, squared).cpu()
     error = (found - expected).norm() / gradient.norm()
+    assert error <= 2**-23 * (4 + columns**0.5) * float(2 * x.max() if squared else 1)
+
+
+@pytest.mark.parametrize("columns", [1, 40, 9000])
+def test_norm_backward_adds_other_gradients(columns):
+    from arbitor.ops.activations import reference, triton
+
+    torch.manual_seed(0)
+    x, first, second, beside = torch.randn(4, 3, columns)
+    rstd = (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+    expected = reference.norm_backward(first + second, x, rstd) + beside
+    x, first, second, beside, rstd = moved(x, first, second, beside, rstd)
+    found = triton.norm_backward(first, x, rstd, more=second, beside=beside).cpu()
+    error = (found - expected).norm() / (first.norm() + second.norm() + beside.norm()).cpu()
     assert error <= 2**-23 * (4 + columns**0.5)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (0, 5), (7, 1000)], ids=str)
+def test_a_sum_of_two_dtypes_equals_torchs(shape):
+    from arbitor.ops.activations import triton
+
+    torch.manual_seed(0)
+    x, y = torch.randn(shape), torch.randn(shape).to(torch.bfloat16)
+    guarded = Guarded()
+    assert torch.equal(triton.add(guarded(x), guarded(y)).cpu(), x + y)
+    guarded.check()
+
+
+MATMULS = [
+    (1, 1, 1),
+    (3, 70, 40),
+    (70, 300, 161),
+    (65, 64, 256),
+    (130, 129, 128),
+    (0, 3, 5),
+    (5, 0, 3),
+    (2, 3, 0),
+]
+
+
+def int8_case(tokens, rows, columns):
+    torch.manual_seed(0)
+    codes = torch.randint(-127, 128, (tokens, columns), dtype=torch.int8)
+    weight = torch.randint(-1, 2, (rows, columns), dtype=torch.int8)
+    scale = torch.rand(tokens, 1) * torch.exp2(torch.randint(-30, 30, (tokens, 1)).float())
+    row_scale = torch.exp2(torch.randint(-62, 32, (rows,)).float())
+    return codes, weight, scale, row_scale
+
+
+@pytest.mark.parametrize("shape", MATMULS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_int8_matmul_equals_the_reference(shape, dtype):
+    from arbitor.ops.int8_matmul import reference, triton
+
+    if dtype == torch.bfloat16 and DEVICE == "cpu":
+        pytest.skip("Triton's interpreter has no bf16 of its own")
+    case = int8_case(*shape)
+    guarded = Guarded()
+    found = triton.int8_matmul(*map(guarded, case), dtype)
+    assert torch.equal(found.cpu(), reference.int8_matmul(*case, dtype))
+    guarded.check()
+
+
+def test_every_tile_of_int8_matmul_equals_the_reference(monkeypatch):
+    from arbitor.ops.int8_matmul import reference, triton
+
+    case = int8_case(200, 300, 160)
+    expected = reference.int8_matmul(*case, torch.float32)
+    for tokens in (1, 65, 1025):
+        tile = triton._tile(tokens, 300)
+        monkeypatch.setattr(triton, "_tile", lambda *_, tile=tile: tile)
+        assert torch.equal(triton.int8_matmul(*moved(*case), torch.float32).cpu(), expected)
+        monkeypatch.undo()
+
+
+def test_int8_matmul_keeps_a_token_that_is_not_finite_apart():
+    from arbitor.ops.int8_matmul import triton
+
+    codes, weight, scale, row_scale = int8_case(3, 4, 8)
+    scale[1] = torch.nan
+    found = triton.int8_matmul(*moved(codes, weight, scale, row_scale), torch.float32)
+    assert found.isnan().any(dim=1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("shape", [*MATMULS, (20, 33, 700)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_product_of_few_tokens_equals_the_reference(shape, dtype):
+    from arbitor.ops.int8_matmul import reference
+    from arbitor.ops.ternary_linear import triton
+
+    if dtype == torch.bfloat16 and DEVICE == "cpu":
+        pytest.skip("Triton's interpreter has no bf16 of its own")
+    codes, trits, scale, row_scale = int8_case(*shape)
+    exponent = row_scale.log2().to(torch.int8)[:, None]
+    guarded = Guarded()
+    found = triton.few_tokens(*map(guarded, (codes, trit_pack(trits), exponent, scale)), dtype)
+    assert torch.equal(found.cpu(), reference.int8_matmul(codes, trits, scale, row_scale, dtype))
+    guarded.check()
+
+
+def test_every_tile_of_few_tokens_equals_the_reference(monkeypatch):
+    from arbitor.ops.int8_matmul import reference
+    from arbitor.ops.ternary_linear import triton
+
+    codes, trits, scale, row_scale = int8_case(35, 70, 170)
+    exponent = row_scale.log2().to(torch.int8)[:, None]
+    expected = reference.int8_matmul(codes, trits, scale, row_scale, torch.float32)
+    given = moved(codes, trit_pack(trits), exponent, scale)
+    for tokens, rows in ((1, 70), (17, 70), (1, 1 << 14), (17, 1 << 14)):
+        tile = triton._tile(tokens, rows)
+        monkeypatch.setattr(triton, "_tile", lambda *_, tile=tile: tile)
+        assert torch.equal(triton.few_tokens(*given, torch.float32).cpu(), expected)
+        monkeypatch.undo()
+
+
+def test_illegal_bytes_show_in_products_of_few_tokens():
+    from arbitor.ops.ternary_linear import triton
+    from arbitor.ops.trit_codec import legal_bytes
+
+    packed = torch.full((256, 32), 128, dtype=torch.uint8)
+    packed[:, 17] = torch.arange(256, dtype=torch.uint8)
+    codes, scale = torch.zeros(2, 160, dtype=torch.int8), torch.ones(2, 1)
+    exponent = torch.zeros(256, 1, dtype=torch.int8)
+    y = triton.few_tokens(*moved(codes, packed, exponent, scale), torch.float32).cpu()
+    legal = legal_bytes(torch.device("cpu"))
+    assert y.isnan().all(dim=0).tolist() == (~legal).tolist()
+    assert y[:, legal].eq(0).all()
+
+
+@each_shape
+def test_decoded_rows_equal_the_reference(shape):
+    from arbitor.ops.trit_codec import reference, triton
+
+    torch.manual_seed(0)
+    packed = trit_pack(torch.randint(-1, 2, shape, dtype=torch.int8))
+    exponent = torch.randint(-62, 32, (*shape[:-1], 1), dtype=torch.int8)
+    trits, scale = triton.decode_rows(*moved(packed, exponent), shape[-1])
+    assert torch.equal(trits.cpu(), reference.unpack(packed, shape[-1]))
+    assert torch.equal(scale.cpu(), torch.exp2(exponent[..., 0].float()))
+
+
+def test_a_row_with_an_illegal_byte_has_no_scale():
+    from arbitor.ops.trit_codec import reference, triton
+
+    packed = torch.full((256, 32), 128, dtype=torch.uint8)
+    packed[:, 17] = torch.arange(256, dtype=torch.uint8)
+    exponent = torch.zeros(256, 1, dtype=torch.int8)
+    trits, scale = triton.decode_rows(*moved(packed, exponent), 160)
+    illegal = reference.unpack(packed, 160).eq(reference.ILLEGAL).any(dim=1)
+    assert illegal.sum() == 13
+    assert torch.equal(scale.cpu().isnan(), illegal)
+    assert torch.equal(trits.cpu()[~illegal], reference.unpack(packed, 160)[~illegal])
+
+
+@pytest.mark.parametrize(("tokens", "columns"), [(5, 40), (3, 1), (2, 9000), (4, 161), (0, 7), (70, 600)])
+@pytest.mark.parametrize("given", [torch.int8, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scaled_tokens_equal_the_reference(tokens, columns, given, dtype):
+    from arbitor.ops.activations import reference, triton
+
+    if torch.bfloat16 in (given, dtype) and DEVICE == "cpu":
+        pytest.skip("Triton's interpreter has no bf16 of its own")
+    torch.manual_seed(0)
+    x, scale = (torch.randn(tokens, columns) * 40).to(given), torch.rand(tokens, 1)
+    expected = reference.scale_tokens(x, scale, dtype)
+    assert torch.equal(triton.scale_tokens(*moved(x, scale), dtype).cpu(), expected)
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+@pytest.mark.parametrize("group", [32, 1000])
+@pytest.mark.parametrize("tokens", [1, 7, 66])
+@pytest.mark.parametrize("squared", [False, True])
+def test_ternary_linear_equals_the_reference(tokens, group, quantize, squared, monkeypatch):
+    from arbitor.ops.ternary_linear import ternary_linear
+
+    torch.manual_seed(0)
+    rows, columns = 37, 200
+    x = torch.randn(tokens, columns)
+    packed = trit_pack(torch.randint(-1, 2, (rows, columns), dtype=torch.int8))
+    group = min(group, columns)
+    exponent = torch.randint(-9, 3, (rows, -(-columns // group)), dtype=torch.int8)
+    results = []
+    for backend in ("torch", "triton"):
+        monkeypatch.setenv("ARB_TERNARY_BACKEND", backend)
+        given = moved(x, packed, exponent)
+        results.append(ternary_linear(*given, group, False, quantize, torch.float32, squared))
+    for expected, found in zip(*results, strict=True):
+        if quantize:
+            assert torch.equal(found, expected)
+        else:
+            torch.testing.assert_close(found, expected)
+
+
+def test_a_gpu_without_int8_products_multiplies_floats(monkeypatch):
+    from arbitor.ops.ternary_linear import triton
+
+    torch.manual_seed(0)
+    codes, trits, scale, row_scale = moved(*int8_case(70, 37, 200))
+    packed, exponent = trit_pack(trits), row_scale.log2().to(torch.int8)[:, None].clamp(-30, 20)
+    expected = triton.product(codes, scale, packed, exponent, 200, torch.float32)
+    monkeypatch.setattr(triton, "has_int8_kernels", lambda device: False)
+    monkeypatch.setattr(triton, "int8_matmul", None)
+    assert torch.equal(triton.product(codes, scale, packed, exponent, 200, torch.float32), expected)
+
+
+def test_captured_gradients_equal_the_references(monkeypatch):
+    from arbitor.ternary import TernaryLinear
+
+    torch.manual_seed(0)
+    linear = TernaryLinear(24, 10).to(DEVICE)
+    optimizer = VoteOptimizer(linear)
+    x, dy = moved(torch.randn(50, 24), torch.randn(50, 10))
+    gradients = []
+    for backend in ("torch", "triton"):
+        monkeypatch.setenv("ARB_TERNARY_BACKEND", backend)
+        for uses in (1, 2):
+            for _ in range(uses):
+                linear(x).backward(dy)
+            gradients.append(linear.capture.gradient())
+            optimizer.zero_grad()
+    # Either way each of the 50 products is rounded twice.
+    tolerance = {"rtol": 0, "atol": 50 * 3 * 2**-23 * float(gradients[1].abs().max())}
+    torch.testing.assert_close(gradients[2], gradients[0], **tolerance)
+    torch.testing.assert_close(gradients[3], gradients[1], **tolerance)
+
+
+@pytest.mark.parametrize("workspace", [1, 1 << 26])
+@pytest.mark.parametrize("input_norm", [False, True])
+@pytest.mark.parametrize("squared", [False, True])
+def test_experts_equal_the_reference(workspace, input_norm, squared, monkeypatch):
+    from arbitor.ops.expert_linear import reference
+    from arbitor.ternary import TernaryExperts
+
+    monkeypatch.setattr(reference, "WORKSPACE_BYTES", workspace)
+    torch.manual_seed(0)
+    experts = TernaryExperts(3, 40, 70, input_norm=input_norm).to(DEVICE)
+    offsets = torch.tensor([4, 4, 9], dtype=torch.int32, device=DEVICE)
+    x = torch.randn(9, 40, device=DEVICE, requires_grad=True)
+    dy = torch.randn(9, 70, device=DEVICE)
+    results = []
+    for backend in ("torch", "triton"):
+        monkeypatch.setenv("ARB_TERNARY_BACKEND", backend)
+        y = experts(x, offsets, squared=squared)
+        results.append((y.detach(), *torch.autograd.grad(y, x, dy)))
+    for found, expected in zip(results[1], results[0], strict=True):
+        assert (found - expected).abs().max() <= 2**-23 * (8 + 70**0.5) * expected.abs().max()
+
+
+def test_a_feed_forward_part_equals_the_reference(monkeypatch):
+    from arbitor.config import preset
+    from arbitor.model.ffn import FeedForward
+
+    torch.manual_seed(0)
+    ffn = FeedForward(preset("tiny").model).to(DEVICE)
+    optimizer = VoteOptimizer(ffn)
+    h = torch.randn(9, ffn.up.in_features, device=DEVICE, requires_grad=True)
+    dy = torch.randn(9, ffn.up.in_features, device=DEVICE)
+    results = []
+    for backend in ("torch", "triton"):
+        monkeypatch.setenv("ARB_TERNARY_BACKEND", backend)
+        y = ffn(h)
+        (dh,) = torch.autograd.grad(y, h, dy, retain_graph=True)
+        y.backward(dy)
+        results.append([y.detach(), dh, *(linear.capture.gradient() for linear in (ffn.up, ffn.down))])
+        optimizer.zero_grad()
+    for found, expected in zip(results[1], results[0], strict=True):
+        error = (found - expected).norm() / expected.norm()
+        assert error <= 2**-23 * 4 * ffn.up.out_features**0.5
 
 
 def test_a_model_trains_as_on_the_reference(triton_backend, monkeypatch):

@@ -161,23 +161,37 @@ def test_float_activations_match_a_dense_linear(group, input_norm):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("input_norm", [True, False], ids=["norm", "no-norm"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_backward_matches_autograd_of_a_dense_linear(shape, input_norm, dtype):
+@pytest.mark.parametrize("squared", [False, True], ids=["plain", "squared"])
+def test_backward_matches_autograd_of_a_dense_linear(shape, input_norm, dtype, squared):
     number, rows, columns = shape
     _, packed, exponent, group = matrix(rows, columns, 32)
     x = tokens(number, columns, dtype=dtype)
     dy = tokens(number, rows, seed=2, dtype=dtype)
-    rstd = ternary_linear(x, packed, exponent, group, input_norm, True, dtype)[3]
-    dx = ternary_linear_backward(dy, x, rstd, packed, exponent, group, input_norm)
+    rstd = ternary_linear(x, packed, exponent, group, input_norm, True, dtype, squared)[3]
+    dx = ternary_linear_backward(dy, x, rstd, packed, exponent, group, input_norm, squared)
     assert dx.dtype == dtype
 
     x64 = x.to(torch.float64).requires_grad_()
-    xn = x64 / x64.square().mean(-1, keepdim=True).add(1e-6).sqrt() if input_norm else x64
+    u64 = x64.relu().square() if squared else x64
+    xn = u64 / u64.square().mean(-1, keepdim=True).add(1e-6).sqrt() if input_norm else u64
     weight = ternary_decode(packed, exponent, columns, group, torch.float64)
     (expected,) = torch.autograd.grad(xn @ weight.T, x64, dy.to(torch.float64))
     # Rounding grows with the square root of the terms in a sum: O for dy W, I for the norm's inner product.
     bound = torch.finfo(dtype).eps * (4 + rows**0.5 + columns**0.5)
     magnitude = (dy.abs().to(torch.float64) @ weight.abs()).amax() * rstd.amax()
+    if squared:
+        magnitude *= 2 * x.relu().amax()
     assert (dx - expected).abs().max() <= bound * magnitude
+
+
+@pytest.mark.parametrize("quantize", [True, False], ids=["int8", "float"])
+def test_a_squared_input_is_that_of_squared_relu(quantize):
+    _, packed, exponent, group = matrix(40, 161)
+    x = tokens(6, 161)
+    expected = ternary_linear(x.relu().square(), packed, exponent, group, True, quantize, torch.float32)
+    found = ternary_linear(x, packed, exponent, group, True, quantize, torch.float32, squared=True)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert torch.equal(mine, theirs)
 
 
 def test_backward_leaves_its_arguments_alone():
@@ -205,10 +219,10 @@ def test_bf16_autocast_changes_no_arithmetic_inside():
 def test_opcheck(quantize, input_norm):
     _, packed, exponent, group = matrix(7, 33, 32)
     x, dy = tokens(4, 33), tokens(4, 7)
-    arguments = (x, packed, exponent, group, input_norm, quantize, torch.bfloat16)
+    arguments = (x, packed, exponent, group, input_norm, quantize, torch.bfloat16, True)
     torch.library.opcheck(torch.ops.arbitor.ternary_linear, arguments)
     rstd = ternary_linear(*arguments)[3]
-    backward = (dy, x, rstd, packed, exponent, group, input_norm)
+    backward = (dy, x, rstd, packed, exponent, group, input_norm, True)
     torch.library.opcheck(torch.ops.arbitor.ternary_linear_backward, backward)
 
 

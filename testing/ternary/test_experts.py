@@ -272,3 +272,12 @@ def test_experts_learn():
         optimizer.step()
         losses.append(loss.item())
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+
+
+def test_opcheck():
+    layer, x, dy = experts(), rows(), torch.randn(OFFSETS[-1], OUT)
+    arguments = (x, offsets(), layer.T_packed, layer.E, layer.group, True, True, torch.bfloat16, True)
+    torch.library.opcheck(torch.ops.arbitor.expert_linear, arguments)
+    rstd = torch.ops.arbitor.expert_linear(*arguments)[3]
+    backward = (dy, x, rstd, offsets(), layer.T_packed, layer.E, layer.group, True, True)
+    torch.library.opcheck(torch.ops.arbitor.expert_linear_backward, backward)

@@ -19,7 +19,20 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def normalize_and_quantize(x: Tensor, input_norm: bool, quantize: bool) -> tuple[Tensor, Tensor, Tensor]:
+def squared_relu(x: Tensor) -> Tensor:
+    """relu(x)^2, elementwise."""
+    positive = x.clamp_min(0)
+    return positive * positive
+
+
+def squared_relu_backward(dy: Tensor, x: Tensor) -> Tensor:
+    """Gradient of x through `squared_relu`."""
+    return 2 * (dy * x.clamp_min(0))
+
+
+def normalize_and_quantize(
+    x: Tensor, input_norm: bool, quantize: bool, squared: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """RMS norm and absmax int8 quantisation of every token, fused: x / rms(x) ~ codes * scale.
 
     The codes do not depend on the norm, since a positive factor leaves x / absmax(x) as it is.
@@ -28,6 +41,7 @@ def normalize_and_quantize(x: Tensor, input_norm: bool, quantize: bool) -> tuple
         x: float [N, I].
         input_norm: divide by the root mean square over I (epsilon 1e-6), else by 1.
         quantize: round to codes in [-127, 127] with one scale a token; else codes are the normalised floats.
+        squared: take `squared_relu(x)` for x.
 
     Returns:
         codes: [N, I] integers in the compute dtype, or int8 (without `quantize`: the normalised floats).
@@ -38,7 +52,9 @@ def normalize_and_quantize(x: Tensor, input_norm: bool, quantize: bool) -> tuple
     if quantize and dtype == torch.float32 and uses_triton(x):
         from arbitor.ops.activations import triton
 
-        return triton.quantize(x, input_norm)
+        return triton.quantize(x, input_norm, squared)
+    if squared:
+        x = squared_relu(x)
     if input_norm:
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
         mean_square = norm.square_().div_(x.shape[-1]).add_(RMS_EPS)
@@ -100,29 +116,45 @@ def weight_dtype(x: Tensor, quantized: bool) -> torch.dtype:
 
 
 def linear(
-    x: Tensor, weight: Tensor, input_norm: bool, quantize: bool, out_dtype: torch.dtype
+    x: Tensor,
+    weight: Tensor,
+    input_norm: bool,
+    quantize: bool,
+    out_dtype: torch.dtype,
+    squared: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Forward of a linear on decoded integer weights.
 
     Args:
         x: float [N, I].
         weight: [O, I] in `weight_dtype(x, quantize)`.
-        input_norm, quantize: as in `normalize_and_quantize`.
+        input_norm, quantize, squared: as in `normalize_and_quantize`.
         out_dtype: of y.
 
     Returns:
         y [N, O]; codes [N, I], int8 when `quantize`; scale [N, 1]; rstd [N, 1].
     """
-    codes, scale, rstd = normalize_and_quantize(x, input_norm, quantize)
+    codes, scale, rstd = normalize_and_quantize(x, input_norm, quantize, squared)
     saved = codes.to(torch.int8) if quantize else codes
     with _no_autocast(x):
         y = exact_matmul(saved if codes.is_cuda else codes, weight, quantize)
     if y.dtype == out_dtype:
         return y.mul_(scale), saved, scale, rstd
-    return torch.mul(y, scale, out=y.new_empty(y.shape, dtype=out_dtype)), saved, scale, rstd
+    return scale_tokens(y, scale, out_dtype), saved, scale, rstd
 
 
-def linear_backward(dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, input_norm: bool) -> Tensor:
+def scale_tokens(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """x [N, I] times scale [N, 1], rounded once to `dtype`."""
+    if scale.dtype == torch.float32 and uses_triton(x):
+        from arbitor.ops.activations import triton
+
+        return triton.scale_tokens(x, scale, dtype)
+    return torch.mul(x, scale, out=torch.empty_like(x, dtype=dtype))
+
+
+def linear_backward(
+    dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, input_norm: bool, squared: bool = False
+) -> Tensor:
     """Gradient of x through `linear`; rounding passes the gradient straight through.
 
     Args:
@@ -130,20 +162,32 @@ def linear_backward(dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, input_n
         x: [N, I], the forward's input.
         rstd: [N, 1].
         weight: [O, I].
-        input_norm: as in the forward.
+        input_norm, squared: as in the forward.
 
     Returns:
         [N, I] in the dtype of x.
     """
     with _no_autocast(x):
         dxn = dy.to(weight.dtype) @ weight
-    if not input_norm:
-        return dxn.to(x.dtype)
-    if compute_dtype(x) == torch.float32 and uses_triton(x):
+    return input_gradient(dxn, x, rstd, input_norm, squared)
+
+
+def input_gradient(dxn: Tensor, x: Tensor, rstd: Tensor, input_norm: bool, squared: bool = False) -> Tensor:
+    """Gradient [N, I] of x, in its dtype, from that of `normalize_and_quantize`'s codes * scale.
+
+    Args:
+        dxn: float [N, I], overwritten.
+        x: float [N, I].
+        rstd: [N, 1].
+        input_norm, squared: as in the forward.
+    """
+    if (input_norm or squared) and compute_dtype(x) == torch.float32 and uses_triton(x):
         from arbitor.ops.activations import triton
 
-        return triton.norm_backward(dxn, x, rstd)
-    return norm_backward(dxn.to(compute_dtype(x)), x, rstd).to(x.dtype)
+        return triton.norm_backward(dxn, x, rstd, input_norm, squared)
+    normed = squared_relu(x) if squared else x
+    dx = norm_backward(dxn.to(compute_dtype(x)), normed, rstd) if input_norm else dxn
+    return squared_relu_backward(dx.to(x.dtype), x) if squared else dx.to(x.dtype)
 
 
 def linear_outputs(

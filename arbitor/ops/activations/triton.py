@@ -12,22 +12,37 @@ from arbitor.ops.activations.reference import CODE_SCALE, RMS_EPS
 from arbitor.ops.triton import round_even
 
 MAX_BLOCK = 8192
+# Columns and elements of a program that only scales: 16 elements for each of 128 threads.
+SCALE_BLOCK, SCALE_ELEMENTS = 512, 2048
+
+
+@triton.jit
+def _squared_relu(x, dtype: tl.constexpr):
+    """relu(x)^2 of fp32 x, rounded to `dtype`, as fp32; NaN stays."""
+    positive = tl.where(x < 0.0, 0.0, x)
+    return (positive * positive).to(dtype).to(tl.float32)
 
 
 @triton.jit
 def _quantize_kernel(
-    x, codes, scale, rstd, columns, eps, code_scale, smallest, NORM: tl.constexpr, BLOCK: tl.constexpr
-):
+    x, codes, scale, rstd, columns, eps, code_scale, smallest,
+    NORM: tl.constexpr, SQUARED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     here = x + token * columns
     square = tl.zeros((BLOCK,), dtype=tl.float32)
     largest = tl.zeros((BLOCK,), dtype=tl.float32)
+    strange = tl.zeros((BLOCK,), dtype=tl.float32)
     for first in range(0, columns, BLOCK):
         column = first + tl.arange(0, BLOCK)
         value = tl.load(here + column, mask=column < columns, other=0.0).to(tl.float32)
+        if SQUARED:
+            value = _squared_relu(value, x.dtype.element_ty)
         square += value * value
         largest = tl.maximum(largest, tl.abs(value))
-    absmax = tl.maximum(tl.max(largest, axis=0), smallest)
+        strange += value - value
+    # A maximum passes over NaN, so such a token's scale is made NaN by what is 0 for every finite value.
+    absmax = tl.maximum(tl.max(largest, axis=0), smallest) + tl.sum(strange, axis=0)
     inverse = 1.0
     if NORM:
         mean = tl.sum(square, axis=0) / columns + eps
@@ -38,34 +53,79 @@ def _quantize_kernel(
         column = first + tl.arange(0, BLOCK)
         used = column < columns
         value = tl.load(here + column, mask=used, other=0.0).to(tl.float32)
+        if SQUARED:
+            value = _squared_relu(value, x.dtype.element_ty)
         tl.store(codes + token * columns + column, round_even(value * factor).to(tl.int8), mask=used)
     tl.store(scale + token, absmax * inverse / code_scale)
     tl.store(rstd + token, inverse)
 
 
 @triton.jit
-def _norm_backward_kernel(dxn, x, rstd, dx, columns, BLOCK: tl.constexpr):
+def _gradient(dxn, more, at, used, MORE: tl.constexpr):
+    """Sum of one or two gradients of the normed input, as fp32."""
+    gradient = tl.load(dxn + at, mask=used, other=0.0).to(tl.float32)
+    if MORE:
+        gradient += tl.load(more + at, mask=used, other=0.0).to(tl.float32)
+    return gradient
+
+
+@triton.jit
+def _norm_backward_kernel(
+    dxn, more, x, rstd, beside, dx, columns, NORM: tl.constexpr, SQUARED: tl.constexpr, MORE: tl.constexpr,
+    BESIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     row = token * columns
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for first in range(0, columns, BLOCK):
-        column = first + tl.arange(0, BLOCK)
-        used = column < columns
-        gradient = tl.load(dxn + row + column, mask=used, other=0.0).to(tl.float32)
-        value = tl.load(x + row + column, mask=used, other=0.0).to(tl.float32)
-        total += gradient * value
     inverse = tl.load(rstd + token)
-    coefficient = tl.sum(total, axis=0) * (inverse * inverse * inverse / columns)
+    coefficient = 0.0
+    if NORM:
+        total = tl.zeros((BLOCK,), dtype=tl.float32)
+        for first in range(0, columns, BLOCK):
+            column = first + tl.arange(0, BLOCK)
+            used = column < columns
+            gradient = _gradient(dxn, more, row + column, used, MORE)
+            value = tl.load(x + row + column, mask=used, other=0.0).to(tl.float32)
+            if SQUARED:
+                value = _squared_relu(value, x.dtype.element_ty)
+            total += gradient * value
+        coefficient = tl.sum(total, axis=0) * (inverse * inverse * inverse / columns)
     for first in range(0, columns, BLOCK):
         column = first + tl.arange(0, BLOCK)
         used = column < columns
-        gradient = tl.load(dxn + row + column, mask=used, other=0.0).to(tl.float32)
-        value = tl.load(x + row + column, mask=used, other=0.0).to(tl.float32)
+        gradient = _gradient(dxn, more, row + column, used, MORE)
+        given = tl.load(x + row + column, mask=used, other=0.0).to(tl.float32)
+        value = given
+        if SQUARED:
+            value = _squared_relu(given, x.dtype.element_ty)
         result = gradient * inverse - value * coefficient
+        if SQUARED:
+            result *= 2.0 * tl.where(given < 0.0, 0.0, given)
+        if BESIDE:
+            result += tl.load(beside + row + column, mask=used, other=0.0).to(tl.float32)
         tl.store(dx + row + column, result.to(dx.dtype.element_ty), mask=used)
 
 
-def quantize(x: Tensor, input_norm: bool) -> tuple[Tensor, Tensor, Tensor]:
+@triton.jit
+def _add_kernel(x, y, total, size, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    used = at < size
+    value = tl.load(x + at, mask=used, other=0.0).to(tl.float32)
+    value += tl.load(y + at, mask=used, other=0.0).to(tl.float32)
+    tl.store(total + at, value.to(total.dtype.element_ty), mask=used)
+
+
+@triton.jit
+def _scale_kernel(x, scale, y, tokens, columns, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    factor = tl.load(scale + token, mask=token < tokens, other=0.0)
+    at = token.to(tl.int64)[:, None] * columns + column[None, :]
+    used = (token < tokens)[:, None] & (column < columns)[None, :]
+    value = tl.load(x + at, mask=used, other=0).to(tl.float32) * factor[:, None]
+    tl.store(y + at, value.to(y.dtype.element_ty), mask=used)
+
+
+def quantize(x: Tensor, input_norm: bool, squared: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.normalize_and_quantize` of x [N, I] in fp32 or bf16; the codes are int8."""
     tokens, columns = x.shape
     codes = torch.empty((tokens, columns), dtype=torch.int8, device=x.device)
@@ -74,21 +134,65 @@ def quantize(x: Tensor, input_norm: bool) -> tuple[Tensor, Tensor, Tensor]:
         smallest = torch.finfo(torch.float32).tiny * CODE_SCALE
         _quantize_kernel[(tokens,)](
             x.contiguous(), codes, scale, rstd, columns, RMS_EPS, CODE_SCALE, smallest,
-            NORM=input_norm, BLOCK=_block(columns), num_warps=_warps(columns), enable_fp_fusion=False,
+            NORM=input_norm, SQUARED=squared, BLOCK=_block(columns), num_warps=_warps(columns),
+            enable_fp_fusion=False,
         )  # fmt: skip
     return codes, scale, rstd
 
 
-def norm_backward(dxn: Tensor, x: Tensor, rstd: Tensor) -> Tensor:
-    """Gradient [N, I] of x, in its dtype, from that of x * rstd(x)."""
+def norm_backward(
+    dxn: Tensor,
+    x: Tensor,
+    rstd: Tensor,
+    input_norm: bool = True,
+    squared: bool = False,
+    *,
+    more: Tensor | None = None,
+    beside: Tensor | None = None,
+) -> Tensor:
+    """Gradient [N, I] of x, in its dtype, from that of u * rstd(u), u = x or relu(x)^2.
+
+    Args:
+        dxn: float [N, I].
+        x: float [N, I].
+        rstd: fp32 [N, 1].
+        input_norm: without it, rstd is 1 and no function of u.
+        squared: u is relu(x)^2.
+        more: of the dtype of dxn, a second gradient to be added to it.
+        beside: [N, I], a gradient of x itself, to be added to the result.
+    """
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     tokens, columns = x.shape
     if tokens:
         _norm_backward_kernel[(tokens,)](
-            dxn.contiguous(), x.contiguous(), rstd, dx, columns,
-            BLOCK=_block(columns), num_warps=_warps(columns),
+            dxn.contiguous(), dxn if more is None else more.contiguous(), x.contiguous(), rstd,
+            x if beside is None else beside.contiguous(), dx, columns, NORM=input_norm, SQUARED=squared,
+            MORE=more is not None, BESIDE=beside is not None, BLOCK=_block(columns),
+            num_warps=_warps(columns),
         )  # fmt: skip
     return dx
+
+
+def add(x: Tensor, y: Tensor) -> Tensor:
+    """x + y of one shape and two dtypes, in the dtype of x."""
+    total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.numel():
+        _add_kernel[(triton.cdiv(x.numel(), SCALE_ELEMENTS),)](
+            x.contiguous(), y.contiguous(), total, x.numel(), BLOCK=SCALE_ELEMENTS, num_warps=4
+        )
+    return total
+
+
+def scale_tokens(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """x [N, I], float or int8, times scale fp32 [N, 1], rounded once to `dtype`."""
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    if x.numel():
+        tokens, columns = x.shape
+        block = min(SCALE_BLOCK, max(16, triton.next_power_of_2(columns)))
+        rows = SCALE_ELEMENTS // block
+        grid = (triton.cdiv(tokens, rows), triton.cdiv(columns, block))
+        _scale_kernel[grid](x.contiguous(), scale, y, tokens, columns, TOKENS=rows, BLOCK=block, num_warps=4)
+    return y
 
 
 def _block(columns: int) -> int:

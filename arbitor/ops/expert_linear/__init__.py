@@ -23,6 +23,7 @@ def expert_linear(
     input_norm: bool,
     quantize: bool,
     out_dtype: torch.dtype,
+    squared: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """RMS norm, int8 codes per token, product with the trits of the token's expert.
 
@@ -35,11 +36,12 @@ def expert_linear(
         input_norm: divide every token by its root mean square first.
         quantize: int8 activations; False keeps them float.
         out_dtype: of y.
+        squared: apply to relu(x)^2 in place of x.
 
     Returns:
         y [M, O]; codes [M, I] (int8 when `quantize`); scale [M, 1]; rstd [M, 1].
     """
-    return _forward(x, offsets, packed, exponent, group, input_norm, quantize, out_dtype)
+    return _forward(x, offsets, packed, exponent, group, input_norm, quantize, out_dtype, squared)
 
 
 def expert_linear_backward(
@@ -51,22 +53,23 @@ def expert_linear_backward(
     exponent: Tensor,
     group: int,
     input_norm: bool,
+    squared: bool = False,
 ) -> Tensor:
     """Gradient [M, I] of x, in its dtype, from dy [M, O]; rounding passes straight through."""
-    return _backward(dy, x, rstd, offsets, packed, exponent, group, input_norm)
+    return _backward(dy, x, rstd, offsets, packed, exponent, group, input_norm, squared)
 
 
 _forward = register(
     "expert_linear(Tensor x, Tensor offsets, Tensor packed, Tensor exponent, int group, bool input_norm, "
-    "bool quantize, ScalarType out_dtype) -> (Tensor, Tensor, Tensor, Tensor)",
+    "bool quantize, ScalarType out_dtype, bool squared=False) -> (Tensor, Tensor, Tensor, Tensor)",
     reference.forward,
-    lambda x, offsets, packed, exponent, group, input_norm, quantize, out_dtype: activations.linear_outputs(
-        x, packed.shape[1], quantize, out_dtype
+    lambda x, offsets, packed, exponent, group, input_norm, quantize, out_dtype, squared=False: (
+        activations.linear_outputs(x, packed.shape[1], quantize, out_dtype)
     ),
 )
 _backward = register(
     "expert_linear_backward(Tensor dy, Tensor x, Tensor rstd, Tensor offsets, Tensor packed, "
-    "Tensor exponent, int group, bool input_norm) -> Tensor",
+    "Tensor exponent, int group, bool input_norm, bool squared=False) -> Tensor",
     reference.backward,
-    lambda dy, x, rstd, offsets, packed, exponent, group, input_norm: torch.empty_like(x),
+    lambda dy, x, rstd, offsets, packed, exponent, group, input_norm, squared=False: torch.empty_like(x),
 )

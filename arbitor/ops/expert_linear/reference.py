@@ -95,21 +95,27 @@ def forward(
     input_norm: bool,
     quantize: bool,
     out_dtype: torch.dtype,
+    squared: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y = quantize(rms_norm(x)) @ (T * 2^E)^T by expert; see `arbitor.ops.expert_linear.expert_linear`."""
-    codes, scale, rstd = activations.normalize_and_quantize(x, input_norm, quantize)
+    codes, scale, rstd = activations.normalize_and_quantize(x, input_norm, quantize, squared)
     saved = codes.to(torch.int8) if quantize else codes
     dtype = activations.weight_dtype(x, quantize)
     operand = saved.to(dtype)
     experts, ends = busy_experts(offsets, x.shape[0])
     out_features = packed.shape[1]
-    y = x.new_empty((x.shape[0], out_features), dtype=out_dtype)
+    y: Tensor | None = None
     for first, last in slices(x, out_features, len(experts), dtype.itemsize):
         weight = trit_codec.decode(
             packed[experts, first:last], exponent[experts, first:last], x.shape[1], group, dtype
         )
-        product = grouped_matmul(operand, weight.mT, ends)
-        y[:, first:last] = product * scale
+        part = activations.scale_tokens(grouped_matmul(operand, weight.mT, ends), scale, out_dtype)
+        if last - first == out_features:
+            y = part
+        else:
+            y = x.new_empty((x.shape[0], out_features), dtype=out_dtype) if y is None else y
+            y[:, first:last] = part
+    assert y is not None, "an expert has at least one row"
     return y, saved, scale, rstd
 
 
@@ -122,15 +128,18 @@ def backward(
     exponent: Tensor,
     group: int,
     input_norm: bool,
+    squared: bool = False,
 ) -> Tensor:
     """Gradient of x; see `arbitor.ops.expert_linear.expert_linear_backward`."""
     dtype = activations.weight_dtype(x, quantized=True)
     dy = dy.to(dtype)
     experts, ends = busy_experts(offsets, x.shape[0])
-    dxn = torch.zeros(x.shape, dtype=activations.compute_dtype(x), device=x.device)
+    dxn: Tensor | None = None
     for first, last in slices(x, packed.shape[1], len(experts), dtype.itemsize):
         weight = trit_codec.decode(
             packed[experts, first:last], exponent[experts, first:last], x.shape[1], group, dtype
         )
-        dxn += grouped_matmul(dy[:, first:last].contiguous(), weight, ends)
-    return (activations.norm_backward(dxn, x, rstd) if input_norm else dxn).to(x.dtype)
+        part = grouped_matmul(dy[:, first:last].contiguous(), weight, ends)
+        dxn = part if dxn is None else dxn.to(activations.compute_dtype(x)).add_(part)
+    assert dxn is not None, "an expert has at least one row"
+    return activations.input_gradient(dxn, x, rstd, input_norm, squared)

@@ -17,10 +17,11 @@ def forward(
     input_norm: bool,
     quantize: bool,
     out_dtype: torch.dtype,
+    squared: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y = quantize(rms_norm(x)) @ (T * 2^E)^T; see `arbitor.ops.ternary_linear.ternary_linear`."""
     weight = trit_codec.decode(packed, exponent, x.shape[-1], group, activations.weight_dtype(x, quantize))
-    return activations.linear(x, weight, input_norm, quantize, out_dtype)
+    return activations.linear(x, weight, input_norm, quantize, out_dtype, squared)
 
 
 def backward(
@@ -31,6 +32,7 @@ def backward(
     exponent: Tensor,
     group: int,
     input_norm: bool,
+    squared: bool = False,
 ) -> Tensor:
     """Gradient of x; see `arbitor.ops.ternary_linear.ternary_linear_backward`."""
     weight = trit_codec.decode(
@@ -40,4 +42,4 @@ def backward(
         group,
         activations.weight_dtype(x, quantized=True),
     )
-    return activations.linear_backward(dy, x, rstd, weight, input_norm)
+    return activations.linear_backward(dy, x, rstd, weight, input_norm, squared)

@@ -1,0 +1,130 @@
+"""`head_norm`: closed gradients against autograd, and the kernels against the reference."""
+
+import pytest
+import torch
+
+from arbitor.model.rotary import rotation
+from arbitor.ops.head_norm import keys_and_values, norm_and_rotate, reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# B, N, H, P, R, V
+SHAPES = [
+    (2, 3, 4, 6, 4, 5),
+    (1, 1, 1, 1, 2, 1),
+    (3, 5, 7, 48, 32, 80),
+    (1, 40, 3, 0, 6, 3),
+    (2, 4, 12, 17, 10, 9),
+]
+EPS32 = torch.finfo(torch.float32).eps
+
+each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+each_shape_of_keys = pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[3]], ids=str)
+
+
+def queries(shape, dtype=torch.float32):
+    B, N, H, P, R, _ = shape
+    torch.manual_seed(0)
+    cos, sin = rotation(3, N, R, 100.0, torch.device("cpu"))
+    return torch.randn(B, N, H, P + R).to(dtype), cos.to(dtype), sin.to(dtype)
+
+
+def parts_of_keys(shape, dtype=torch.float32):
+    B, N, H, P, R, V = shape
+    torch.manual_seed(0)
+    return torch.randn(B, N, H, P + V).to(dtype), torch.randn(B, N, R).to(dtype)
+
+
+@each_shape
+def test_closed_gradient_of_queries_is_autograds(shape):
+    x, cos, sin = queries(shape, torch.float64)
+    x.requires_grad_()
+    dy = torch.randn_like(x)
+    reference.norm_and_rotate(x, cos, sin).backward(dy)
+    torch.testing.assert_close(reference.norm_and_rotate_backward(dy, x.detach(), cos, sin), x.grad)
+
+
+@each_shape_of_keys
+def test_closed_gradient_of_keys_is_autograds(shape):
+    P, V = shape[3], shape[5]
+    up, shared = (t.requires_grad_() for t in parts_of_keys(shape, torch.float64))
+    key, value = reference.keys(up, shared, P), up[..., P:]
+    dkey, dvalue = torch.randn_like(key), torch.randn_like(value)
+    torch.autograd.backward((key, value), (dkey, dvalue))
+    dup, dshared = reference.keys_backward(dkey, dvalue, up.detach(), torch.float64)
+    assert dup.shape[-1] == P + V
+    torch.testing.assert_close(dup, up.grad)
+    torch.testing.assert_close(dshared, shared.grad)
+
+
+def test_ops_are_registered_as_they_behave():
+    ops = torch.ops.arbitor
+    for dtype in (torch.float32, torch.bfloat16):
+        x, cos, sin = queries(SHAPES[0])
+        x = x.to(dtype)
+        up, shared = parts_of_keys(SHAPES[0], dtype)
+        key = ops.head_keys(up, shared, 6)
+        torch.library.opcheck(ops.head_norm.default, (x, cos, sin))
+        torch.library.opcheck(ops.head_norm_backward.default, (x, x, cos, sin))
+        torch.library.opcheck(ops.head_keys.default, (up, shared, 6))
+        torch.library.opcheck(ops.head_keys_backward.default, (key, up[..., 6:], up, dtype))
+
+
+def on_both(monkeypatch, function, *inputs):
+    """Outputs and gradients of the inputs with the reference and with the kernels, brought back."""
+    results = []
+    for backend in ("torch", "triton"):
+        monkeypatch.setenv("ARB_TERNARY_BACKEND", backend)
+        given = [t.detach().to(DEVICE).requires_grad_() for t in inputs]
+        outputs = function(*given)
+        generator = torch.Generator().manual_seed(1)
+        gradients = [torch.randn(y.shape, generator=generator).to(y) for y in outputs]
+        torch.autograd.backward(outputs, gradients)
+        results.append([t.detach().cpu() for t in (*outputs, *(t.grad for t in given))])
+    return results
+
+
+def assert_near(found, expected, terms):
+    """Equal but for the rounding of a sum of so many terms."""
+    assert found.shape == expected.shape
+    assert found.dtype == expected.dtype
+    error = (found - expected).abs().max() if found.numel() else 0
+    assert error <= EPS32 * (4 + terms**0.5) * expected.abs().max()
+
+
+@each_shape
+def test_kernels_of_queries_equal_the_reference(shape, monkeypatch):
+    pytest.importorskip("triton", reason="needs Triton, which the extra `test` installs on Linux")
+    x, cos, sin = queries(shape)
+    cos, sin = cos.to(DEVICE), sin.to(DEVICE)
+    expected, found = on_both(monkeypatch, lambda x: [norm_and_rotate(x, cos, sin)], x)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert_near(mine, theirs, x.shape[-1])
+
+
+@each_shape_of_keys
+def test_kernels_of_keys_equal_the_reference(shape, monkeypatch):
+    pytest.importorskip("triton", reason="needs Triton, which the extra `test` installs on Linux")
+    P = shape[3]
+    expected, found = on_both(
+        monkeypatch, lambda up, shared: keys_and_values(up, shared, P), *parts_of_keys(shape)
+    )
+    assert torch.equal(found[1], expected[1]), "values are passed on"
+    assert torch.equal(found[0][..., P:], expected[0][..., P:]), "so is what the heads share"
+    for mine, theirs in zip(found, expected, strict=True):
+        assert_near(mine, theirs, max(shape))
+
+
+def test_kernels_take_strided_tensors_and_none(monkeypatch):
+    pytest.importorskip("triton", reason="needs Triton, which the extra `test` installs on Linux")
+    x, cos, sin = queries(SHAPES[0])
+    cos, sin = cos.to(DEVICE), sin.to(DEVICE)
+    wide = torch.cat([x, x], dim=-1)
+    expected, found = on_both(monkeypatch, lambda x: [norm_and_rotate(x[..., 5:15], cos, sin)], wide)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert_near(mine, theirs, 10)
+    monkeypatch.setenv("ARB_TERNARY_BACKEND", "triton")
+    assert norm_and_rotate(x[:0].to(DEVICE), cos, sin).shape == (0, *x.shape[1:])
+    up, shared = parts_of_keys(SHAPES[0])
+    key, value = keys_and_values(up[:0].to(DEVICE), shared[:0].to(DEVICE), 6)
+    assert key.shape == (0, *key.shape[1:])
+    assert value.shape == (0, *value.shape[1:])

@@ -59,7 +59,7 @@ def test_known_answers_follow_from_the_definition(stream):
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("seed", [0, -1, 7, 2**31, 2**63 - 1, -(2**63)])
-def test_keys_of_a_step_on_a_device_are_those_of_the_host(monkeypatch, backend, seed):
+def test_keys_of_a_step_by_operations_and_by_kernel_are_those_of_the_host(monkeypatch, backend, seed):
     if backend == "triton":
         pytest.importorskip("triton")
         monkeypatch.setenv("ARB_TERNARY_BACKEND", "triton")

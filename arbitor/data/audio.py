@@ -19,13 +19,13 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from arbitor.config import did_you_mean
 from arbitor.data.contents import BadLineError, opened, parse_line
+from arbitor.data.holding_out import numbered_split, spelled_number, told
 from arbitor.data.images import WORDS
 from arbitor.data.sources import reason
 from arbitor.data.stream import ByteStream
@@ -168,7 +168,7 @@ def open_audio(data: Sequence[str], held_out: str | None, rate: int) -> AudioCor
     skipped = found.skipped
     whole = found.recordings()
     speaker = held_out.removeprefix(SPEAKER) if held_out and held_out.startswith(SPEAKER) else None
-    if held_out is None or speaker is not None or _number(held_out) is not None:
+    if held_out is None or speaker is not None or spelled_number(held_out) is not None:
         out, rule = _split(whole, speaker, held_out)
         train = whole.part([n for n in range(len(whole)) if n not in out])
         test = whole.part(sorted(out))
@@ -180,8 +180,7 @@ def open_audio(data: Sequence[str], held_out: str | None, rate: int) -> AudioCor
         skipped = skipped + apart.skipped
         if len(train) < len(whole):
             skipped["also held out"] += len(whole) - len(train)
-    reasons = ", ".join(f"{n:,} {why}" for why, n in sorted(skipped.items()))
-    reasons = f"; skipped {reasons}" if reasons else ""
+    reasons = told(skipped)
     for part, recordings in (("to train on", train), ("held out", test)):
         if not len(recordings):
             raise UserError(
@@ -225,13 +224,6 @@ def label_of(name: str) -> tuple[bytes, str]:
     return label.encode("utf-8", "replace")[:MAX_LABEL_BYTES], speaker
 
 
-def _number(held_out: str) -> float | None:
-    try:
-        return float(held_out)
-    except ValueError:
-        return None
-
-
 def _split(whole: Recordings, speaker: str | None, held_out: str | None) -> tuple[set[int], str]:
     """Numbers of the recordings to hold out, and the rule in words."""
     if speaker is not None:
@@ -243,19 +235,7 @@ def _split(whole: Recordings, speaker: str | None, held_out: str | None) -> tupl
                 f"there are {', '.join(known[:20]) or 'no names of speakers'}"
             )
         return out, f"all of {speaker}"
-    number = _number(OWN_SHARE if held_out is None else held_out)
-    assert number is not None
-    if number >= 1 and number == int(number):
-        if number >= len(whole):
-            raise UserError(f"--held-out {held_out} holds out all of the {len(whole):,} recordings")
-        return set(range(len(whole) - int(number), len(whole))), f"the last {int(number):,}"
-    if not 0 < number < 1:
-        raise UserError(
-            f"--held-out must be a path, {SPEAKER}NAME, a share between 0 and 1 or a number of recordings, "
-            f"got {held_out!r}"
-        )
-    share = Fraction(repr(number))
-    return {n for n in range(len(whole)) if int((n + 1) * share) > int(n * share)}, f"one of {1 / number:.3g}"
+    return numbered_split(len(whole), held_out or OWN_SHARE, "recordings", f"a path, {SPEAKER}NAME")
 
 
 _Entry = tuple[Callable[[], tuple[np.ndarray, int]], bytes, str, str]  # loader, label, speaker, key

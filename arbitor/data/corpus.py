@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from arbitor.data.contents import is_jsonl, open_contents
+from arbitor.data.holding_out import exact_share, spelled_number
 from arbitor.data.sources import Skipped, Source, find_sources
 from arbitor.data.store import Store
 from arbitor.data.stream import ByteStream
@@ -106,13 +107,12 @@ def open_corpus(
 
 def held_out_share(held_out: str) -> Fraction | None:
     """The share that `held_out` spells, or None if it is a path. Exact, so 0.1 of 1000 bytes are 100."""
-    try:
-        number = float(held_out)
-    except ValueError:
+    number = spelled_number(held_out)
+    if number is None:
         return None
     if not 0 < number < 1:
         raise UserError(f"--held-out must be a path or a share between 0 and 1, got {held_out!r}")
-    return Fraction(repr(number))
+    return exact_share(number)
 
 
 def _own_split(data: Sequence[str], held_out_path: str | None, share: Fraction, skipped: Skipped) -> _Split:

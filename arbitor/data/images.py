@@ -20,7 +20,6 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ import numpy as np
 
 from arbitor.config import did_you_mean
 from arbitor.data.contents import BadLineError, opened, parse_line
+from arbitor.data.holding_out import numbered_split, spelled_number, told
 from arbitor.data.sources import reason
 from arbitor.data.store import MappedBytes, Store
 from arbitor.data.stream import ByteStream
@@ -185,7 +185,7 @@ def open_images(
         UserError: data that is missing, malformed or without one usable image; one line.
     """
     found = _find(data, text_field) if data else _digits()
-    path = None if held_out is None or _number(held_out) is not None else held_out
+    path = None if held_out is None or spelled_number(held_out) is not None else held_out
     store = Store()
     if path is not None:
         apart = _find([path], text_field)
@@ -205,9 +205,7 @@ def open_images(
         out, rule = _split(whole, found, held_out)
         train = whole.part([n for n in range(len(whole)) if n not in out])
         test = whole.part(sorted(out))
-    reasons = (
-        "; skipped " + ", ".join(f"{n:,} {why}" for why, n in sorted(skipped.items())) if skipped else ""
-    )
+    reasons = told(skipped)
     for part, images in (("to train on", train), ("held out", test)):
         if not len(images):
             raise UserError(
@@ -331,13 +329,6 @@ def _positions(images: CaptionedImages, kept: Sequence[int]) -> list[int]:
     return [n for n, record in enumerate(images.records.tolist()) if record in wanted]
 
 
-def _number(held_out: str) -> float | None:
-    try:
-        return float(held_out)
-    except ValueError:
-        return None
-
-
 def _split(images: CaptionedImages, found: _Found, held_out: str | None) -> tuple[set[int], str]:
     """Numbers of the images to hold out, and the rule in words."""
     if held_out is None:
@@ -345,19 +336,7 @@ def _split(images: CaptionedImages, found: _Found, held_out: str | None) -> tupl
         t10k = {n for n, key in enumerate(keys) if key and Path(str(key[0])).name.startswith("t10k")}
         if t10k and len(t10k) < len(images):
             return t10k, "the t10k files"
-    number = _number(OWN_SHARE if held_out is None else held_out)
-    assert number is not None
-    if number >= 1 and number == int(number):
-        if number >= len(images):
-            raise UserError(f"--held-out {held_out} holds out all of the {len(images):,} images")
-        return set(range(len(images) - int(number), len(images))), f"the last {int(number):,}"
-    if not 0 < number < 1:
-        raise UserError(
-            f"--held-out must be a path, a share between 0 and 1 or a number of images, got {held_out!r}"
-        )
-    share = Fraction(repr(number))
-    out = {n for n in range(len(images)) if int((n + 1) * share) > int(n * share)}
-    return out, f"one of {float(1 / share):.3g}"
+    return numbered_split(len(images), held_out or OWN_SHARE, "images", "a path")
 
 
 def _digits() -> _Found:

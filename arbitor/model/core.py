@@ -214,6 +214,17 @@ class MoEGraph(nn.Module):
             s_LD = s_LD + self.graph.messages(s_LD, neighbours)
         return s_LD, load_E
 
+    def _halt(
+        self, s_LD: Tensor, spent_L1: Tensor, halt_bias: Tensor, *, last: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The weight of a state, the remainder if its position halts; whether it does; the new sum of p."""
+        rest_L1 = 1 - spent_L1
+        if last:
+            return rest_L1, torch.ones_like(rest_L1, dtype=torch.bool), spent_L1
+        p_L1 = self.halting(s_LD, halt_bias)
+        halts_L1 = spent_L1 + p_L1 >= self.threshold
+        return torch.where(halts_L1, rest_L1, p_L1), halts_L1, spent_L1 + p_L1
+
     def _until_halted(
         self, h_MD: Tensor, neighbours: Neighbours | None
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
@@ -232,15 +243,9 @@ class MoEGraph(nn.Module):
             s_LD, load = self._update(s_LD, neighbours)
             load_E = load if load_E is None or load is None else load_E + load
             num_uses += len(s_LD)
-            rest_L1 = 1 - spent_L1
-            if iteration == self.max_iters:
-                weight_L1, halts_L1 = rest_L1, torch.ones_like(rest_L1, dtype=torch.bool)
-            else:
-                p_L1 = self.halting(s_LD, halt_bias)
-                halts_L1 = spent_L1 + p_L1 >= self.threshold
-                weight_L1 = torch.where(halts_L1, rest_L1, p_L1)
-                spent_L1 = spent_L1 + p_L1
-            remainder = remainder + torch.where(halts_L1, rest_L1, 0).sum(dtype=torch.float32)
+            last = iteration == self.max_iters
+            weight_L1, halts_L1, spent_L1 = self._halt(s_LD, spent_L1, halt_bias, last=last)
+            remainder = remainder + torch.where(halts_L1, weight_L1, 0).sum(dtype=torch.float32)
             terms += [weight_L1, s_LD] if iteration == 1 else [weight_L1, s_LD, row_L]
             if iteration == self.max_iters:
                 break
@@ -272,17 +277,11 @@ class MoEGraph(nn.Module):
             s_MD, load = self._update(s_MD, neighbours, None if iteration == 1 else live_M1)
             load_E = load if load_E is None or load is None else load_E + load
             num_uses = num_uses + live_M1.sum()
-            rest_M1 = 1 - spent_M1
-            if iteration == self.max_iters:
-                weight_M1, halts_M1 = rest_M1, torch.ones_like(live_M1)
-            else:
-                p_M1 = self.halting(s_MD, halt_bias)
-                halts_M1 = spent_M1 + p_M1 >= self.threshold
-                weight_M1 = torch.where(halts_M1, rest_M1, p_M1)
-                spent_M1 = spent_M1 + p_M1
+            last = iteration == self.max_iters
+            weight_M1, halts_M1, spent_M1 = self._halt(s_MD, spent_M1, halt_bias, last=last)
             part_MD = torch.where(live_M1, weight_M1, 0) * s_MD
             total_MD = part_MD if total_MD is None else total_MD + part_MD
-            remainder = remainder + torch.where(halts_M1 & live_M1, rest_M1, 0).sum(dtype=torch.float32)
+            remainder = remainder + torch.where(halts_M1 & live_M1, weight_M1, 0).sum(dtype=torch.float32)
             live_M1 = live_M1 & ~halts_M1
         assert total_MD is not None
         iterations = num_uses.to(torch.float32) / len(h_MD)

@@ -12,12 +12,11 @@ from arbitor.config import RunConfig, override, preset
 from arbitor.data.images import Geometry, ImageCorpus, default_geometry, open_images
 from arbitor.errors import UserError
 from arbitor.train.device import resolve_device
-from arbitor.train.schedule import learning_rate
 from arbitor.train.task import CaptionTask
 from benchmarks.common import RESULTS, commit, provenance, slug
-from benchmarks.learning.contestants import Run, Trainee, build
+from benchmarks.learning.contestants import Run, build
 from benchmarks.learning.table import Row, Table
-from benchmarks.learning.training import stepper
+from benchmarks.learning.training import train_on
 
 COLUMNS = (
     *("contestant", "lr", "seed", "steps", "batch", "image_patch", "trunk_weights", "bytes_per_weight"),
@@ -101,7 +100,7 @@ def measure(
     task = CaptionTask(override(config, seed=run.seed), corpus)
     trainee = build(run, config.model, device)
     began = time.perf_counter()
-    train(trainee, task, config.train.steps)
+    train_on(trainee, task, config.train.steps)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     seconds = time.perf_counter() - began
@@ -123,19 +122,6 @@ def measure(
         "seconds": format(seconds, ".1f"),
         **provenance(device, from_commit),
     }
-
-
-def train(trainee: Trainee, task: CaptionTask, steps: int) -> None:
-    """All steps of a run."""
-
-    def loss_of(*batch: torch.Tensor) -> torch.Tensor:
-        loss = task.output(trainee.model, *batch).loss
-        assert loss is not None
-        return loss
-
-    take_step = stepper(trainee, loss_of)
-    for step in range(steps):
-        take_step(learning_rate(step, steps, 1.0), *task.next_batch())
 
 
 def summary(rows: Sequence[Row]) -> str:

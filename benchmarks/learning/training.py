@@ -14,6 +14,7 @@ from torch import Tensor
 from arbitor.evaluate import bits_per_byte
 from arbitor.train.recorded import RecordedStep, can_record
 from arbitor.train.schedule import learning_rate
+from arbitor.train.task import Task
 from benchmarks.learning.contestants import Run, Trainee, build
 from benchmarks.learning.sizes import Size
 
@@ -61,6 +62,20 @@ def train(
         if after_step is not None:
             after_step(step + 1)
     return True
+
+
+def train_on(trainee: Trainee, task: Task, steps: int) -> None:
+    """All optimizer steps of a run on a task of `arbitor train`."""
+    trainee.model.train()
+
+    def loss_of(*batch: Tensor) -> Tensor:
+        loss = task.output(trainee.model, *batch).loss
+        assert loss is not None
+        return loss
+
+    take_step = stepper(trainee, loss_of, fixed_shapes=task.fixed_shapes)
+    for step in range(steps):
+        take_step(learning_rate(step, steps, 1.0), *task.next_batch())
 
 
 def stepper(

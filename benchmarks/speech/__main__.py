@@ -17,11 +17,10 @@ from arbitor.model import ARBModel
 from arbitor.speech import say
 from arbitor.train.audio_tasks import AudioTask, CodecTask, ListenTask, SpeakTask
 from arbitor.train.device import resolve_device
-from arbitor.train.schedule import learning_rate
 from benchmarks.common import RESULTS, commit, provenance, slug
 from benchmarks.learning.contestants import BETAS, WEIGHT_DECAY, Run, Trainee, build
 from benchmarks.learning.table import Row, Table
-from benchmarks.learning.training import stepper
+from benchmarks.learning.training import train_on
 from benchmarks.learning.twins import DenseLinear, FloatTable, make_twin
 from benchmarks.speech.recogniser import share_right, train_recogniser
 from benchmarks.speech.twins import replace_convolutions
@@ -120,9 +119,9 @@ def measure(
     trainee = build_pipeline(run, config.model, device)
     began = time.perf_counter()
     codec = CodecTask(config, corpus)
-    train(trainee, codec, options.codec_steps)
+    train_on(trainee, codec, options.codec_steps)
     learnt: AudioTask = ListenTask(config, corpus) if task == "listen" else SpeakTask(config, corpus)
-    train(trainee, learnt, options.steps)
+    train_on(trainee, learnt, options.steps)
     seconds = time.perf_counter() - began
     trainee.model.eval()
     measured = codec.evaluate(trainee.model, None, None)
@@ -163,20 +162,6 @@ def build_pipeline(run: Run, config: ModelConfig, device: torch.device) -> Train
     matrices = [m.weight for m in model.modules() if isinstance(m, DenseLinear | FloatTable)]
     parameters = [*matrices, *vectors]
     return Trainee(model, [AdamW(parameters, lr=run.lr, betas=BETAS, weight_decay=WEIGHT_DECAY)], parameters)
-
-
-def train(trainee: Trainee, task: AudioTask, steps: int) -> None:
-    """All steps on a task."""
-    trainee.model.train()
-
-    def loss_of(*batch: torch.Tensor) -> torch.Tensor:
-        loss = task.output(trainee.model, *batch).loss
-        assert loss is not None
-        return loss
-
-    take_step = stepper(trainee, loss_of, fixed_shapes=task.fixed_shapes)
-    for step in range(steps):
-        take_step(learning_rate(step, steps, 1.0), *task.next_batch())
 
 
 def read_back(

@@ -11,8 +11,9 @@ from arbitor.evaluate import Evaluation
 from arbitor.ternary import Int8Embedding
 from arbitor.ternary.tensor import TernaryScaleTensor
 from arbitor.train.task import CaptionTask
-from benchmarks.digits.__main__ import RATES, main, measure, next_run, summary, train
+from benchmarks.digits.__main__ import RATES, main, measure, next_run, summary
 from benchmarks.learning.contestants import Run, build
+from benchmarks.learning.training import train_on
 from benchmarks.learning.twins import DenseLinear, rms_norm
 
 CPU = torch.device("cpu")
@@ -55,7 +56,7 @@ def test_both_get_the_same_batches(digits):
             lambda _, args, kwargs: seen.append((args[0], kwargs["target_mask"])), with_kwargs=True
         )
         trainee.model.sidecars["image"].register_forward_pre_hook(lambda _, args: seen.append(args))
-        train(trainee, task, 2)
+        train_on(trainee, task, 2)
     for one, other in zip(seen[:4], seen[4:], strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 

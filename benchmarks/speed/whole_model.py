@@ -84,34 +84,37 @@ def few_tokens(device: Device, config: ModelConfig | None = None, steps: int = 2
             optimizer = VoteOptimizer(model, rule=rule, state="lean")
             if device.is_cuda:
                 torch.cuda.reset_peak_memory_stats(device.device)
-
-            def work(
-                batch: Sequence[Tensor], model: ARBModel = model, optimizer: VoteOptimizer = optimizer
-            ) -> dict[str, Tensor]:
-                loss = model(batch[0], targets=batch[0]).loss
-                assert loss is not None
-                optimizer.note_loss(loss)
-                loss.backward()
-                optimizer.apply()
-                return {"loss": loss}
-
-            take_step = RecordedStep(work, device.device) if can_record(model) else work
-
-            def step(
-                take: Callable[[Sequence[Tensor]], object] = take_step, optimizer: VoteOptimizer = optimizer
-            ) -> None:
-                optimizer.prepare()
-                take([torch.randint(0, 256, (1, FEW_TOKENS_CTX))])
-
+            step, eager_step = _steps_of_few_tokens(model, optimizer, device)
             figures[f"step, {rule} votes"] = 1e3 * seconds_of(step, device, warmup=5, repeats=steps)
             if rule == "spectral":
                 weights = audit(model, optimizer).trained_weights
                 figures["peak"] = peak_memory(device) / weights
-                eager = functools.partial(step, work)
-                figures["experts changed without tokens"] = _changed_without_tokens(model, optimizer, eager)
+                changed = _changed_without_tokens(model, optimizer, eager_step)
+                figures["experts changed without tokens"] = changed
         optimizer.detach()
-        del model, optimizer, step, take_step, work
+        del model, optimizer, step, eager_step
     return figures
+
+
+def _steps_of_few_tokens(
+    model: ARBModel, optimizer: VoteOptimizer, device: Device
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    """A step as `arbitor train` takes it, replayed where that is possible, and one that never is."""
+
+    def work(batch: Sequence[Tensor]) -> dict[str, Tensor]:
+        loss = model(batch[0], targets=batch[0]).loss
+        assert loss is not None
+        optimizer.note_loss(loss)
+        loss.backward()
+        optimizer.apply()
+        return {"loss": loss}
+
+    def step(take: Callable[[Sequence[Tensor]], object]) -> None:
+        optimizer.prepare()
+        take([torch.randint(0, 256, (1, FEW_TOKENS_CTX))])
+
+    take_step = RecordedStep(work, device.device) if can_record(model) else work
+    return functools.partial(step, take_step), functools.partial(step, work)
 
 
 def many_tokens(

@@ -13,18 +13,9 @@ from arbitor.ternary import VoteOptimizer, named_ternary
 from arbitor.ternary.audit import audit
 from arbitor.train.checkpoint import build_model
 from arbitor.train.task import framed
+from testing.small_run import MODEL
 
-SMALL = {
-    "dim": 40,
-    "num_prelude_layers": 1,
-    "num_heads": 2,
-    "head_dim": 8,
-    "rope_dim": 4,
-    "value_dim": 20,
-    "kv_latent_dim": 24,
-    "ffn_dim": 80,
-    "ctx": 16,
-}
+SMALL = {**MODEL, "ctx": 16}
 
 
 @pytest.mark.parametrize("rows", [0, 5])

@@ -21,10 +21,13 @@ RULES = ("spectral", "sinkhorn", "row", "sign")
 TSCALES = ("T4", "T6", "T8", "T16", "T32", "T64", "T96", "ROW")
 DEVICES = ("auto", "cpu", "cuda")
 AUDIO_TASKS = ("", "codec", "listen", "speak")
+VIDEO_TASKS = ("", "codec", "flow")
 
 MAX_MOTIF_TRITS = 15
 MEMORY_ROWS = 1 << 15  # rows of each hash table of a memory that is asked for without a size
 AUDIO_RATE = 8000  # samples a second of a model that is asked to hear
+VIDEO_SIZE = 16  # pixels a side of the clips of a model that is asked to draw them
+VIDEO_HEAD_DIM = 32  # width of a head of attention in the head that draws clips
 ENCODER_FIELDS = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio", "hidden_act", "layer_norm_eps"),
     *("image_size", "patch_size", "num_channels", "qkv_bias", "use_swiglu_ffn"),
@@ -162,6 +165,15 @@ class ModelConfig:
         audio_trits: Trits of a code, one of 3^k.
         image_encoder: Architecture of a frozen encoder ahead of the patch embedding, as a line of JSON (see
             `arbitor.sidecars.encoder`); empty is none.
+        video_size: Pixels a side of clips of video; 0 leaves the video sidecar out. A multiple of
+            `video_patch`.
+        video_frames: Frames of a clip, a multiple of `video_stride`.
+        video_channels: 1 for grey, 3 for colour.
+        video_patch: Pixels a side of a position of the latents.
+        video_stride: Frames of a position of the latents.
+        video_dim: Width of the autoencoder and of the head that draws clips, a multiple of 32.
+        video_layers: Blocks of that head.
+        video_ids: Ids of a caption that it reads, the EOS behind it among them.
     """
 
     vocab_size: int = 288
@@ -206,6 +218,14 @@ class ModelConfig:
     audio_codes: int = 4
     audio_trits: int = 5
     image_encoder: str = ""
+    video_size: int = 0
+    video_frames: int = 8
+    video_channels: int = 1
+    video_patch: int = 4
+    video_stride: int = 2
+    video_dim: int = 160
+    video_layers: int = 4
+    video_ids: int = 16
 
     @property
     def has_motifs(self) -> bool:
@@ -274,6 +294,26 @@ class ModelConfig:
             raise UserError("memory_over is 'motifs', but there are none; set motif_trits, or use 'bytes'")
         self._check_image()
         self._check_audio()
+        self._check_video()
+
+    def _check_video(self) -> None:
+        require_range(self, "video_size", 0, 1024)
+        require_range(self, "video_frames", 1, 1024)
+        require_range(self, "video_patch", 1, 1024)
+        require_range(self, "video_stride", 1, 1024)
+        if self.video_channels not in (1, 3):
+            raise UserError(f"video_channels must be 1 (grey) or 3 (colour), got {self.video_channels}")
+        for whole, part in (("video_size", "video_patch"), ("video_frames", "video_stride")):
+            if getattr(self, whole) % getattr(self, part):
+                raise UserError(
+                    f"{whole} {getattr(self, whole)} is no multiple of {part} {getattr(self, part)}; "
+                    "give sizes that divide"
+                )
+        require_range(self, "video_dim", VIDEO_HEAD_DIM, _WIDTH[1])
+        if self.video_dim % VIDEO_HEAD_DIM:
+            raise UserError(f"video_dim must be a multiple of {VIDEO_HEAD_DIM}, got {self.video_dim}")
+        require_range(self, "video_layers", 1, 1000)
+        require_range(self, "video_ids", 5, 1 << 16)
 
     def _check_audio(self) -> None:
         if self.audio_rate and (not 2000 <= self.audio_rate <= 384_000 or self.audio_rate % 200):
@@ -396,6 +436,8 @@ class DataConfig:
             little at random.
         audio_task: What a model with the audio sidecar learns from recordings: codec, listen (sound to text)
             or speak (text to sound); empty where the data is something else.
+        video_task: What a model with the video sidecar learns from clips: codec (pixels to latents and back)
+            or flow (captions to latents); empty where the data is something else.
         encoder: Folder or hub name that a new model's frozen image encoder takes its weights from.
     """
 
@@ -404,6 +446,7 @@ class DataConfig:
     field: str = "text"
     augment: bool = True
     audio_task: str = ""
+    video_task: str = ""
     encoder: str | None = None
 
     def __post_init__(self) -> None:
@@ -411,6 +454,7 @@ class DataConfig:
             object.__setattr__(self, "held_out", repr(self.held_out))  # `held_out = 0.1` in TOML
         settle_types(self)
         require_name("audio_task", self.audio_task, AUDIO_TASKS)
+        require_name("video_task", self.video_task, VIDEO_TASKS)
         for path in self.data:
             if not path:
                 raise UserError("data contains an empty path; give a file, a folder or a glob")

@@ -100,6 +100,7 @@ class ARBModel(nn.Module):
         enable_memory: bool | None = None,
         enable_vision: bool | None = None,
         enable_audio: bool | None = None,
+        enable_video: bool | None = None,
         **overrides: Any,
     ) -> None:
         """Makes a model with random trits, drawn from torch's global generator.
@@ -112,13 +113,16 @@ class ARBModel(nn.Module):
                 it out.
             enable_vision: the same for images: True adds the image sidecar.
             enable_audio: the same for sounds: True adds the audio sidecar and the head that speaks.
+            enable_video: the same for clips of video: True adds the video sidecar and the head that draws.
             overrides: fields of `ModelConfig` that replace the preset's or the configuration's.
 
         Raises:
             UserError: both preset and config, an unknown preset or field, or a bad value.
         """
         super().__init__()
-        self.config = config = _resolve(preset, config, enable_memory, enable_vision, enable_audio, overrides)
+        self.config = config = _resolve(
+            preset, config, enable_memory, enable_vision, enable_audio, enable_video, overrides
+        )
         place = torch.get_default_device() if device is None else torch.device(device)
         self.embed = Int8Embedding(config.vocab_size, config.dim, kind="embedding", device=place)
         self.sequencer = TextSequencer(config, place)
@@ -142,6 +146,11 @@ class ARBModel(nn.Module):
 
             self.sidecars["audio"] = AudioSequencer(config, place)
             self.heads["audio"] = TalkerHead(config, place)
+        if config.video_size:
+            from arbitor.sidecars.video import VideoSequencer, make_video_head
+
+            self.sidecars["video"] = VideoSequencer(config, place)
+            self.heads["video"] = make_video_head(config, place)
         self._metrics: dict[str, Tensor] = {}
         self.ledgers: weakref.WeakSet[KVLedger] = weakref.WeakSet()
 
@@ -304,6 +313,22 @@ class ARBModel(nn.Module):
         assert isinstance(head, TalkerHead)
         logits_BTQV, losses["audio"] = head.loss(h_BQD[:, text.end - 1 :], codes_BTQ, counts.to(self.device))
         return ARBOutput(logits_BTQV, self._weighted(losses, "audio"), losses)
+
+    def read(self, ids: Tensor) -> Tensor:
+        """The residual stream behind a text, [B, D], from which the head that draws clips takes its condition.
+
+        Args:
+            ids: integers [B, L], L >= 3, texts that end with the same id.
+
+        Raises:
+            UserError: shapes, types or ids that cannot be used.
+        """
+        ids_BL = self._checked(ids, "ids")
+        with self._autocast():
+            h_BND = self.sequencer(self.embed(ids_BL))
+            text = _Text(ids_BL, 0, h_BND.shape[1])
+            h_BND, _ = self._trunk(h_BND, 0, None, text)
+        return h_BND[:, -1].float()
 
     def part_metrics(self) -> dict[str, Tensor]:
         """Metrics of the last forward, scalars on the device; which ones depends on the parts there are.
@@ -523,6 +548,7 @@ def _resolve(
     enable_memory: bool | None,
     enable_vision: bool | None,
     enable_audio: bool | None,
+    enable_video: bool | None,
     overrides: dict[str, Any],
 ) -> ModelConfig:
     """The configuration that the constructor's arguments mean."""
@@ -545,4 +571,7 @@ def _resolve(
     if enable_audio is not None:
         rate = (config.audio_rate or presets.AUDIO_RATE) if enable_audio else 0
         config = dataclasses.replace(config, audio_rate=rate)
+    if enable_video is not None:
+        size = (config.video_size or presets.VIDEO_SIZE) if enable_video else 0
+        config = dataclasses.replace(config, video_size=size)
     return config

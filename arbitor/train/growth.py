@@ -11,7 +11,7 @@ from arbitor.model import ARBModel
 from arbitor.ternary import VoteOptimizer, named_ternary
 from arbitor.train.checkpoint import Checkpoint
 
-SIDECARS = {"image": "image_size", "audio": "audio_rate"}
+SIDECARS = {"image": "image_size", "audio": "audio_rate", "video": "video_size"}
 """What may be added, with the field of `ModelConfig` that says whether it is there."""
 
 

@@ -15,9 +15,6 @@ import torch
 from torch import Tensor
 
 from arbitor.config import RunConfig
-from arbitor.data import ByteCorpus
-from arbitor.data.audio import AudioCorpus
-from arbitor.data.images import ImageCorpus
 from arbitor.errors import UserError
 from arbitor.evaluate import Evaluation
 from arbitor.model import ARBModel
@@ -30,7 +27,7 @@ from arbitor.train.metrics import FIGURES, STEP_KEYS, MetricsLog, evaluation_key
 from arbitor.train.recorded import RecordedStep, can_record
 from arbitor.train.schedule import learning_rate
 from arbitor.train.signals import Interrupted, SignalGuard
-from arbitor.train.task import task_of
+from arbitor.train.task import Corpus, task_of
 
 LN2 = math.log(2.0)
 LAST_WINDOWS_PER_TRAINED = 10  # and windows, for each one trained on: a run of one step must not take hours
@@ -65,7 +62,7 @@ class Trainer:
     def __init__(
         self,
         config: RunConfig,
-        corpus: ByteCorpus | ImageCorpus | AudioCorpus,
+        corpus: Corpus,
         device: Device,
         checkpoint: Checkpoint | None = None,
         base: Checkpoint | None = None,
@@ -81,6 +78,8 @@ class Trainer:
                 self.model.take_encoder(config.data.encoder)
             if base is not None:
                 self.growth += graft_weights(self.model, base)
+            if (prepare := getattr(self.task, "prepare", None)) is not None:
+                prepare(self.model)
         else:
             _refuse_other_model(checkpoint, config)
             self.model = checkpoint.build_model(device.device)

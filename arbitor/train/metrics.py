@@ -39,6 +39,8 @@ FIGURES = {
     "bits_per_byte": "bits per byte",
     "bits_per_code": "bits per code",
     "log_mel_distance": "nats of log-mel distance",
+    "pixel_error": "of RMS error of pixels",
+    "velocity_loss": "of velocity loss",
 }
 
 

@@ -101,6 +101,12 @@ def describe_parts(model: ModelConfig) -> str:
         parts.append(
             f"sounds of {model.audio_rate:,} Hz in 50 x {model.audio_codes} codes ({bits:,.0f} bits) a second"
         )
+    if model.video_size:
+        side, times = model.video_size // model.video_patch, model.video_frames // model.video_stride
+        parts.append(
+            f"clips of {model.video_frames} frames of {model.video_size} x {model.video_size} in "
+            f"{times} x {side} x {side} latents"
+        )
     if model.image_size:
         side, patch = model.image_size, model.image_patch
         colour = "grey" if model.image_channels == 1 else "colour"
@@ -191,7 +197,7 @@ def show_end(
     }
     console.print()
     print_rows(console, rows)
-    is_text = not (config.model.image_size or config.model.audio_rate)
+    is_text = not (config.model.image_size or config.model.audio_rate or config.model.video_size)
     title = f"sample after {_as_text(prompt)!r}" if is_text else "of the first held-out ones"
     if is_text or sample:
         console.print(Text(f"\n{title}:", style="bold"))
@@ -210,7 +216,10 @@ def resume_command(run: Path) -> str:
 
 def _next_command(run: Path, config: RunConfig, prompt: bytes) -> str:
     """A command line that tries the run just made."""
-    if config.model.audio_rate:
+    if task := config.data.video_task:
+        command = "--sample TEXT --run" if task == "flow" else "--task flow --base"
+        return f"python training/diffusion.py {command} {shlex.quote(run.name)}"
+    if config.data.audio_task:
         what = {"codec": "--reconstruct FILE", "listen": "--hear FILE", "speak": "--say TEXT"}
         return f"python training/audio.py {what[config.data.audio_task]} --run {shlex.quote(run.name)}"
     if config.model.image_size:

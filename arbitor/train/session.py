@@ -14,10 +14,11 @@ from rich.console import Console
 
 from arbitor.config import RunConfig, dump_toml, load_config, override
 from arbitor.config import preset as preset_config
-from arbitor.data import ByteCorpus, open_corpus
-from arbitor.data.audio import AudioCorpus, open_audio
+from arbitor.data import open_corpus
+from arbitor.data.audio import open_audio
 from arbitor.data.contents import unused_field
-from arbitor.data.images import Geometry, ImageCorpus, open_images
+from arbitor.data.images import Geometry, open_images
+from arbitor.data.video import ClipGeometry, open_videos
 from arbitor.errors import UserError
 from arbitor.flags import flag_of, naming_flags
 from arbitor.ternary.optimizer import SIGN_LR, SIGN_THRESHOLD, STATES
@@ -30,7 +31,7 @@ from arbitor.train.loop import MAX_DROPPED_IN_A_ROW, Run, Trainer
 from arbitor.train.metrics import FIGURES, HELD_OUT, MetricsLog, refuse_busy
 from arbitor.train.plot import plot_loss
 from arbitor.train.signals import Interrupted, SignalGuard
-from arbitor.train.task import HELD_OUT_BYTES
+from arbitor.train.task import HELD_OUT_BYTES, Corpus
 from arbitor.train.tensorfile import NewerError
 
 FAILED = 1
@@ -134,7 +135,8 @@ def _grow(base: Checkpoint, settings: Mapping[str, Any], run: str | None, consol
     config = base.config
     with naming_flags(settings):
         # Other data than that of the base: its settings do not mean anything for other media.
-        grown = override(config, **{"data": (), "held_out": None, "field": "text", **settings})
+        others = {"data": (), "held_out": None, "field": "text", "audio_task": "", "video_task": ""}
+        grown = override(config, **{**others, **settings})
     device = resolve_device(grown.train.device)
     corpus = _open(grown, settings)
     new = runs.make_run(config.preset, run)
@@ -157,7 +159,7 @@ def _console() -> Console:
 def _resume(
     folder: Path,
     config: RunConfig,
-    corpus: ByteCorpus | ImageCorpus | AudioCorpus,
+    corpus: Corpus,
     device: Device,
     console: Console,
 ) -> int:
@@ -206,8 +208,13 @@ def _settled(config: RunConfig) -> RunConfig:
     return override(config, lr=lr, accum_threshold=threshold or train.accum_threshold)
 
 
-def _open(config: RunConfig, settings: Mapping[str, Any]) -> ByteCorpus | ImageCorpus | AudioCorpus:
-    data = config.data
+def _open(config: RunConfig, settings: Mapping[str, Any]) -> Corpus:
+    data, model = config.data, config.model
+    if data.video_task:
+        if not model.video_size:
+            raise UserError("video_task is set for a model without the video sidecar; set video_size as well")
+        clip = ClipGeometry(size=model.video_size, frames=model.video_frames, channels=model.video_channels)
+        return open_videos(data.data, data.held_out, clip)
     if data.audio_task:
         if not config.model.audio_rate:
             raise UserError("audio_task is set for a model without the audio sidecar; set audio_rate as well")
@@ -316,7 +323,7 @@ def _differences(checkpoint: Checkpoint, device: Device, threads: int) -> list[s
 def _train(
     folder: Path,
     config: RunConfig,
-    corpus: ByteCorpus | ImageCorpus | AudioCorpus,
+    corpus: Corpus,
     device: Device,
     log: MetricsLog,
     checkpoint: Checkpoint | None,

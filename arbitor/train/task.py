@@ -15,6 +15,7 @@ from arbitor.data import ByteCorpus, Sampler
 from arbitor.data.audio import AudioCorpus
 from arbitor.data.draw import ImageSampler
 from arbitor.data.images import ImageCorpus
+from arbitor.data.video import VideoCorpus
 from arbitor.evaluate import Evaluation, bits_per_byte, caption_figures
 from arbitor.model import ARBModel
 from arbitor.model.arb import ARBOutput
@@ -23,8 +24,10 @@ from arbitor.model.vocab import EOS, PAD
 
 if TYPE_CHECKING:
     from arbitor.train.audio_tasks import AudioTask
+    from arbitor.train.video_tasks import VideoTask
 
 HELD_OUT_BYTES = 1_000_000  # what the evaluation at the end reads at most
+Corpus = ByteCorpus | ImageCorpus | AudioCorpus | VideoCorpus
 SHOWN = 8  # held-out media whose captions are shown at the end
 
 
@@ -210,14 +213,16 @@ class CaptionTask:
         return min(len(caption) + 1, self.ctx - WINDOW)
 
 
-def task_of(
-    config: RunConfig, corpus: ByteCorpus | ImageCorpus | AudioCorpus
-) -> "TextTask | CaptionTask | AudioTask":
+def task_of(config: RunConfig, corpus: Corpus) -> "TextTask | CaptionTask | AudioTask | VideoTask":
     """The task that belongs to some data."""
     if isinstance(corpus, AudioCorpus):
         from arbitor.train.audio_tasks import AUDIO_TASKS
 
         return AUDIO_TASKS[config.data.audio_task](config, corpus)
+    if isinstance(corpus, VideoCorpus):
+        from arbitor.train.video_tasks import VIDEO_TASKS
+
+        return VIDEO_TASKS[config.data.video_task](config, corpus)
     return CaptionTask(config, corpus) if isinstance(corpus, ImageCorpus) else TextTask(config, corpus)
 
 

@@ -57,15 +57,15 @@ class ClipGeometry:
 
 
 class Clips(Protocol):
-    """Things that clips are made of, each with a caption.
+    """Things that clips are made of, each with a caption."""
 
-    Attributes:
-        geometry: of the clips.
-        captions: N texts as bytes.
-    """
+    @property
+    def geometry(self) -> ClipGeometry:
+        """Of the clips."""
 
-    geometry: ClipGeometry
-    captions: list[bytes]
+    @property
+    def captions(self) -> list[bytes]:
+        """N texts."""
 
     def __len__(self) -> int:
         """N."""
@@ -118,9 +118,10 @@ class Films:
 
 @dataclass(frozen=True, slots=True)
 class MovingDigits:
-    """Handwritten digits that move over black and bounce off the edges; every clip has one, named by its caption.
+    """Handwritten digits that move over black and bounce off the edges, one a clip, which the caption names.
 
-    Place and velocity follow from the bits; velocities are whole pixels a frame, -2 to 2 each way, not both 0.
+    Place and velocity follow from the bits; velocities are whole pixels a frame, -2 to 2 each way, not both
+    0.
 
     Attributes:
         geometry, captions: see `Clips`.
@@ -189,7 +190,8 @@ def open_videos(data: Sequence[str], held_out: str | None, geometry: ClipGeometr
 
     Args:
         data: folders, videos or their JSON Lines.
-        held_out: a path, the share to hold out (spread evenly), or how many of the last ones; None is a tenth.
+        held_out: a path, the share to hold out (spread evenly), or how many of the last ones; None is a
+            tenth.
         geometry: what every clip is made to fit.
 
     Raises:
@@ -244,8 +246,8 @@ def moving_digits(geometry: ClipGeometry) -> MovingDigits:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise UserError(
-            "the built-in clips are made of scikit-learn's digits: pip install 'arbitor[video]', or give your "
-            "own with --data"
+            "the built-in clips are made of scikit-learn's digits: pip install 'arbitor[video]', or give "
+            "your own with --data"
         ) from error
     digits = load_digits()
     pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
@@ -347,8 +349,8 @@ def _find(data: Sequence[str], geometry: ClipGeometry) -> _Found:
             _add_file(path, found)
         else:
             raise UserError(
-                f"{item!r} is no data of videos: give a folder of videos with captions, a .jsonl of video and "
-                f"text, or one of {', '.join(SUFFIXES)}"
+                f"{item!r} is no data of videos: give a folder of videos with captions, a .jsonl of video "
+                f"and text, or one of {', '.join(SUFFIXES)}"
             )
     return found
 

@@ -315,7 +315,7 @@ class ARBModel(nn.Module):
         return ARBOutput(logits_BTQV, self._weighted(losses, "audio"), losses)
 
     def read(self, ids: Tensor) -> Tensor:
-        """The residual stream behind a text, [B, D], from which the head that draws clips takes its condition.
+        """The residual stream behind a text, fp32 [B, D]: the condition of the head that draws clips.
 
         Args:
             ids: integers [B, L], L >= 3, texts that end with the same id.

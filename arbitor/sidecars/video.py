@@ -19,7 +19,7 @@ from arbitor.config import VIDEO_HEAD_DIM, ModelConfig
 from arbitor.errors import UserError
 from arbitor.model.ffn import after_squared_relu
 from arbitor.model.norm import rms_norm
-from arbitor.ternary import Int8Embedding, TernaryLinear
+from arbitor.ternary import Int8Embedding, Int8Vector, TernaryLinear
 from arbitor.ternary.stream import add_to_stream
 
 LATENT_CHANNELS = 16
@@ -103,7 +103,9 @@ class VideoAutoencoder(nn.Module):
         self.to_latent = TernaryLinear(dim, LATENT_CHANNELS, device=place)
         self.from_latent = TernaryLinear(LATENT_CHANNELS, dim, input_norm=False, device=place)
         self.decoder = nn.ModuleList(PatchBlock(dim, place) for _ in range(num_layers))
-        self.leave = TernaryLinear(dim, numbers, device=place)
+        # A linear of a normalised input has one magnitude; the gate lets a box keep to the bias, first black.
+        self.leave = TernaryLinear(dim, 2 * numbers, device=place)
+        self.bias = Int8Vector(numbers, fraction_bits=5, value=-1.0, device=place)
         for name, value in (("latent_mean", 0), ("latent_std", 1 << STANDARD_BITS)):
             constants = torch.full((LATENT_CHANNELS,), value, dtype=torch.int32, device=place)
             self.register_buffer(name, constants)
@@ -156,7 +158,7 @@ class VideoAutoencoder(nn.Module):
         return (pixels * 255).round_().clamp_(0, 255).to(torch.uint8)
 
     def loss(self, clips: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Mean square error of pixels (0 to 1 is black to white) of clips in latents and back; see `forward`."""
+        """Mean square error of pixels (1 is black to white) of clips in latents and back; see `forward`."""
         return F.mse_loss(self(clips, noise), clips.float() / 255)
 
     @torch.no_grad()
@@ -201,7 +203,9 @@ class VideoAutoencoder(nn.Module):
         h_BPD = self.from_latent(latents_BPK)
         for block in self.decoder:
             h_BPD = block(h_BPD)
-        x = self.leave(h_BPD).view(B, T, side, side, self.stride, self.channels, p, p)
+        x = (2 * gated(self.leave(h_BPD)) + self.bias()).view(
+            B, T, side, side, self.stride, self.channels, p, p
+        )
         x = x.permute(0, 1, 4, 5, 2, 6, 3, 7).reshape(B, self.frames, self.channels, self.size, self.size)
         return x / 2 + MIDDLE / 255
 
@@ -357,21 +361,12 @@ class VideoHead(nn.Module):
         """Prediction fp32 [B, 16, T, H, W] for x of variance 1."""
         c_BD = rms_norm(self.time_out(F.relu(self.time_in(time_waves(t))).square()).float())
         c_BD = c_BD + rms_norm(self.condition(condition).float())
-        h_BPD = self.embed(x.flatten(2).mT).float() + self._place_vectors(x.device) + c_BD[:, None]
+        h_BPD = self.embed(x.flatten(2).mT).float() + place_vectors(self.places) + c_BD[:, None]
         for block in self.blocks:
             h_BPD = block(h_BPD, c_BD)
         modulation = (MODULATION * self.modulate(c_BD).float())[:, None].chunk(2, dim=-1)
-        # A linear of a normalised input has one magnitude; the gate lets a prediction be small.
-        value_BPK, gate_BPK = self.leave(modulated(h_BPD, *modulation)).float().chunk(2, dim=-1)
-        return (value_BPK * gate_BPK.sigmoid()).mT.unflatten(2, self.latent_shape[1:])
-
-    def _place_vectors(self, device: torch.device) -> Tensor:
-        """fp32 [P, D]: the vectors of a position's time, row and column, added."""
-        times, rows, columns = (
-            table(torch.arange(size, device=device))
-            for table, size in zip(self.places, self.latent_shape[1:], strict=True)
-        )
-        return (times[:, None, None] + rows[:, None] + columns).flatten(0, 2)
+        rest_BPK = gated(self.leave(modulated(h_BPD, *modulation)).float())
+        return rest_BPK.mT.unflatten(2, self.latent_shape[1:])
 
 
 class VideoSequencer(nn.Module):
@@ -409,11 +404,7 @@ class VideoSequencer(nn.Module):
             UserError: another dtype or shape.
         """
         latents = self.codec.encode(clips)
-        times, rows, columns = (
-            table(torch.arange(table.num_embeddings, device=clips.device)) for table in self.places
-        )
-        places_PD = (times[:, None, None] + rows[:, None] + columns).flatten(0, 2)
-        return rms_norm(self.from_latent(latents.flatten(2).mT).float() + places_PD)
+        return rms_norm(self.from_latent(latents.flatten(2).mT).float() + place_vectors(self.places))
 
 
 def make_video_head(config: ModelConfig, device: torch.device | None = None) -> VideoHead:
@@ -449,6 +440,22 @@ def integrate(velocity: Callable[[Tensor, float], Tensor], x: Tensor, steps: int
 def modulated(h: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """rms_norm(h) (1 + scale) + shift."""
     return rms_norm(h) * (1 + scale) + shift
+
+
+def place_vectors(tables: nn.ModuleList) -> Tensor:
+    """fp32 [P, D]: the vectors of a position's time, row and column, added.
+
+    Args:
+        tables: three of `Int8Embedding`, of times, rows and columns.
+    """
+    times, rows, columns = (table(torch.arange(len(table.q), device=table.q.device)) for table in tables)
+    return (times[:, None, None] + rows[:, None] + columns).flatten(0, 2)
+
+
+def gated(h: Tensor) -> Tensor:
+    """The first half of the last dimension times the logistic function of the second."""
+    value, gate = h.chunk(2, dim=-1)
+    return value * gate.sigmoid()
 
 
 def time_waves(t: Tensor) -> Tensor:

@@ -448,7 +448,11 @@ def place_vectors(tables: nn.ModuleList) -> Tensor:
     Args:
         tables: three of `Int8Embedding`, of times, rows and columns.
     """
-    times, rows, columns = (table(torch.arange(len(table.q), device=table.q.device)) for table in tables)
+    vectors = []
+    for table in tables:
+        assert isinstance(table, Int8Embedding)
+        vectors.append(table(torch.arange(table.num_embeddings, device=table.q.device)))
+    times, rows, columns = vectors
     return (times[:, None, None] + rows[:, None] + columns).flatten(0, 2)
 
 

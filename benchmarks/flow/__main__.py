@@ -286,9 +286,9 @@ def summary(row: Row) -> str:
                 ("shuffled_distance", "frames out of order"),
             )
         ),
-        f"for scale: real training clips {row['training_distance']}, real ones in latents and back "
-        f"{row['coded_distance']}; the classifier names {100 * float(row['names_right']):.1f} % of the digits "
-        f"and {100 * float(row['velocities_right']):.1f} % of the velocities",
+        f"for scale: real training clips {row['training_distance']}, real ones in latents and "
+        f"back {row['coded_distance']}; the classifier names {100 * float(row['names_right']):.1f} % "
+        f"of the digits and {100 * float(row['velocities_right']):.1f} % of the velocities",
         f"goal: at most {GOAL:g} of the Gaussian and of frames out of order, in both",
     ]
     return "\n".join(lines)
@@ -323,7 +323,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dim", type=int, default=320, help="of the autoencoder and the flow's head")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--lr", type=float, default=0.05, help="of the flow, trits")
-    parser.add_argument("--codec-lr", type=float, default=0.02)
+    parser.add_argument("--codec-lr", type=float, default=0.05)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sampler", default="heun", choices=("euler", "heun"))
     parser.add_argument("--sample-steps", type=int, default=32)

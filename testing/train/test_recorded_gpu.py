@@ -14,6 +14,7 @@ from arbitor.train.checkpoint import load_checkpoint
 from arbitor.train.device import deterministic, resolve_device
 from arbitor.train.loop import Trainer
 from arbitor.train.recorded import WARM_UP, can_record
+from arbitor.video_command import main as video_main
 from testing.small_run import MODEL
 from testing.train.test_model_parts import PARTS
 
@@ -146,6 +147,8 @@ COMMANDS = {
     "codec": ["--task", "codec", *SOUNDS],
     "listen": ["--task", "listen", *SOUNDS],
     "speak": ["--task", "speak", *SOUNDS],
+    "video codec": ["--task", "codec", "--size", "8", "--frames", "4", "--dim", "32"],
+    "video flow": ["--task", "flow", "--size", "8", "--frames", "4", "--dim", "32"],
     "images": ["train", "--enable-vision", "--image-size", "8", "--image-patch", "4", "--ctx", "32"],
 }
 
@@ -154,7 +157,7 @@ COMMANDS = {
 def test_runs_on_media_are_the_same_with_and_without_replays(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("arbitor.data.audio._SYNTHETIC_COUNT", 30)
-    main = cli_main if name == "images" else audio_main
+    main = cli_main if name == "images" else video_main if name.startswith("video") else audio_main
     common = ["--steps", str(STEPS), "--batch", "4", "--eval-steps", "4", "--device", "cuda", "--run"]
     assert main([*COMMANDS[name], *common, "replayed"]) == 0
     monkeypatch.setattr("arbitor.train.loop.can_record", lambda model: False)

@@ -1,0 +1,100 @@
+"""The measurement of the flow: its baselines are what they claim, and the command leaves a row and sheets."""
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+
+from arbitor.data.video import ClipGeometry, MovingDigits
+from benchmarks.flow.__main__ import COLUMNS, main, summary
+from benchmarks.flow.baselines import Gaussian, shuffled
+from benchmarks.flow.features import FEATURES, ClipClassifier, frechet_distance, labelled
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def correlated(count, seed=0):
+    mixing = normal(6, 6, seed=9)
+    return (normal(count, 6, seed=seed) @ mixing + 2).view(count, 2, 3)
+
+
+def test_the_gaussian_guess_is_the_best_linear_one():
+    """No linear function of x_t, fitted to the very data by least squares, has a smaller loss."""
+    data, noise = correlated(20_000), normal(20_000, 2, 3, seed=1)
+    for time in (0.1, 0.5, 0.9):
+        x_t = (1 - time) * noise + time * data
+        guess = Gaussian.of(data, full=True).velocity(x_t, torch.full((20_000,), time))
+        known = torch.cat([x_t.flatten(1), torch.ones(20_000, 1)], dim=1)
+        target = (data - noise).flatten(1)
+        fitted = known @ torch.linalg.lstsq(known, target).solution
+        loss, best = ((g.flatten(1) - target).square().mean() for g in (guess, fitted))
+        assert float(loss) == pytest.approx(float(best), rel=0.01)
+        apart = Gaussian.of(data, full=False).velocity(x_t, torch.full((20_000,), time))
+        assert (apart - (data - noise)).square().mean() > 1.05 * loss
+
+
+def test_samples_of_a_gaussian_have_its_covariance():
+    data = correlated(20_000)
+    for full in (True, False):
+        drawn = Gaussian.of(data, full).sample(normal(20_000, 2, 3, seed=2)).flatten(1)
+        wanted = torch.cov(data.flatten(1).mT)
+        wanted = wanted if full else wanted.diag().diag()
+        assert (torch.cov(drawn.mT) - wanted).abs().max() < 0.05 * wanted.abs().max()
+        assert (drawn.mean(dim=0) - 2).abs().max() < 0.1
+
+
+def test_shuffled_clips_have_the_same_frames_in_another_order():
+    clips = torch.arange(5 * 4).view(5, 4, 1)
+    mixed = shuffled(clips, 0)
+    assert torch.equal(mixed.sort(dim=1).values, clips)
+    assert (mixed != clips).any(dim=1).all()
+    assert torch.equal(mixed, shuffled(clips, 0))
+    assert torch.equal(shuffled(clips[:, :1], 0), clips[:, :1])
+
+
+def test_frechet_distance_of_known_gaussians():
+    features = normal(50_000, 4)
+    assert frechet_distance(features, features) == pytest.approx(0, abs=1e-6)
+    # Means 3 apart, and standard deviations of 1 and 2 in all four directions.
+    assert frechet_distance(features, 2 * features + 3 / 2) == pytest.approx(4 * 1.5**2 + 4 * 1, rel=0.02)
+
+
+def test_features_and_labels_of_clips():
+    geometry = ClipGeometry(size=16, frames=8, channels=1)
+    digits = MovingDigits(geometry, [b"three", b"nine"], np.full((2, 8, 8), 9, dtype=np.uint8))
+    clips, names, ways = labelled(digits, 64, 0, 0)
+    assert clips.shape == (64, 8, 1, 16, 16)
+    assert set(names.tolist()) == {3, 9}
+    assert set(ways.tolist()) <= set(range(25)) - {12}
+    assert ClipClassifier(8, 1, 16)(clips).shape == (64, FEATURES)
+    assert ClipClassifier(6, 3, 20)(torch.zeros(2, 6, 3, 20, 20)).shape == (2, FEATURES)
+
+
+def test_the_command_measures_and_goes_on_where_it_was_stopped(tmp_path, capsys):
+    pytest.importorskip("sklearn", reason="scikit-learn (extra `video`) is not installed")
+    command = [
+        *("--steps", "2", "--codec-steps", "2", "--batch", "8", "--dim", "32", "--layers", "1"),
+        *("--clips", "128", "--classifier-steps", "2", "--sample-steps", "1", "--sampler", "euler"),
+        *("--device", "cpu", "--results", str(tmp_path / "results"), "--work", str(tmp_path / "work")),
+        *("--commit", "c"),
+    ]  # fmt: skip
+    for _ in range(3):  # a step of the autoencoder, its other step and one of the flow
+        assert main([*command, "--minutes", "0"]) == 75
+    assert not (tmp_path / "results").exists()
+    assert main(command) == 0
+    with open(tmp_path / "results/flow-cpu.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert tuple(row) == COLUMNS
+    assert float(row["velocity_loss"]) > float(row["gaussian_loss"]) > 0
+    assert float(row["independent_gaussian_loss"]) > float(row["gaussian_loss"])
+    assert float(row["training_distance"]) < float(row["gaussian_distance"])
+    for ending in ("png", "gif"):
+        assert (tmp_path / f"results/flow-cpu.{ending}").is_file()
+    out = capsys.readouterr().out
+    assert summary(row) in out
+    assert main(command) == 0
+    assert "step" not in capsys.readouterr().out.splitlines()[0]
+    assert main([*command, "--clips", "5"]) == 2

@@ -1,0 +1,143 @@
+"""training/diffusion.py: both parts of the default run, resuming, growing, drawing, and what is refused."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from arbitor.train.checkpoint import load
+from arbitor.train.metrics import read_metrics
+from arbitor.video_command import main
+
+pytest.importorskip("sklearn", reason="scikit-learn (extra `video`) is not installed")
+
+SIZES = ["--size", "8", "--frames", "4", "--dim", "32", "--layers", "1"]
+FEW = [
+    *("--batch", "4", "--eval-steps", "5", "--eval-interval", "2", "--save-interval", "2", "--device", "cpu"),
+]  # fmt: skip
+SMALL = ["--steps", "3", *SIZES, *FEW]
+FIGURES = {"codec": "pixel_error", "flow": "velocity_loss"}
+
+
+@pytest.fixture(autouse=True)
+def _workplace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("arbitor.train.video_tasks.STANDARD_CLIPS", 16)
+
+
+def files(run):
+    folder = f"runs/{run}/latest"
+    names = ("model.safetensors", "optimizer.safetensors", "state.json", "config.toml")
+    return {name: open(f"{folder}/{name}", "rb").read() for name in names}
+
+
+def test_without_a_task_the_autoencoder_is_trained_and_then_the_flow(tmp_path, capsys):
+    assert main([*SMALL, "--codec-steps", "2", "--run", "clips"]) == 0
+    runs = tmp_path / "runs"
+    assert sorted(path.name for path in runs.iterdir()) == ["clips", "clips-codec"]
+    for run, figure, steps in (("clips-codec", "pixel_error", 2), ("clips", "velocity_loss", 3)):
+        summary = json.loads((runs / run / "summary.json").read_text())
+        assert summary["figure"] == figure
+        assert summary["steps"] == steps
+        assert summary[f"held_out_{figure}"] > 0
+        assert (runs / run / "loss.png").is_file()
+    assert [path.name for path in (runs / "clips-codec/samples").iterdir()] == ["given-and-coded.png"]
+    assert sorted(path.name for path in (runs / "clips/samples").iterdir()) == [
+        *("drawn.gif", "drawn.png", "drawn.txt")
+    ]
+    with Image.open(runs / "clips/samples/drawn.gif") as playing:
+        assert playing.n_frames == 4
+    before, after = load("runs/clips-codec").state_dict(), load("runs/clips").state_dict()
+    kept = [name for name in before if ".codec." in name and "latent_" not in name]
+    assert kept
+    assert all((before[name] == after[name]).all() for name in kept)
+    assert (after["sidecars.video.codec.latent_std"] != 1 << 12).any()
+    assert any((before[name] != after[name]).any() for name in before if name.startswith("heads.video"))
+    out = capsys.readouterr().out
+    assert "next: python training/diffusion.py --sample TEXT --run clips" in out
+    assert main([*SMALL, "--codec-steps", "2", "--run", "clips"]) == 2
+    assert "exists" in capsys.readouterr().err
+    assert main([*SMALL, "--codec-steps", "2", "--run", "clips", "--reset"]) == 0
+
+
+@pytest.mark.parametrize("task", FIGURES)
+def test_both_tasks_resume_bit_for_bit(task, tmp_path, monkeypatch):
+    from arbitor.train.loop import Run
+
+    assert main(["--task", task, *SMALL, "--run", "whole"]) == 0
+    lines = list(read_metrics(tmp_path / "runs/whole/metrics.jsonl"))
+    assert [line["step"] for line in lines if f"held_out_{FIGURES[task]}" in line] == [2, 3]
+    assert sum("loss" in line for line in lines) == 3
+    take = Run._take_step
+
+    def take_and_stop(self):
+        take(self)
+        self.guard.received = 15
+
+    monkeypatch.setattr(Run, "_take_step", take_and_stop)
+    for step in range(1, 3):
+        given = ["--task", task, *SMALL] if step == 1 else ["--resume"]
+        assert main([*given, "--run", "parts"]) != 0
+    monkeypatch.setattr(Run, "_take_step", take)
+    assert main(["--resume", "--run", "parts"]) == 0
+    assert files("parts") == files("whole")
+    assert main(["--resume", "--run", "parts"]) == 0  # finished: nothing to do
+
+
+def test_clips_are_drawn_with_a_run(tmp_path, capsys):
+    assert main(["--task", "flow", *SMALL, "--run", "f"]) == 0
+    draw = ["--sample", "one", "two", "--seed", "1"]
+    few = ["--count", "3", "--sample-steps", "2"]
+    assert main([*draw, *few, "--out", "a.png", "--run", "f"]) == 0
+    assert Image.open("a.png").size == (4 * 4 * 9, 4 * 6 * 9)
+    assert main([*draw, *few, "--out", "b.png", "--sampler", "euler"]) == 0  # the newest run
+    assert main([*draw, *few, "--out", "c.png", "--guidance", "2"]) == 0
+    pictures = [(tmp_path / f"{name}.png").read_bytes() for name in "abc"]
+    assert len(set(pictures)) == 3
+    assert main([*draw, *few, "--out", "d.png"]) == 0
+    assert (tmp_path / "d.png").read_bytes() == pictures[0]
+    capsys.readouterr()
+    for wrong, why in (
+        (["--out", "a.mp4"], "must end in .gif or .png"),
+        (["--count", "0"], "at least 1"),
+        (["--sample-steps", "0"], "at least one step"),
+        (["--task", "flow"], "without training"),
+    ):
+        assert main([*draw, *wrong]) == 2
+        assert why in capsys.readouterr().err
+
+
+def test_a_text_run_grows_into_one_that_draws(tmp_path):
+    from arbitor import cli
+
+    (tmp_path / "data.txt").write_text("some text to learn from, again and again\n" * 200)
+    few = ["--steps", "2", "--batch", "4", "--eval-steps", "4", "--device", "cpu"]
+    assert cli.main(["train", "--data", "data.txt", *few, "--run", "text"]) == 0
+    assert main(["--base", "text", "--task", "codec", *SMALL, "--run", "codec"]) == 0
+    assert main(["--base", "codec", "--steps", "2", "--run", "flow"]) == 0
+    summary = json.loads((tmp_path / "runs/flow/summary.json").read_text())
+    assert summary["figure"] == "velocity_loss"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["--data", "nothing"], "no such file or folder"),
+        (["--size", "10"], "no multiple of video_patch"),
+        (["--dim", "40"], "multiple of 32"),
+        (["--task", "sing"], "sing"),
+        (["--base", "none"], "there is no run"),
+        (["--sample", "x", "--run", "none"], "there is no run"),
+        (["--no-save"], "checkpoint"),
+        (["--reset"], "name it with --run"),
+        (["--task", "codec", "--codec-steps", "3"], "leave it out"),
+        (["--caption-ids", "2"], "--video-ids must be"),
+        (["--batch", "0"], "batch"),
+    ],
+)
+def test_bad_arguments_are_one_line_and_leave_nothing(arguments, why, tmp_path, capsys):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("arbitor: error: ")
+    assert why in error
+    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").iterdir())

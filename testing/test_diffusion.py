@@ -1,10 +1,12 @@
 """training/diffusion.py: both parts of the default run, resuming, growing, drawing, and what is refused."""
 
+import functools
 import json
 
 import pytest
 from PIL import Image
 
+from arbitor.drawing import draw
 from arbitor.train.checkpoint import load
 from arbitor.train.metrics import read_metrics
 from arbitor.video_command import main
@@ -23,6 +25,7 @@ FIGURES = {"codec": "pixel_error", "flow": "velocity_loss"}
 def _workplace(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("arbitor.train.video_tasks.STANDARD_CLIPS", 16)
+    monkeypatch.setattr("arbitor.train.video_tasks.draw", functools.partial(draw, steps=1))
 
 
 def files(run):

@@ -40,6 +40,7 @@ COLUMNS = (
 )
 KEY = COLUMNS[:11]
 GOAL = 0.5
+GAUSSIAN_CLIPS = 4096  # that the Gaussians are fitted to
 CODED_AT_A_TIME = 256
 
 
@@ -167,7 +168,7 @@ def trained(
 def losses(model: ARBModel, task: FlowTask) -> dict[str, float]:
     """Mean square errors of the velocity on the held-out clips, by the names of `LOSSES`."""
     codec, head = autoencoder_of(model), video_head_of(model)
-    latents = coded(model, random_clips(task.corpus.train, 4096, 1))
+    latents = coded(model, random_clips(task.corpus.train, GAUSSIAN_CLIPS, 1))
     gaussians = {
         "gaussian_loss": Gaussian.of(latents, full=True),
         "independent_gaussian_loss": Gaussian.of(latents, full=False),
@@ -208,7 +209,7 @@ def distances(
 
     real = random_clips(corpus.held_out, count, 2)
     other = random_clips(corpus.held_out, count, 3)
-    gaussian = Gaussian.of(coded(model, random_clips(corpus.train, 4096, 1)), full=True)
+    gaussian = Gaussian.of(coded(model, random_clips(corpus.train, GAUSSIAN_CLIPS, 1)), full=True)
     noise = torch.randn((count, *codec.latent_shape), generator=torch.Generator().manual_seed(4)).to(device)
     sets = {
         "drawn_distance": drawn(model, corpus.held_out, options),

@@ -13,6 +13,7 @@ from arbitor.errors import UserError
 CODEC_STEPS = 300
 FLOW_STEPS = 400
 BATCH = 32
+FLOW_RATE = 0.5  # of the usual peak learning rate of a state
 CAPTION_IDS = 64  # of one's own captions; the names of digits are shorter
 
 
@@ -115,7 +116,7 @@ def diffusion(
     state
         What training keeps: full 2.3, compact 1.8 or lean 1.2 bytes a weight.
     lr
-        Peak learning rate in trits per step; default by state.
+        Peak learning rate in trits per step; default by state, half of that for the flow.
     seed
         Seed of weights, data order, noise and rounding.
     device
@@ -172,14 +173,27 @@ def diffusion(
         if no_save:
             raise UserError("--no-save: the flow begins with the autoencoder's checkpoint; leave it out")
         return _train_both(settings, preset, run, reset, codec_steps)
-    settings = _defaults({"video_task": "flow", **settings}, base)
+    settings = _defaults({"video_task": "flow", **settings}, base, preset)
     return start_training(settings, preset=preset, run=run, reset=reset, base=base)
 
 
-def _defaults(settings: dict[str, Any], base: str | None) -> dict[str, Any]:
+def _defaults(settings: dict[str, Any], base: str | None, preset: str | None) -> dict[str, Any]:
     """The settings of one task, with what follows from the data and the task."""
+    from arbitor.config import load_config
+    from arbitor.config import preset as preset_config
+    from arbitor.ternary.optimizer import STATES
+    from arbitor.train import runs
+
+    if base is None:
+        start = preset_config(preset or "tiny")
+    else:
+        start = load_config(runs.find_checkpoint(base) / runs.CONFIG_FILE)
     flow = settings["video_task"] == "flow"
-    usual: dict[str, Any] = {"steps": FLOW_STEPS if flow else CODEC_STEPS}
+    rate = STATES[settings.get("state", start.train.state)].lr
+    usual: dict[str, Any] = {
+        "steps": FLOW_STEPS if flow else CODEC_STEPS,
+        "lr": rate * FLOW_RATE if flow else rate,
+    }
     if base is None:
         from arbitor.config import VIDEO_SIZE
 
@@ -215,13 +229,13 @@ def _train_both(
     ahead = {name: value for name, value in settings.items() if name != "steps"}
     if codec_steps is not None:
         ahead["steps"] = codec_steps
-    ahead = _defaults({"video_task": "codec", **ahead}, None)
+    ahead = _defaults({"video_task": "codec", **ahead}, None, preset)
     code = start_training(ahead, preset=preset, run=codec, reset=reset)
     if code:
         return code
     if reset and runs.run_path(run).exists():
         runs.remove_run(runs.run_path(run))
-    behind = _defaults({"video_task": "flow", **settings}, codec)
+    behind = _defaults({"video_task": "flow", **settings}, codec, None)
     return start_training(behind, run=run, base=codec)
 
 

@@ -6,6 +6,7 @@ import json
 import pytest
 from PIL import Image
 
+from arbitor.config import load_config
 from arbitor.drawing import draw
 from arbitor.train.checkpoint import load
 from arbitor.train.metrics import read_metrics
@@ -50,6 +51,8 @@ def test_without_a_task_the_autoencoder_is_trained_and_then_the_flow(tmp_path, c
     ]
     with Image.open(runs / "clips/samples/drawn.gif") as playing:
         assert playing.n_frames == 4
+    rates = [load_config(runs / run / "config.toml").train.lr for run in ("clips-codec", "clips")]
+    assert rates == [0.05, 0.025]
     before, after = load("runs/clips-codec").state_dict(), load("runs/clips").state_dict()
     kept = [name for name in before if ".codec." in name and "latent_" not in name]
     assert kept

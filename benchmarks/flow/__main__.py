@@ -323,7 +323,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--dim", type=int, default=320, help="of the autoencoder and the flow's head")
     parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--lr", type=float, default=0.05, help="of the flow, trits")
+    parser.add_argument("--lr", type=float, default=0.025, help="of the flow, trits")
     parser.add_argument("--codec-lr", type=float, default=0.05)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sampler", default="heun", choices=("euler", "heun"))

@@ -29,7 +29,7 @@ from arbitor.train.growth import added_sidecars
 from arbitor.train.loop import MAX_DROPPED_IN_A_ROW, Run, Trainer
 from arbitor.train.metrics import FIGURES, HELD_OUT, MetricsLog, refuse_busy
 from arbitor.train.plot import plot_loss
-from arbitor.train.signals import Interrupted, SignalGuard
+from arbitor.train.signals import Interrupted, SignalGuard, unwinding
 from arbitor.train.task import HELD_OUT_BYTES
 from arbitor.train.tensorfile import NewerError
 
@@ -113,14 +113,7 @@ def start_training(
     if run is not None and reset and runs.run_path(run).exists():
         refuse_busy(runs.run_path(run))
         runs.remove_run(runs.run_path(run))
-    folder = runs.make_run(config.preset, run)
-    try:
-        with contextlib.closing(MetricsLog(folder)) as log:
-            swap.write_file(folder / runs.CONFIG_FILE, dump_toml(config))
-            return _train(folder, config, corpus, device, log, None, console)
-    except BaseException:
-        runs.remove_if_untrained(folder)  # what never took a step shall not keep the name
-        raise
+    return _train_new(config, corpus, device, console, run)
 
 
 def _refuse_other_settings(base: str, preset: str | None, config_file: str | None) -> None:
@@ -137,14 +130,41 @@ def _grow(base: Checkpoint, settings: Mapping[str, Any], run: str | None, consol
         grown = override(config, **{"data": (), "held_out": None, "field": "text", **settings})
     device = resolve_device(grown.train.device)
     corpus = _open(grown, settings)
-    new = runs.make_run(config.preset, run)
-    try:
-        with contextlib.closing(MetricsLog(new)) as log:
-            swap.write_file(new / runs.CONFIG_FILE, dump_toml(grown))
-            return _train(new, grown, corpus, device, log, None, console, base)
-    except BaseException:
-        runs.remove_if_untrained(new)
-        raise
+    return _train_new(grown, corpus, device, console, run, base)
+
+
+def _train_new(
+    config: RunConfig,
+    corpus: ByteCorpus | ImageCorpus | AudioCorpus,
+    device: Device,
+    console: Console,
+    run: str | None,
+    base: Checkpoint | None = None,
+) -> int:
+    _refuse_too_large(config, device)
+    with unwinding():
+        folder = runs.make_run(config.preset, run)
+        try:
+            with contextlib.closing(MetricsLog(folder)) as log:
+                swap.write_file(folder / runs.CONFIG_FILE, dump_toml(config))
+                return _train(folder, config, corpus, device, log, None, console, base)
+        except BaseException:
+            runs.remove_if_untrained(folder)  # what never took a step shall not keep the name
+            raise
+
+
+def _refuse_too_large(config: RunConfig, device: Device) -> None:
+    """Raise UserError if the embeddings of a micro-batch alone exceed what there is.
+
+    A kernel that promises more memory than it has ends a process without a word, so this is asked ahead.
+    """
+    needed = config.train.batch * config.model.ctx * config.model.dim * 2  # bf16, or more
+    if needed > (there := device.total_memory()):
+        raise UserError(
+            f"--batch {config.train.batch} with a context of {config.model.ctx} needs more than "
+            f"{format_bytes(needed)}, and {device.name} has {format_bytes(there)}; a smaller --batch with a "
+            "larger --accum needs less"
+        )
 
 
 def _console() -> Console:

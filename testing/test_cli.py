@@ -168,7 +168,7 @@ def test_bad_names_of_runs(refused):
 
 
 def test_a_batch_that_no_machine_holds(refused):
-    refused([*TRAIN, "--batch", "999999999999", "--run", "large"], "--batch 999999999999", "--accum")
+    refused([*TRAIN, "--batch", "2147483648", "--run", "large"], "--batch 2147483648", "--accum")
 
 
 def test_a_reset_with_bad_data_deletes_nothing(refused):

@@ -34,6 +34,7 @@ from arbitor.model.ledger import KVLedger
 from arbitor.model.memgram import MemGram
 from arbitor.model.router import MODALITIES, OutputRouter
 from arbitor.model.sequencer import WINDOW, TextSequencer
+from arbitor.model.vocab import PAD
 from arbitor.model.vq import VQBridge
 from arbitor.ternary import Int8Embedding, VoteOptimizer, runtime
 
@@ -275,7 +276,8 @@ class ARBModel(nn.Module):
             ledger: earlier positions, to which these are appended; no gradient is recorded.
 
         Returns:
-            With `counts`: logits fp32 [B, T + 1, Q, V + 1] and losses, "audio" in nats per code. Without: as
+            With `counts`: logits fp32 [B, T + 1, Q, V + 1] and losses, "audio" in nats per code; with a
+            router, its logits of all positions and its loss: bytes of the text, and codes. Without: as
             logits the residual stream [B, D] of the last position, which `heads["audio"].draw` takes.
 
         Raises:
@@ -302,8 +304,17 @@ class ARBModel(nn.Module):
         assert text is not None
         head = self.heads["audio"]
         assert isinstance(head, TalkerHead)
-        logits_BTQV, losses["audio"] = head.loss(h_BQD[:, text.end - 1 :], codes_BTQ, counts.to(self.device))
-        return ARBOutput(logits_BTQV, self._weighted(losses, "audio"), losses)
+        count_B = counts.to(self.device)
+        logits_BTQV, losses["audio"] = head.loss(h_BQD[:, text.end - 1 :], codes_BTQ, count_B)
+        modalities_BQC = None
+        if self.router is not None:
+            # Ahead of the sound the text's ids follow; PAD, which comes ahead of the text, is not predicted.
+            text_BN = torch.where(text.ids_BL[:, WINDOW:] == PAD, NOT_COUNTED, MODALITIES.index("text"))
+            time_T = torch.arange(codes_BTQ.shape[1] + 1, device=self.device)
+            sound_BT = torch.where(time_T <= count_B[:, None], MODALITIES.index("audio"), NOT_COUNTED)
+            modalities_BQC = self.router(h_BQD)
+            losses["router"] = self._routed(modalities_BQC, torch.cat([text_BN, sound_BT], dim=1))
+        return ARBOutput(logits_BTQV, self._weighted(losses, "audio"), losses, modalities_BQC)
 
     def part_metrics(self) -> dict[str, Tensor]:
         """Metrics of the last forward, scalars on the device; which ones depends on the parts there are.
@@ -455,9 +466,13 @@ class ARBModel(nn.Module):
             # A prefix has no head that predicts it, so only the text's rows have a modality to learn.
             modality_BN = torch.full_like(targets_BN, MODALITIES.index("text"))
             modality_BN = modality_BN.masked_fill(targets_BN == NOT_COUNTED, NOT_COUNTED)
-            losses["router"], accuracy = OutputRouter.loss(done.modalities[:, :-1], modality_BN)
-            self._metrics["router_accuracy"] = accuracy
+            losses["router"] = self._routed(done.modalities[:, :-1], modality_BN)
         return losses
+
+    def _routed(self, modalities_BNC: Tensor, modality_BN: Tensor) -> Tensor:
+        """The router's loss, and its accuracy among the metrics; see `OutputRouter.loss`."""
+        loss, self._metrics["router_accuracy"] = OutputRouter.loss(modalities_BNC, modality_BN)
+        return loss
 
     def _weighted(self, losses: dict[str, Tensor], main: str = "text") -> Tensor:
         """Sum of the losses, each times its weight; that of `main` has 1."""

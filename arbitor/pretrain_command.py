@@ -11,8 +11,6 @@ from arbitor.config import MIXED, RunConfig, load_config
 from arbitor.errors import UserError
 
 DEFAULT_WEIGHTS = {"text": 4.0, "code": 4.0, "image": 1.0, "audio": 1.0}
-SIDECARS = {"image": "image_size", "audio": "audio_rate"}  # with the field that says whether it is there
-HUB_RATE = 16_000  # samples a second of recordings on the hub, of which none is looked at beforehand
 
 
 @app.command(name="pretrain", show=False)
@@ -88,9 +86,9 @@ def pretrain(
     code_data
         The same; default the standard library's sources.
     image_data
-        Folders of images with captions, .jsonl or IDX files; default scikit-learn's handwritten digits.
+        Folders of images with captions, .jsonl or IDX files, or a data set of the hub; default scikit-learn's handwritten digits.
     audio_data
-        Folders, .tar archives, .jsonl or audio files; default synthesised sounds.
+        Folders, .tar archives, .jsonl or audio files, or a data set of the hub; default synthesised sounds.
     text_weight
         How often text is drawn, relative to the other weights; default 4, 0 leaves it out.
     code_weight
@@ -308,7 +306,7 @@ def _sidecars(
 
         grows = True
         data = settings.get("audio_data", ())
-        rate = HUB_RATE if any(item.startswith("hf:") for item in data) else default_rate(data)
+        rate = default_rate(data)
         settings["audio_rate"] = settings["audio_samples"] = rate
     if audio_seconds is not None:
         if not 0.05 <= audio_seconds <= 3600:

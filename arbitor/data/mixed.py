@@ -7,9 +7,11 @@ from typing import Any
 
 from arbitor.config import RunConfig
 from arbitor.data.audio import open_audio
-from arbitor.data.corpus import open_corpus
+from arbitor.data.corpus import ByteCorpus, open_corpus
 from arbitor.data.docstrings import open_docstrings
+from arbitor.data.documents import HubDocuments, open_hub_corpus
 from arbitor.data.holding_out import exact_share, spelled_number
+from arbitor.data.hub import is_hub
 from arbitor.data.images import Geometry, open_images
 from arbitor.errors import UserError
 
@@ -23,6 +25,19 @@ class MixCorpus:
     """
 
     parts: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class HubText:
+    """A data set of the hub.
+
+    Attributes:
+        corpus: what is held out.
+        documents: what is learnt from.
+    """
+
+    corpus: ByteCorpus
+    documents: HubDocuments
 
 
 def open_mix(config: RunConfig) -> MixCorpus:
@@ -69,6 +84,10 @@ def _spelled(share: Fraction | None) -> str | None:
 
 
 def _open_bytes(config: RunConfig, data: Sequence[str], share: Fraction | None) -> Any:
+    if any(map(is_hub, data)):
+        if len(data) > 1:
+            raise UserError("a data set of the hub stands alone: give one, or files without it")
+        return HubText(*open_hub_corpus(data[0], config.model.ctx))
     return open_corpus(data, _spelled(share), config.data.field, min_bytes=config.model.ctx)
 
 

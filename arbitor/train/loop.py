@@ -156,7 +156,7 @@ class Trainer:
                 losses.setdefault(name, []).append(loss.detach())
         self.optimizer.apply()
         # Not every micro-batch has every loss where the data is mixed.
-        means = {name: sum(loss / len(parts) for loss in parts) for name, parts in losses.items()}
+        means = {name: _mean(parts) for name, parts in losses.items()}
         return means | self.model.part_metrics() | {"ok": self.optimizer.last_step_ok}
 
     @property
@@ -458,6 +458,12 @@ class Run:
         if self._saved_step != self.trainer.step:
             self.save("latest", keep_previous=True)
             self._saved_step = self.trainer.step
+
+
+def _mean(losses: Sequence[Tensor]) -> Tensor:
+    """That of some scalars, each divided ahead of the sum, as the step's loss is."""
+    first, *others = (loss / len(losses) for loss in losses)
+    return sum(others, first)
 
 
 def _refuse_other_model(checkpoint: Checkpoint, config: RunConfig) -> None:

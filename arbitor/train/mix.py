@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from arbitor.config import RunConfig
-from arbitor.data.mixed import MixCorpus
+from arbitor.data import ByteCorpus
+from arbitor.data.documents import Documents, DocumentSampler, Stretches
+from arbitor.data.mixed import HubText, MixCorpus
 from arbitor.data.sampler import random_bits
 from arbitor.errors import UserError
 from arbitor.evaluate import Evaluation
@@ -32,7 +34,7 @@ from arbitor.sidecars.audio import levelled
 from arbitor.speech import codec_of
 from arbitor.train.audio_tasks import SpeakTask
 from arbitor.train.metrics import FIGURES
-from arbitor.train.task import HELD_OUT_BYTES, CaptionTask, Task, TextTask
+from arbitor.train.task import CaptionTask, Task, TextTask
 
 _MIX_KEY = 0x317
 MAIN = "mixed"
@@ -40,42 +42,93 @@ ROUTER_ITEMS = 16  # held-out items of a modality that the router's accuracy is 
 
 
 class Part(Protocol):
-    """One modality of a mix. What `PARTS` names is made of (config of the run, corpus of the modality).
+    """One modality of a mix. What `PARTS` names is made of (config of the run, corpus of the modality)."""
 
-    Attributes:
-        task: its batches and evaluations.
-    """
-
-    task: Task
+    @property
+    def task(self) -> Task:
+        """Its batches and evaluations."""
 
     def output(self, model: ARBModel, *batch: Tensor) -> ARBOutput:
         """The model's output on a batch of the task, with its loss, and that of `task.main_loss` in it."""
 
-    def baseline(self, model: ARBModel, max_items: int | None) -> float:
-        """The task's figure on the held-out data for a predictor that knows how frequent each value is there
-        and nothing else: the entropy of its unigrams, in bits.
+    def baseline(self, model: ARBModel, measured: Evaluation) -> float:
+        """The task's figure on the held-out data that was `measured`, for a predictor that knows how frequent
+        each value is there and nothing else: the entropy of its unigrams, in bits.
         """
 
     def held_out_batches(self, max_items: int) -> Iterator[tuple[Tensor, ...]]:
         """Held-out data as `output` takes it, of up to `max_items` items."""
 
 
-class TextPart:
-    """Text or source code: windows of bytes."""
+class WindowsTask(TextTask):
+    """Consecutive windows of documents; measured as `TextTask` is.
 
-    def __init__(self, config: RunConfig, corpus: Any) -> None:
-        self.task = TextTask(config, corpus)
+    With `preserve_state`, a window is read behind the KV ledger of as many ids ahead of it in its document;
+    at the beginning of one the ledger is empty but for PAD. The ledger is made anew in every step, by the
+    weights of that step: so no floats outlive a step, and a resumed run is equal to an uninterrupted one.
+
+    Args:
+        config: of the run.
+        corpus: its held-out data, and its training data unless `documents` are given.
+        documents: to learn from; None is the corpus in one stretch a row.
+    """
+
+    def __init__(self, config: RunConfig, corpus: ByteCorpus, documents: Documents | None) -> None:
+        batch, ctx = config.train.batch, config.model.ctx
+        self.corpus = corpus
+        self.description = corpus.description
+        self.bytes_per_item = ctx
+        self._preserves = config.mix.preserve_state
+        self.positions_per_item = 2 * ctx if self._preserves else ctx
+        self.held_out_bytes = len(corpus.held_out)
+        self._windows = DocumentSampler(
+            Stretches(corpus.train, batch) if documents is None else documents,
+            batch,
+            ctx,
+            with_context=self._preserves,
+        )
+
+    def next_batch(self) -> tuple[Tensor, ...]:
+        """See `Task`: ids [B, L], which count [B, L], and with `preserve_state` their context [B, L]."""
+        windows = [torch.from_numpy(part) for part in self._windows.next()]
+        return tuple(windows if self._preserves else windows[:2])
+
+    def output(self, model: ARBModel, *batch: Tensor) -> ARBOutput:
+        """See `Task`."""
+        ids_BL, mask_BL, *context = batch
+        if not context:
+            return model(ids_BL, targets=ids_BL, target_mask=mask_BL)
+        return model(ids_BL, targets=ids_BL, target_mask=mask_BL, context=context[0])
+
+    def sampler_state(self) -> dict[str, Any]:
+        """See `Task`."""
+        return self._windows.state()
+
+    def restore_sampler(self, state: Mapping[str, Any]) -> None:
+        """See `Task`."""
+        self._windows.restore(state)
+
+
+class TextPart:
+    """Text or source code: random windows of bytes, or those of documents in their order."""
+
+    def __init__(self, config: RunConfig, corpus: ByteCorpus | HubText) -> None:
+        self.task: TextTask
+        if isinstance(corpus, HubText):
+            self.task = WindowsTask(config, corpus.corpus, corpus.documents)
+        elif config.mix.preserve_state:
+            self.task = WindowsTask(config, corpus, None)
+        else:
+            self.task = TextTask(config, corpus)
         self._ctx = config.model.ctx
 
     def output(self, model: ARBModel, *batch: Tensor) -> ARBOutput:
         """See `Part`."""
         return self.task.output(model, *batch)
 
-    def baseline(self, model: ARBModel, max_items: int | None) -> float:
+    def baseline(self, model: ARBModel, measured: Evaluation) -> float:
         """See `Part`."""
-        data = np.asarray(self.task.corpus.held_out.as_array(HELD_OUT_BYTES))
-        if max_items is not None:
-            data = data[: max_items * self._ctx]
+        data = np.asarray(self.task.corpus.held_out.as_array(measured.num_bytes))
         return entropy(np.bincount(data, minlength=256))
 
     def held_out_batches(self, max_items: int) -> Iterator[tuple[Tensor, ...]]:
@@ -83,7 +136,12 @@ class TextPart:
         held_out = self.task.corpus.held_out
         last = min(max_items * self._ctx, len(held_out)) - self._ctx
         offsets = np.arange(0, last + 1, self._ctx, dtype=np.int64)
-        yield (torch.from_numpy(held_out.windows(offsets, self._ctx).astype(np.int64)),)
+        ids_BL = torch.from_numpy(held_out.windows(offsets, self._ctx).astype(np.int64))
+        yield (ids_BL, torch.ones_like(ids_BL, dtype=torch.bool)) if self._masked else (ids_BL,)
+
+    @property
+    def _masked(self) -> bool:
+        return isinstance(self.task, WindowsTask)
 
 
 class ImagePart:
@@ -96,10 +154,10 @@ class ImagePart:
         """See `Part`."""
         return self.task.output(model, *batch)
 
-    def baseline(self, model: ARBModel, max_items: int | None) -> float:
+    def baseline(self, model: ARBModel, measured: Evaluation) -> float:
         """See `Part`; the ids that are counted are the captions' bytes and EOS."""
         most = self.task.ctx - WINDOW
-        ids = [[*caption, EOS][:most] for caption in self.task.corpus.held_out.captions[:max_items]]
+        ids = [[*caption, EOS][:most] for caption in self.task.corpus.held_out.captions[: measured.windows]]
         return entropy(np.bincount(np.concatenate(ids)))
 
     def held_out_batches(self, max_items: int) -> Iterator[tuple[Tensor, ...]]:
@@ -130,12 +188,11 @@ class AudioPart:
         losses = {**spoken.losses, "codec": codec}
         return ARBOutput(spoken.logits, spoken.loss + codec, losses, spoken.modalities)
 
-    def baseline(self, model: ARBModel, max_items: int | None) -> float:
+    def baseline(self, model: ARBModel, measured: Evaluation) -> float:
         """See `Part`; each code of a time has its own frequencies, and the end is a value of the first."""
         codec = codec_of(model)
         counts_QV = np.zeros((codec.num_codes, codec.num_values + 1), dtype=np.int64)
-        most = len(self.task.corpus.held_out) if max_items is None else max_items
-        for _, times_B, waves_BN in self.held_out_batches(most):
+        for _, times_B, waves_BN in self.held_out_batches(measured.windows):
             codes_BTQ = codec.encode(levelled(waves_BN.to(model.device))).cpu()
             for codes_TQ, times in zip(codes_BTQ, times_B.tolist(), strict=True):
                 for q in range(codec.num_codes):
@@ -232,7 +289,7 @@ class MixTask:
             result = part.task.evaluate(model, max_items, progress)
             figures.append(result.bits_per_byte)
             extra[f"held_out_{name}"] = result.bits_per_byte
-            extra[f"unigram_{name}"] = part.baseline(model, max_items)
+            extra[f"unigram_{name}"] = part.baseline(model, result)
             if (accuracy := self._router_accuracy(model, part)) is not None:
                 extra[f"held_out_router_{name}"] = accuracy
             right = result.captions_right if result.captions_right is not None else right

@@ -29,6 +29,7 @@ from arbitor.train.display import Display, PatientOutput, format_bytes
 from arbitor.train.growth import added_sidecars
 from arbitor.train.loop import MAX_DROPPED_IN_A_ROW, Run, Trainer
 from arbitor.train.metrics import FIGURES, HELD_OUT, MetricsLog, refuse_busy
+from arbitor.train.mix import MixTask
 from arbitor.train.plot import plot_loss
 from arbitor.train.signals import Interrupted, SignalGuard
 from arbitor.train.task import HELD_OUT_BYTES, Corpus
@@ -349,7 +350,9 @@ def _train(
                 swap.write_file(folder / "sample.txt", text)
                 # Last of all: a run with a summary counts as finished.
                 swap.write_file(folder / runs.SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
-            rows = getattr(trainer.task, "summary_rows", lambda summary: {})(summary)
+            rows: dict[str, str] = {}
+            if isinstance(trainer.task, MixTask):
+                rows = trainer.task.summary_rows(summary)
             report.show_end(console, config, folder, summary, prompt, sample, rows)
             return 0
         saved = f"saved {folder / 'latest'}" if config.train.save else "nothing was saved (--no-save)"

@@ -86,7 +86,8 @@ def pretrain(
     code_data
         The same; default the standard library's sources.
     image_data
-        Folders of images with captions, .jsonl or IDX files, or a data set of the hub; default scikit-learn's handwritten digits.
+        Folders of images with captions, .jsonl or IDX files, or a data set of the hub; default scikit-learn's
+        handwritten digits.
     audio_data
         Folders, .tar archives, .jsonl or audio files, or a data set of the hub; default synthesised sounds.
     text_weight

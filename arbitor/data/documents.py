@@ -18,6 +18,7 @@ from arbitor.errors import UserError
 from arbitor.model.sequencer import WINDOW
 from arbitor.model.vocab import EOS, PAD
 
+MAX_EMPTY = 100_000  # documents in a row, after which there is none to be expected
 HELD_OUT_EXAMPLES = 100  # of a data set of the hub: its first ones
 
 
@@ -230,7 +231,10 @@ class DocumentSampler:
 
     def _row(self, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         document = self._documents.document(self._numbers[row])
+        empty = 0
         while not len(document):
+            if (empty := empty + 1) > MAX_EMPTY:
+                raise UserError(f"{MAX_EMPTY:,} documents in a row are empty; give other data")
             document = self._take_next(row)
         place, length = self._places[row], len(document) + WINDOW + 1
         ids = self._framed(document, place, place + self._ctx)

@@ -71,6 +71,8 @@ def show_start(console: Console, trainer: Trainer, run: Path) -> None:
 def how_steps_run(trainer: Trainer) -> str:
     """Whether steps on a GPU are replayed, and if not, why."""
     why_not = why_not_recorded(trainer.model)
+    if why_not is None and not trainer.task.fixed_shapes:
+        why_not = "not every batch has the same shape"
     return "replayed as one CUDA graph" if why_not is None else f"kernels are launched one by one: {why_not}"
 
 

@@ -48,6 +48,7 @@ def pretrain(
     image_size: Annotated[int | None, Parameter(group=TRAINING, converter=whole)] = None,
     image_patch: Annotated[int | None, Parameter(group=TRAINING, converter=whole)] = None,
     image_channels: Annotated[int | None, Parameter(group=TRAINING, converter=whole)] = None,
+    image_encoder: Annotated[str | None, Parameter(group=TRAINING)] = None,
     max_moe_iters: Annotated[int | None, Parameter(group=TRAINING, converter=whole)] = None,
     state: Annotated[Literal["full", "compact", "lean"] | None, Parameter(group=TRAINING)] = None,
     rule: Annotated[Literal["spectral", "sinkhorn", "row", "sign"] | None, Parameter(group=TRAINING)] = None,
@@ -134,6 +135,8 @@ def pretrain(
         Pixels a side of a patch; default by the data, else 16.
     image_channels
         1 for grey, 3 for colour; default by the data, else 3.
+    image_encoder
+        Folder or hub name of a DINOv2 that stands frozen, in int8, ahead of the patch embedding.
     max_moe_iters
         Most iterations of the core.
     state
@@ -194,18 +197,21 @@ def pretrain(
         "save_interval": save_interval,
         "save": False if no_save else None,
         "log_interval": log_interval,
+        "encoder": image_encoder,
     }
+    from arbitor.flags import PartFlags, base_model, flag_of
+
     settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     before = _before(run, resume, base)
     weights = _weights(settings, before)
     sizes = {"image_size": image_size, "image_patch": image_patch, "image_channels": image_channels}
     image: dict[str, Any] = {name: value for name, value in sizes.items() if value is not None}
+    if image_encoder is not None:
+        image = {"image_encoder": image_encoder, **image}
     if image and not weights["image"]:
-        raise UserError(f"--{next(iter(image)).replace('_', '-')} is for images: give --image-weight as well")
+        raise UserError(f"{flag_of(next(iter(image)))} is for images: give --image-weight as well")
     if audio_seconds is not None and not weights["audio"]:
         raise UserError("--audio-seconds is for sounds: give --audio-weight as well")
-
-    from arbitor.flags import PartFlags, base_model
 
     parts = PartFlags(
         without=[n for n, off in (("moe", disable_moe), ("vq", disable_vq), ("graph", disable_graph)) if off],
@@ -292,14 +298,21 @@ def _sidecars(
         UserError: data that cannot be used.
     """
     grows = False
+    usual: dict[str, Any] = {}
+    if source := image.get("image_encoder"):
+        from arbitor.sidecars.encoder import geometry_of, read_architecture
+
+        architecture = read_architecture(source)
+        image = {**image, "image_encoder": architecture}
+        usual = geometry_of(architecture)
     settings.update(image)
     if weights["image"] and not (before is not None and before.model.image_size):
         from arbitor.config import IMAGE_SIZE
         from arbitor.data.images import default_geometry
 
         grows = True
-        usual = {"image_size": IMAGE_SIZE, **default_geometry(settings.get("image_data", ()))}
-        for name, value in usual.items():
+        usual = usual or default_geometry(settings.get("image_data", ()))
+        for name, value in {"image_size": IMAGE_SIZE, **usual}.items():
             settings.setdefault(name, value)
     rate = before.model.audio_rate if before is not None else 0
     if weights["audio"] and not rate:

@@ -175,6 +175,16 @@ def test_a_run_of_arbitor_train_is_a_base_and_its_codec_stays(tmp_path):
     assert any((before[name] != after[name]).any() for name in before if name.startswith("heads.audio"))
 
 
+def test_a_mixed_run_is_the_base_of_one_that_is_not_mixed(capsys):
+    from arbitor.audio_command import main as audio_main
+
+    assert main([*NEW, *FEW, "--steps", "1", "--run", "mixed"]) == 0
+    capsys.readouterr()
+    assert audio_main(["--base", "mixed", "--task", "listen", "--steps", "1", "--run", "listens"]) == 0
+    assert "drawn" in state_of("listens")["sampler"]
+    assert "parts" not in state_of("listens")["sampler"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
@@ -185,6 +195,8 @@ def test_a_run_of_arbitor_train_is_a_base_and_its_codec_stays(tmp_path):
         (["--video-weight", "-1"], "--video-weight must be 0 or a number above"),
         (["--code-weight", "0"], "--code-data is given and --code-weight is 0"),
         (["--image-weight", "0", "--image-size", "8"], "--image-size is for images"),
+        (["--image-weight", "0", "--image-encoder", "x"], "--image-encoder is for images"),
+        (["--image-encoder", "nowhere"], "--image-encoder"),
         (["--audio-weight", "0"], "--audio-seconds is for sounds"),
         (["--held-out", "text.txt"], "--held-out must be a share"),
         (["--held-out", "1"], "--held-out must be a share"),

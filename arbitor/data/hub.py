@@ -17,6 +17,7 @@ from arbitor.errors import UserError
 
 PREFIX = "hf:"
 MAX_MEDIA = 4096  # images or recordings of a data set that are read into memory
+MEDIA_KINDS = ("Image", "Audio")
 CAPTION_FIELDS = ("text", "caption", "label")
 
 
@@ -93,10 +94,10 @@ class HubExamples:
         )
         self.features: dict[str, Any] = dict(getattr(self._stream, "features", None) or {})
         for name, feature in self.features.items():
-            kind = type(feature).__name__
-            if kind in ("Image", "Audio"):
-                raw = getattr(datasets, kind)(decode=False)
-                self._stream = self._tried(lambda name=name, raw=raw: self._stream.cast_column(name, raw))
+            if type(feature).__name__ in MEDIA_KINDS:
+                self._stream = self._tried(
+                    lambda name=name, feature=feature: _undecoded(datasets, self._stream, name, feature)
+                )
 
     def from_number(self, first: int) -> Iterator[dict[str, Any]]:
         """The examples from number `first` on.
@@ -177,3 +178,18 @@ class HubExamples:
         except Exception as error:
             why = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"cannot read the data set {self.spec}: {why[:300]}") from error
+
+
+def _undecoded(datasets: Any, stream: Any, name: str, feature: Any) -> Any:
+    """A data set whose field of images or sounds gives what is encoded.
+
+    Stored media are mappings already. Those of folders are paths, of which only the library's own kind of
+    field makes mappings; for sounds that wants a decoder to be installed, so it comes second.
+    """
+    mapping = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+    plain = stream.cast_column(name, mapping)
+    try:
+        next(iter(plain), None)
+    except Exception:
+        return stream.cast_column(name, getattr(datasets, type(feature).__name__)(decode=False))
+    return plain

@@ -12,7 +12,7 @@ from typing import Any, TextIO, cast
 import torch
 from rich.console import Console
 
-from arbitor.config import RunConfig, dump_toml, load_config, override
+from arbitor.config import MIXED, RunConfig, dump_toml, load_config, override
 from arbitor.config import preset as preset_config
 from arbitor.data import open_corpus
 from arbitor.data.audio import open_audio
@@ -136,7 +136,8 @@ def _grow(base: Checkpoint, settings: Mapping[str, Any], run: str | None, consol
     config = base.config
     with naming_flags(settings):
         # Other data than that of the base: its settings do not mean anything for other media.
-        grown = override(config, **{"data": (), "held_out": None, "field": "text", **settings})
+        unmixed = {f"{name}_weight": 0.0 for name in MIXED}
+        grown = override(config, **{"data": (), "held_out": None, "field": "text", **unmixed, **settings})
     device = resolve_device(grown.train.device)
     corpus = _open(grown, settings)
     new = runs.make_run(config.preset, run)

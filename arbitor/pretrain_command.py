@@ -210,6 +210,8 @@ def pretrain(
         image = {"image_encoder": image_encoder, **image}
     if image and not weights["image"]:
         raise UserError(f"{flag_of(next(iter(image)))} is for images: give --image-weight as well")
+    if preserve_state and not (weights["text"] or weights["code"]):
+        raise UserError("--preserve-state is for text and code: give --text-weight or --code-weight as well")
     if audio_seconds is not None and not weights["audio"]:
         raise UserError("--audio-seconds is for sounds: give --audio-weight as well")
 

@@ -217,6 +217,11 @@ def test_bad_flags_are_one_line_and_leave_nothing(arguments, why, workplace, cap
     assert not (workplace / "runs").exists() or not list((workplace / "runs").iterdir())
 
 
+def test_a_state_that_nothing_would_keep_is_refused(capsys):
+    assert main(["--text-weight", "0", "--code-weight", "0", "--preserve-state"]) == 2
+    assert "--preserve-state is for text and code" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("seconds", ["0", "-1", "nan", "1e9"])
 def test_sounds_of_no_length_are_refused(seconds, capsys):
     assert main(["--audio-seconds", seconds]) == 2

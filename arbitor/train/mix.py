@@ -4,6 +4,9 @@ A part is a task of its own, with its own data; `MixTask` draws which of them th
 n is a function of (seed, n), so a resumed run draws what an uninterrupted one does. With `--accum` above 1,
 a step is made of several draws.
 
+One more modality is a class in `PARTS`, what opens its data in `arbitor.data.mixed.OPENERS`, and, if it has a
+sidecar, the fields that `arbitor.pretrain_command` sets for it.
+
 Shape letters: B items, L ids, T times, Q codes.
 """
 

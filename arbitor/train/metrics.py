@@ -39,6 +39,7 @@ FIGURES = {
     "bits_per_byte": "bits per byte",
     "bits_per_code": "bits per code",
     "log_mel_distance": "nats of log-mel distance",
+    "mixed_bits": "bits per byte or code, weighted mean",
 }
 
 

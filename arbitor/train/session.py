@@ -12,12 +12,13 @@ from typing import Any, TextIO, cast
 import torch
 from rich.console import Console
 
-from arbitor.config import RunConfig, dump_toml, load_config, override
+from arbitor.config import MIXED, RunConfig, dump_toml, load_config, override
 from arbitor.config import preset as preset_config
-from arbitor.data import ByteCorpus, open_corpus
-from arbitor.data.audio import AudioCorpus, open_audio
+from arbitor.data import open_corpus
+from arbitor.data.audio import open_audio
 from arbitor.data.contents import unused_field
-from arbitor.data.images import Geometry, ImageCorpus, open_images
+from arbitor.data.images import Geometry, open_images
+from arbitor.data.mixed import open_mix
 from arbitor.errors import UserError
 from arbitor.flags import flag_of, naming_flags
 from arbitor.ternary.optimizer import SIGN_LR, SIGN_THRESHOLD, STATES
@@ -28,9 +29,10 @@ from arbitor.train.display import Display, PatientOutput, format_bytes
 from arbitor.train.growth import added_sidecars
 from arbitor.train.loop import MAX_DROPPED_IN_A_ROW, Run, Trainer
 from arbitor.train.metrics import FIGURES, HELD_OUT, MetricsLog, refuse_busy
+from arbitor.train.mix import MixTask
 from arbitor.train.plot import plot_loss
 from arbitor.train.signals import Interrupted, SignalGuard, unwinding
-from arbitor.train.task import HELD_OUT_BYTES
+from arbitor.train.task import HELD_OUT_BYTES, Corpus
 from arbitor.train.tensorfile import NewerError
 
 FAILED = 1
@@ -127,7 +129,8 @@ def _grow(base: Checkpoint, settings: Mapping[str, Any], run: str | None, consol
     config = base.config
     with naming_flags(settings):
         # Other data than that of the base: its settings do not mean anything for other media.
-        grown = override(config, **{"data": (), "held_out": None, "field": "text", **settings})
+        unmixed = {f"{name}_weight": 0.0 for name in MIXED}
+        grown = override(config, **{"data": (), "held_out": None, "field": "text", **unmixed, **settings})
     device = resolve_device(grown.train.device)
     corpus = _open(grown, settings)
     return _train_new(grown, corpus, device, console, run, base)
@@ -135,7 +138,7 @@ def _grow(base: Checkpoint, settings: Mapping[str, Any], run: str | None, consol
 
 def _train_new(
     config: RunConfig,
-    corpus: ByteCorpus | ImageCorpus | AudioCorpus,
+    corpus: Corpus,
     device: Device,
     console: Console,
     run: str | None,
@@ -177,7 +180,7 @@ def _console() -> Console:
 def _resume(
     folder: Path,
     config: RunConfig,
-    corpus: ByteCorpus | ImageCorpus | AudioCorpus,
+    corpus: Corpus,
     device: Device,
     console: Console,
 ) -> int:
@@ -226,8 +229,10 @@ def _settled(config: RunConfig) -> RunConfig:
     return override(config, lr=lr, accum_threshold=threshold or train.accum_threshold)
 
 
-def _open(config: RunConfig, settings: Mapping[str, Any]) -> ByteCorpus | ImageCorpus | AudioCorpus:
+def _open(config: RunConfig, settings: Mapping[str, Any]) -> Corpus:
     data = config.data
+    if config.mix.active:
+        return open_mix(config)
     if data.audio_task:
         if not config.model.audio_rate:
             raise UserError("audio_task is set for a model without the audio sidecar; set audio_rate as well")
@@ -264,8 +269,9 @@ def _refuse_contradiction(
             continue
         if name == "device" and resolve_device(config.train.device).device == device.device:
             continue
-        own = next(getattr(s, name) for s in (config.model, config.train, config.data) if hasattr(s, name))
-        flag = flag_of(name) if name in ("save", "augment") else f"{flag_of(name)} {_shown(value)}"
+        sections = (config.model, config.train, config.data, config.mix)
+        own = next(getattr(section, name) for section in sections if hasattr(section, name))
+        flag = flag_of(name) if isinstance(value, bool) else f"{flag_of(name)} {_shown(value)}"
         more = " (it can only be raised)" if name == "steps" else ""
         raise UserError(f"{flag} contradicts the run's {name} = {_shown(own)}{more} in {where}")
 
@@ -336,7 +342,7 @@ def _differences(checkpoint: Checkpoint, device: Device, threads: int) -> list[s
 def _train(
     folder: Path,
     config: RunConfig,
-    corpus: ByteCorpus | ImageCorpus | AudioCorpus,
+    corpus: Corpus,
     device: Device,
     log: MetricsLog,
     checkpoint: Checkpoint | None,
@@ -365,7 +371,10 @@ def _train(
                 swap.write_file(folder / "sample.txt", text)
                 # Last of all: a run with a summary counts as finished.
                 swap.write_file(folder / runs.SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
-            report.show_end(console, config, folder, summary, prompt, sample)
+            rows: dict[str, str] = {}
+            if isinstance(trainer.task, MixTask):
+                rows = trainer.task.summary_rows(summary)
+            report.show_end(console, config, folder, summary, prompt, sample, rows)
             return 0
         saved = f"saved {folder / 'latest'}" if config.train.save else "nothing was saved (--no-save)"
         where = f"step {trainer.step} of {config.train.steps}"

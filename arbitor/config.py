@@ -22,6 +22,7 @@ TSCALES = ("T4", "T6", "T8", "T16", "T32", "T64", "T96", "ROW")
 DEVICES = ("auto", "cpu", "cuda")
 AUDIO_TASKS = ("", "codec", "listen", "speak")
 VIDEO_TASKS = ("", "codec", "flow")
+MIXED = ("text", "code", "image", "audio", "video")  # what pretraining may mix
 
 MAX_MOTIF_TRITS = 15
 MEMORY_ROWS = 1 << 15  # rows of each hash table of a memory that is asked for without a size
@@ -465,6 +466,59 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class MixConfig:
+    """Mixed pretraining: what is drawn how often. With all weights 0, a run is no mixed one.
+
+    Attributes:
+        text_weight: How often a micro-batch of text is drawn, relative to the other weights; 0 is never.
+        code_weight: The same for source code.
+        image_weight: The same for images with captions.
+        audio_weight: The same for recordings with their texts.
+        video_weight: The same for videos.
+        text_data: Files, folders, globs or hub data sets (`hf:NAME[:SPLIT[:FIELD]]`); empty means the
+            docstrings of Python's standard library.
+        code_data: The same; empty means the standard library's sources.
+        image_data: As `data` for images, or hub data sets; empty means scikit-learn's digits.
+        audio_data: As `data` for recordings, or hub data sets; empty means synthesised sounds.
+        train_codec: Whether the audio codec learns as well, from the recordings that are drawn.
+        preserve_state: Whether the rows of a batch of text or code are consecutive windows of a document,
+            each read behind the KV ledger of the window before it.
+    """
+
+    text_weight: float = 0.0
+    code_weight: float = 0.0
+    image_weight: float = 0.0
+    audio_weight: float = 0.0
+    video_weight: float = 0.0
+    text_data: tuple[str, ...] = ()
+    code_data: tuple[str, ...] = ()
+    image_data: tuple[str, ...] = ()
+    audio_data: tuple[str, ...] = ()
+    train_codec: bool = True
+    preserve_state: bool = False
+
+    def __post_init__(self) -> None:
+        settle_types(self)
+        for name in MIXED:
+            weight = self.weight(name)
+            if not 0.0 <= weight <= 1e6:
+                raise UserError(f"{name}_weight must be between 0 and 1e6, got {weight!r}")
+            if weight and weight < 1e-6:
+                raise UserError(f"{name}_weight must be 0 or at least 1e-6, got {weight!r}")
+            if any(not source for source in getattr(self, f"{name}_data", ())):
+                raise UserError(f"{name}_data contains an empty path; give a file, a folder or a glob")
+
+    def weight(self, name: str) -> float:
+        """That of one of `MIXED`."""
+        return float(getattr(self, f"{name}_weight"))
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """Those of `MIXED` that are drawn."""
+        return tuple(name for name in MIXED if self.weight(name) > 0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
     """Everything that defines a run.
 
@@ -473,6 +527,7 @@ class RunConfig:
         model: Architecture.
         train: Training.
         data: Data.
+        mix: Mixed pretraining, if any weight is above 0; its data then replaces that of `data`.
         version: Version of arbitor that made the run.
     """
 
@@ -480,13 +535,14 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    mix: MixConfig = field(default_factory=MixConfig)
     version: str = __version__
 
     def __post_init__(self) -> None:
         settle_types(self)
 
 
-SECTIONS = {"model": ModelConfig, "train": TrainConfig, "data": DataConfig}
+SECTIONS = {"model": ModelConfig, "train": TrainConfig, "data": DataConfig, "mix": MixConfig}
 _SECTION_OF = {f.name: section for section, cls in SECTIONS.items() for f in dataclasses.fields(cls)}
 
 # The trunks of `small` and `base`; the presets with parts split the same layers around the core.

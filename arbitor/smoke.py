@@ -126,6 +126,9 @@ def run(
     place = resolve_device(device)
     for line in parts.notes(base.model):
         note(line)
+    if not as_json:
+        patience = "" if place.is_cuda else "; a large model takes minutes on a CPU"
+        note(f"two passes over {batch} x {config.model.ctx} bytes on {place.name}{patience}")
     measured = measure(config, place, backward)
     if as_json:
         print(json.dumps(dataclasses.asdict(measured), allow_nan=False))

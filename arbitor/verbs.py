@@ -23,7 +23,7 @@ from arbitor.flags import naming_flags
 from arbitor.generate import generate_stream
 from arbitor.model import ARBModel
 from arbitor.ternary.audit import audit_checkpoint
-from arbitor.train.checkpoint import load, load_checkpoint
+from arbitor.train.checkpoint import CONFIG_FILE, STATE_FILE, load, load_checkpoint
 from arbitor.train.device import deterministic
 from arbitor.train.display import Display, printable
 from arbitor.train.runs import find_checkpoint
@@ -222,9 +222,19 @@ def audit_tensors(checkpoint: str | None) -> int:
     )
     for violation in report.violations:
         console.print(f"float: {violation}", style="bold red", markup=False)
+    if foreign := _not_audited(folder):
+        console.print(f"not looked at: {', '.join(foreign)}", markup=False)
     if report.ok:
         console.print("no float weight, no float training state")
     return 0 if report.ok else 1
+
+
+def _not_audited(path: Path) -> list[str]:
+    """Names of what lies in a checkpoint's folder and is neither a safetensors file nor known text."""
+    if not path.is_dir():
+        return []
+    text = (CONFIG_FILE, STATE_FILE)
+    return sorted(e.name for e in path.iterdir() if e.suffix != ".safetensors" and e.name not in text)
 
 
 def _write_raw(data: bytes) -> None:

@@ -167,6 +167,10 @@ def test_bad_names_of_runs(refused):
     refused(["audit", "nowhere"], "nowhere")
 
 
+def test_a_batch_that_no_machine_holds(refused):
+    refused([*TRAIN, "--batch", "2147483648", "--run", "large"], "--batch 2147483648", "--accum")
+
+
 def test_a_reset_with_bad_data_deletes_nothing(refused):
     refused(["train", "--run", "done", "--reset", "--data", "nowhere.txt"], "nowhere.txt")
 
@@ -423,6 +427,10 @@ def test_audit_lists_the_tensors_and_fails_on_a_float(workplace, capsys):
     printed = capsys.readouterr().out
     for word in ("head.q", "T_accum", "int8", "bytes a weight", "no float weight"):
         assert word in printed
+    assert "not looked at" not in printed
+    (workplace / "runs" / "done" / "best" / "masters.pt").write_bytes(b"?")
+    assert main(["audit", "done"]) == 0
+    assert "not looked at: masters.pt\n" in capsys.readouterr().out
     save_file({"layer.weight": torch.zeros(4, 4)}, workplace / "runs" / "done" / "best" / "model.safetensors")
     assert main(["audit", "done"]) == 1
     assert "layer.weight" in capsys.readouterr().out

@@ -26,6 +26,7 @@ import numpy as np
 from arbitor.config import did_you_mean
 from arbitor.data.contents import BadLineError, opened, parse_line
 from arbitor.data.holding_out import numbered_split, spelled_number, told
+from arbitor.data.hub import CAPTION_FIELDS, HubExamples, is_hub
 from arbitor.data.images import WORDS
 from arbitor.data.sources import reason
 from arbitor.data.stream import ByteStream
@@ -251,6 +252,9 @@ def _find(data: Sequence[str], rate: int) -> _Found:
 def _listed(data: Sequence[str], skipped: Counter[str]) -> Iterator[_Entry]:
     """Everything behind some names, in a fixed order; a loader is to be called ahead of the next entry."""
     for item in data:
+        if is_hub(item):
+            yield from _of_hub(item)
+            continue
         path = Path(item).expanduser()
         if not os.path.lexists(path):
             names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -269,6 +273,15 @@ def _listed(data: Sequence[str], skipped: Counter[str]) -> Iterator[_Entry]:
                 f"{item!r} is no data of sounds: give a folder or .tar of recordings, a .jsonl of audio and "
                 f"text, or one of {', '.join(SUFFIXES)}"
             )
+
+
+def _of_hub(item: str) -> Iterator[_Entry]:
+    """The first examples of a data set of the hub."""
+    examples = HubExamples(item)
+    for number, (content, text) in enumerate(examples.media("Audio", CAPTION_FIELDS)):
+        label = text.strip().encode("utf-8", "replace")[:MAX_LABEL_BYTES]
+        key = f"{examples.spec}:{number}"
+        yield lambda content=content: load_content(content), label, "", key  # type: ignore[misc]
 
 
 def _of_file(path: Path, label: bytes | None = None, speaker: str | None = None) -> _Entry:

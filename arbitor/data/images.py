@@ -14,6 +14,8 @@ run.
 Shapes: N images, C channels, S pixels a side.
 """
 
+import hashlib
+import io
 import os
 import struct
 import warnings
@@ -28,6 +30,7 @@ import numpy as np
 from arbitor.config import did_you_mean
 from arbitor.data.contents import BadLineError, opened, parse_line
 from arbitor.data.holding_out import numbered_split, spelled_number, told
+from arbitor.data.hub import CAPTION_FIELDS, HubExamples, is_hub
 from arbitor.data.sources import reason
 from arbitor.data.store import MappedBytes, Store
 from arbitor.data.stream import ByteStream
@@ -146,7 +149,7 @@ class _Found:
     name: str = ""
 
     def add(self, caption: bytes, key: tuple[Any, ...], loader: Any) -> None:
-        """`loader`: a path, or a uint8 array [H, W]."""
+        """`loader`: a path, the content of a file, or a uint8 array [H, W]."""
         self.captions.append(caption)
         self.keys.append(key)
         self.loaders.append(loader)
@@ -161,6 +164,8 @@ def default_geometry(data: Sequence[str]) -> dict[str, int]:
     if not data:
         return {"image_size": DIGITS_SIDE, "image_patch": 4, "image_channels": 1}
     for item in data:
+        if is_hub(item):
+            continue
         for path in _idx_images(Path(item).expanduser()):
             height, width = _idx_header(path)[1:]
             patch = 4 if max(height, width) <= 64 else 16
@@ -279,9 +284,11 @@ def _plain(picture: Any) -> Any:
     return picture
 
 
-def _load(path: Path, geometry: Geometry) -> tuple[np.ndarray | None, str]:
-    """The pixels of a file, or None and why not."""
+def _load(source: Path | bytes, geometry: Geometry) -> tuple[np.ndarray | None, str]:
+    """The pixels of a file or of its content, or None and why not."""
     from PIL import Image
+
+    path = io.BytesIO(source) if isinstance(source, bytes) else source
 
     try:
         with warnings.catch_warnings():
@@ -358,6 +365,9 @@ def _digits() -> _Found:
 def _find(data: Sequence[str], text_field: str | None) -> _Found:
     found = _Found(name=" ".join(data))
     for item in data:
+        if is_hub(item):
+            _add_hub(item, found)
+            continue
         path = Path(item).expanduser()
         if not os.path.lexists(path):
             names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -375,6 +385,18 @@ def _find(data: Sequence[str], text_field: str | None) -> _Found:
                 "and text, or an IDX file ...images-idx3-ubyte"
             )
     return found
+
+
+def _add_hub(item: str, found: _Found) -> None:
+    """The first examples of a data set of the hub, kept in memory as they are encoded."""
+    examples = HubExamples(item)
+    for content, text in examples.media("Image", CAPTION_FIELDS):
+        caption = text.strip().encode("utf-8", "replace")
+        if not content or not caption or len(caption) > MAX_CAPTION_BYTES:
+            found.skipped["without an image or a caption that can be used"] += 1
+            continue
+        digest = hashlib.blake2b(content, digest_size=16).hexdigest()
+        found.add(caption, (str(examples.spec), digest, len(found.keys)), content)
 
 
 def _add_folder(folder: Path, text_field: str | None, found: _Found) -> None:

@@ -36,7 +36,7 @@ from arbitor.train.display import Display, format_bytes, format_seconds, printab
 from arbitor.train.metrics import MetricsLog
 from arbitor.train.plot import plot_loss
 from arbitor.train.report import print_rows
-from arbitor.train.signals import Interrupted, SignalGuard
+from arbitor.train.signals import Interrupted, SignalGuard, unwinding
 from arbitor.train.tensorfile import DamagedError
 
 FAILED = 1
@@ -100,10 +100,15 @@ def start_finetuning(
     data = _open(config, model)
     if not config.full:
         adapter_of(model, config)  # what it cannot be made of is told before a folder is made
-    folder = runs.make_run(f"{_base_name(folder_of_base)}-{'full' if config.full else 'lora'}", run)
-    with contextlib.closing(MetricsLog(folder)) as log:
-        swap.write_file(folder / CONFIG_FILE, config.dump())
-        return _run(config, base, model, data, device, folder, log, console, resume=False)
+    with unwinding():
+        folder = runs.make_run(f"{_base_name(folder_of_base)}-{'full' if config.full else 'lora'}", run)
+        try:
+            with contextlib.closing(MetricsLog(folder)) as log:
+                swap.write_file(folder / CONFIG_FILE, config.dump())
+                return _run(config, base, model, data, device, folder, log, console, resume=False)
+        except BaseException:
+            runs.remove_if_untrained(folder)  # what never took a step shall not keep the name
+            raise
 
 
 def _open(config: FinetuneConfig, model: ARBModel) -> Instructions:

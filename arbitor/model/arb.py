@@ -34,6 +34,7 @@ from arbitor.model.ledger import KVLedger
 from arbitor.model.memgram import MemGram
 from arbitor.model.router import MODALITIES, OutputRouter
 from arbitor.model.sequencer import WINDOW, TextSequencer
+from arbitor.model.vocab import PAD
 from arbitor.model.vq import VQBridge
 from arbitor.ternary import Int8Embedding, VoteOptimizer, runtime
 
@@ -203,6 +204,7 @@ class ARBModel(nn.Module):
         ledger: KVLedger | None = None,
         prefix: Tensor | None = None,
         target_mask: Tensor | None = None,
+        context: Tensor | None = None,
     ) -> ARBOutput:
         """Logits of every position, and the loss if targets are given.
 
@@ -218,9 +220,12 @@ class ARBModel(nn.Module):
             prefix: float [B, P, D], what stands ahead of the ids, from `encode`; with a ledger only while
                 that is empty. The ids then begin like every text, with three PAD ahead of its first byte.
             target_mask: bool [B, L], the targets that count for the losses of text and router; None is all.
+            context: integers [B, K], K >= 3, ids that come ahead of these. They are read first, without a
+                gradient, into a ledger that these ids are read behind, with one; row i then predicts
+                position i + 1.
 
         Returns:
-            logits [B, L - 2, vocab_size]; with a ledger that holds some, [B, L, vocab_size].
+            logits [B, L - 2, vocab_size]; with a context or a ledger that holds some, [B, L, vocab_size].
 
         Raises:
             UserError: shapes, types or ids that cannot be used.
@@ -228,6 +233,8 @@ class ARBModel(nn.Module):
         ids_BL = self._checked(ids, "ids")
         prefix_BPD = None if prefix is None else self._checked_prefix(prefix, len(ids_BL))
         if ledger is not None:
+            if context is not None:
+                raise UserError("a context and a ledger were given: the context has a ledger of its own")
             if targets is not None:
                 raise UserError(
                     "targets and a ledger were given; a loss needs the whole text without a ledger"
@@ -238,6 +245,8 @@ class ARBModel(nn.Module):
                 num_prefix = 0 if prefix_BPD is None else prefix_BPD.shape[1]
                 done = self._run(ledger.extend(ids_BL, num_prefix), start, ledger, prefix_BPD)
                 return ARBOutput(done.logits, None, modalities=done.modalities)
+        if context is not None:
+            return self._behind(self._checked(context, "context"), ids_BL, targets, prefix, target_mask)
         if ids_BL.shape[1] < WINDOW:
             raise UserError(
                 f"ids have length {ids_BL.shape[1]}, at least {WINDOW} are needed; pad on the left with PAD"
@@ -264,6 +273,38 @@ class ARBModel(nn.Module):
         losses = self._losses(done, targets_BL[:, WINDOW:], mask_BN)
         return ARBOutput(done.logits, self._weighted(losses), losses, done.modalities)
 
+    def _behind(
+        self,
+        context_BK: Tensor,
+        ids_BL: Tensor,
+        targets: Tensor | None,
+        prefix: Tensor | None,
+        target_mask: Tensor | None,
+    ) -> ARBOutput:
+        """`forward` behind a context."""
+        if prefix is not None:
+            raise UserError("a context and a prefix were given; a prefix comes ahead of the first ids")
+        if context_BK.shape[0] != ids_BL.shape[0] or context_BK.shape[1] < WINDOW or ids_BL.shape[1] < 2:
+            raise UserError(
+                f"a context of {tuple(context_BK.shape)} and ids of {tuple(ids_BL.shape)}: the batch must "
+                f"agree, and they need {WINDOW} and 2 ids at least"
+            )
+        ledger = KVLedger(self.config, context_BK.shape[1] + ids_BL.shape[1] - 2)
+        with torch.no_grad():
+            self._run(ledger.extend(context_BK), 0, ledger, None)
+        start = ledger.num_positions
+        done = self._run(ledger.extend(ids_BL), start, ledger, None)
+        if targets is None:
+            return ARBOutput(done.logits, None, modalities=done.modalities)
+        targets_BL = self._checked(targets, "targets")
+        if targets_BL.shape != ids_BL.shape:
+            raise UserError(
+                f"targets are {tuple(targets_BL.shape)}, ids {tuple(ids_BL.shape)}; both must agree"
+            )
+        mask_BN = None if target_mask is None else self._checked_mask(target_mask, targets_BL, first=1)
+        losses = self._losses(done, targets_BL[:, 1:], mask_BN)
+        return ARBOutput(done.logits, self._weighted(losses), losses, done.modalities)
+
     def speak(
         self,
         ids: Tensor | None,
@@ -284,7 +325,8 @@ class ARBModel(nn.Module):
             ledger: earlier positions, to which these are appended; no gradient is recorded.
 
         Returns:
-            With `counts`: logits fp32 [B, T + 1, Q, V + 1] and losses, "audio" in nats per code. Without: as
+            With `counts`: logits fp32 [B, T + 1, Q, V + 1] and losses, "audio" in nats per code; with a
+            router, its logits of all positions and its loss: bytes of the text, and codes. Without: as
             logits the residual stream [B, D] of the last position, which `heads["audio"].draw` takes.
 
         Raises:
@@ -311,8 +353,17 @@ class ARBModel(nn.Module):
         assert text is not None
         head = self.heads["audio"]
         assert isinstance(head, TalkerHead)
-        logits_BTQV, losses["audio"] = head.loss(h_BQD[:, text.end - 1 :], codes_BTQ, counts.to(self.device))
-        return ARBOutput(logits_BTQV, self._weighted(losses, "audio"), losses)
+        count_B = counts.to(self.device)
+        logits_BTQV, losses["audio"] = head.loss(h_BQD[:, text.end - 1 :], codes_BTQ, count_B)
+        modalities_BQC = None
+        if self.router is not None:
+            # Ahead of the sound the text's ids follow; PAD, which comes ahead of the text, is not predicted.
+            text_BN = torch.where(text.ids_BL[:, WINDOW:] == PAD, NOT_COUNTED, MODALITIES.index("text"))
+            time_T = torch.arange(codes_BTQ.shape[1] + 1, device=self.device)
+            sound_BT = torch.where(time_T <= count_B[:, None], MODALITIES.index("audio"), NOT_COUNTED)
+            modalities_BQC = self.router(h_BQD)
+            losses["router"] = self._routed(modalities_BQC, torch.cat([text_BN, sound_BT], dim=1))
+        return ARBOutput(logits_BTQV, self._weighted(losses, "audio"), losses, modalities_BQC)
 
     def read(self, ids: Tensor) -> Tensor:
         """The residual stream behind a text, fp32 [B, D]: the condition of the head that draws clips.
@@ -480,9 +531,13 @@ class ARBModel(nn.Module):
             # A prefix has no head that predicts it, so only the text's rows have a modality to learn.
             modality_BN = torch.full_like(targets_BN, MODALITIES.index("text"))
             modality_BN = modality_BN.masked_fill(targets_BN == NOT_COUNTED, NOT_COUNTED)
-            losses["router"], accuracy = OutputRouter.loss(done.modalities[:, :-1], modality_BN)
-            self._metrics["router_accuracy"] = accuracy
+            losses["router"] = self._routed(done.modalities[:, :-1], modality_BN)
         return losses
+
+    def _routed(self, modalities_BNC: Tensor, modality_BN: Tensor) -> Tensor:
+        """The router's loss, and its accuracy among the metrics; see `OutputRouter.loss`."""
+        loss, self._metrics["router_accuracy"] = OutputRouter.loss(modalities_BNC, modality_BN)
+        return loss
 
     def _weighted(self, losses: dict[str, Tensor], main: str = "text") -> Tensor:
         """Sum of the losses, each times its weight; that of `main` has 1."""
@@ -529,16 +584,16 @@ class ARBModel(nn.Module):
             raise UserError(f"prefix must be {wanted}, got {prefix.dtype} {tuple(prefix.shape)}")
         return prefix.to(self.device)
 
-    def _checked_mask(self, target_mask: Tensor, targets_BL: Tensor) -> Tensor:
-        """Bool [B, L - 3] on the model's device: the targets of all rows but the last that count."""
+    def _checked_mask(self, target_mask: Tensor, targets_BL: Tensor, first: int = WINDOW) -> Tensor:
+        """Bool [B, L - first] on the model's device: the targets of all rows but the last that count."""
         if target_mask.dtype != torch.bool or target_mask.shape != targets_BL.shape:
             raise UserError(
                 f"target_mask must be bool of the targets' shape {tuple(targets_BL.shape)}, got "
                 f"{target_mask.dtype} {tuple(target_mask.shape)}"
             )
-        mask_BN = target_mask[:, WINDOW:]
+        mask_BN = target_mask[:, first:]
         if mask_BN.device.type == "cpu" and not bool(mask_BN.any()):
-            raise UserError(f"target_mask counts no target from position {WINDOW} on; the loss needs one")
+            raise UserError(f"target_mask counts no target from position {first} on; the loss needs one")
         return mask_BN.to(self.device)
 
 

@@ -4,7 +4,7 @@ Shape letters: B batch, N new positions, M positions in all, C latent, R rotary 
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from arbitor.config import ModelConfig
 from arbitor.errors import UserError
@@ -136,3 +136,14 @@ class KVLedger:
         self._tail_B2 = self.motif_tail = None
         for layer in self.layers:
             layer.clear()
+
+
+def reset_runtime_state(model: nn.Module) -> None:
+    """Clear every KV ledger that the model has read or written, and with them its sliding windows.
+
+    Between texts that have nothing to do with each other nothing may be left of the one before. Weights and
+    training state stay as they are. A model without ledgers is left alone.
+    """
+    for module in model.modules():
+        for ledger in list(getattr(module, "ledgers", ())):
+            ledger.clear()

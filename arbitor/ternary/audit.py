@@ -2,8 +2,9 @@
 
 Persistent is what a checkpoint holds: the model's parameters and saved buffers, and the optimizer's state.
 A live model is also searched for floats that are not saved but may stand for weights: every tensor or array
-of more than a few floats that a module or the optimizer leads to, whatever its shape, name and container.
-Only captured gradients are let be, which live from a backward to its step.
+of more than a few floats that a module or the optimizer leads to, whatever its shape, name and container, and
+small ones where they are many; `arbitor/ternary/reach.py` says what is not followed. Only captured gradients
+are let be, which live from a backward to its step.
 """
 
 import math
@@ -22,7 +23,8 @@ from arbitor.ternary.capture import MatrixCapture, RowCapture
 from arbitor.ternary.reach import reach
 from arbitor.ternary.tensor import named_ternary
 
-FEW_FLOATS = 4  # that may be kept: a loss, a metric, but no weights
+FEW_FLOATS = 4  # that a tensor may keep: a loss, a metric, but no weights
+SMALL_FLOATS = 256  # in all tensors of so few
 MAX_HEADER_BYTES = 16 << 20
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -166,7 +168,7 @@ def audit(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> A
 
     Returns:
         The report; `report.ok` is False if a persistent tensor is a float, or if a tensor or array of more
-        than `FEW_FLOATS` floats is kept anywhere else.
+        than `FEW_FLOATS` floats is kept anywhere else, or more than `SMALL_FLOATS` in smaller ones.
     """
     saved = dict(_saved_tensors(model))
     state = dict(_optimizer_tensors(model, optimizer))
@@ -177,21 +179,26 @@ def audit(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> A
     )
     known = {id(tensor) for tensor in (*saved.values(), *state.values())}
     roots = {"": model} if optimizer is None else {"": model, "optimizer": optimizer}
-    hidden = []
+    hidden: list[AuditRow] = []
+    small: list[AuditRow] = []
     for name, tensor in reach(roots, _TRANSIENT):
         entry = _entry(name, tensor, False)
-        if id(tensor) not in known and entry.is_float and math.prod(entry.shape) > FEW_FLOATS:
-            hidden.append(
-                AuditRow(
-                    name=name,
-                    dtype=entry.dtype,
-                    shape=entry.shape,
-                    bytes=entry.bytes,
-                    role="unsaved float",
-                    persistent=False,
-                )
-            )
+        if id(tensor) not in known and entry.is_float:
+            (hidden if math.prod(entry.shape) > FEW_FLOATS else small).append(_unsaved(entry))
+    if sum(math.prod(row.shape) for row in small) > SMALL_FLOATS:
+        hidden += small
     return AuditReport(rows=(*rows, *hidden))
+
+
+def _unsaved(entry: _Entry) -> AuditRow:
+    return AuditRow(
+        name=entry.name,
+        dtype=entry.dtype,
+        shape=entry.shape,
+        bytes=entry.bytes,
+        role="unsaved float",
+        persistent=False,
+    )
 
 
 def audit_checkpoint(path: str | os.PathLike[str], model: nn.Module | None = None) -> AuditReport:
@@ -309,7 +316,8 @@ def _entry(name: str, value: Any, is_state: bool) -> _Entry:
         dtype, shape, size, is_float = value.typecode, (len(value),), value.itemsize, value.typecode in "fd"
     else:
         dtype, shape = str(value.dtype), tuple(value.shape)
-        size, is_float = value.dtype.itemsize, value.dtype.kind in "fc"
+        kinds = {part.kind for part, *_ in (value.dtype.fields or {}).values()} or {value.dtype.kind}
+        size, is_float = value.dtype.itemsize, bool(kinds & {"f", "c"})
     return _Entry(name, dtype, shape, math.prod(shape) * size, is_float, is_state)
 
 

@@ -1,8 +1,9 @@
 """Every tensor and array that can be reached from an object: an audit must not be told where to look.
 
 Attributes, slots, class attributes, mappings, sequences, sets, closures, defaults, partial functions and
-bound methods are followed, tensors' own attributes and gradients too. Not followed are weak references,
-Python modules, global names, and what autograd or a generator holds.
+bound methods are followed, tensors' own attributes and gradients too; Python's own floats in a sequence or
+set count as an array. Not followed are weak references, Python modules, classes kept as values, global names,
+storages and buffers without a tensor or array, and what autograd, an iterator or a generator holds.
 """
 
 import array
@@ -39,6 +40,10 @@ def reach(roots: Mapping[str, Any], transient: Mapping[type, Set[str]]) -> Itera
         seen[id(value)] = value
         if isinstance(value, (Tensor, array.array)) or _is_numpy(value):
             yield name, value
+        elif isinstance(value, (list, tuple, Set, deque)):
+            floats = array.array("d", [part for part in value if isinstance(part, float)])
+            if floats:
+                yield name, floats
         hidden = {key for kind, keys in transient.items() if isinstance(value, kind) for key in keys}
         queue.extend((_join(name, key), part) for key, part in _parts(value) if key not in hidden)
 

@@ -6,7 +6,7 @@ Shape letters: B recordings, N samples, T times, Q codes of a time, L ids.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -262,16 +262,22 @@ class SpeakTask(AudioTask):
         """Cross entropy of the right codes, each predicted from those before it."""
         held_out = self._held_out(max_items)
         bits = codes = 0.0
-        for first in range(0, len(held_out), self.batch):
-            part = held_out.part(range(first, min(first + self.batch, len(held_out))))
-            batch = self._batch_of(part)
+        done = 0
+        for batch in self.held_out_batches(max_items):
             output = self.output(model, *batch)
             count = sum(self.codes_per_time * times + 1 for times in batch[1].tolist())
             bits += float(output.losses["audio"]) * count / math.log(2)
             codes += count
+            done += len(batch[0])
             if progress is not None:
-                progress(min(first + self.batch, len(held_out)), len(held_out))
+                progress(done, len(held_out))
         return Evaluation(bits / codes, 2 * held_out.num_samples, len(held_out))
+
+    def held_out_batches(self, max_items: int | None) -> Iterator[tuple[Tensor, ...]]:
+        """Up to `max_items` held-out recordings as `output` takes them."""
+        held_out = self._held_out(max_items)
+        for first in range(0, len(held_out), self.batch):
+            yield self._batch_of(held_out.part(range(first, min(first + self.batch, len(held_out)))))
 
     def write_samples(self, model: ARBModel, folder: Path) -> None:
         """The first labels, spoken."""

@@ -35,6 +35,12 @@ class Device:
         """Bytes: on a GPU the peak that torch allocated, on the CPU what the process holds now."""
         return torch.cuda.max_memory_allocated(self.device) if self.is_cuda else process_memory()
 
+    def total_memory(self) -> int:
+        """Bytes that there are: of the GPU, or of the machine."""
+        if self.is_cuda:
+            return torch.cuda.get_device_properties(self.device).total_memory
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
     def synchronize(self) -> None:
         """Wait for what was queued."""
         if self.is_cuda:

@@ -104,7 +104,7 @@ class Trainer:
         self.last_ok = self.optimizer.last_step_ok
         self.readings: dict[str, Tensor] = {}
         records = self.task.fixed_shapes and can_record(self.model)
-        self._recorded = RecordedStep(self._work, device.device) if records else None
+        self._recorded = RecordedStep(self._work_of_equals, device.device) if records else None
         if checkpoint is not None:
             checkpoint.restore_optimizer(self.optimizer)
             self._restore(checkpoint.state)
@@ -130,29 +130,36 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
             group["scale_lr"] = train.scale_lr * lr / self.peak_lr
-        batches = [tensor for _ in range(train.accum) for tensor in self.task.next_batch()]
+        batches = [self.task.next_batch() for _ in range(train.accum)]
         self.optimizer.prepare()
-        figures = self._work(batches) if self._recorded is None else self._recorded(batches)
+        if self._recorded is None:
+            figures = self._work(batches)
+        else:
+            figures = self._recorded([tensor for batch in batches for tensor in batch])
         self.step += 1
         main, self.last_ok = figures.pop(self.task.main_loss), figures.pop("ok")
         self.readings = figures
         return main
 
-    def _work(self, batches: Sequence[Tensor]) -> dict[str, Tensor]:
+    def _work_of_equals(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        """`_work` of micro-batches of as many tensors each, one after another."""
+        width = len(tensors) // self.config.train.accum
+        return self._work([tensors[first : first + width] for first in range(0, len(tensors), width)])
+
+    def _work(self, batches: Sequence[Sequence[Tensor]]) -> dict[str, Tensor]:
         """The device's part of a step: losses and metrics of the parts, and whether the step counted."""
-        accum = self.config.train.accum
-        width = len(batches) // accum
-        totals: dict[str, Tensor] = {}
-        for first in range(0, len(batches), width):
-            output = self.task.output(self.model, *batches[first : first + width])
+        losses: dict[str, list[Tensor]] = {}
+        for batch in batches:
+            output = self.task.output(self.model, *batch)
             assert output.loss is not None
             self.optimizer.note_loss(output.loss)
-            (output.loss / accum).backward()
+            (output.loss / len(batches)).backward()
             for name, loss in output.losses.items():
-                share = loss.detach() / accum
-                totals[name] = totals[name] + share if name in totals else share
+                losses.setdefault(name, []).append(loss.detach())
         self.optimizer.apply()
-        return totals | self.model.part_metrics() | {"ok": self.optimizer.last_step_ok}
+        # Not every micro-batch has every loss where the data is mixed.
+        means = {name: _mean(parts) for name, parts in losses.items()}
+        return means | self.model.part_metrics() | {"ok": self.optimizer.last_step_ok}
 
     @property
     def waits(self) -> bool:
@@ -453,6 +460,12 @@ class Run:
         if self._saved_step != self.trainer.step:
             self.save("latest", keep_previous=True)
             self._saved_step = self.trainer.step
+
+
+def _mean(losses: Sequence[Tensor]) -> Tensor:
+    """That of some scalars, each divided ahead of the sum, as the step's loss is."""
+    first, *others = (loss / len(losses) for loss in losses)
+    return sum(others, first)
 
 
 def _refuse_other_model(checkpoint: Checkpoint, config: RunConfig) -> None:

@@ -41,6 +41,7 @@ FIGURES = {
     "log_mel_distance": "nats of log-mel distance",
     "pixel_error": "of RMS error of pixels",
     "velocity_loss": "of velocity loss",
+    "mixed_bits": "bits per byte or code, weighted mean",
 }
 
 

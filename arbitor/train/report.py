@@ -71,6 +71,8 @@ def show_start(console: Console, trainer: Trainer, run: Path) -> None:
 def how_steps_run(trainer: Trainer) -> str:
     """Whether steps on a GPU are replayed, and if not, why."""
     why_not = why_not_recorded(trainer.model)
+    if why_not is None and not trainer.task.fixed_shapes:
+        why_not = "not every batch has the same shape"
     return "replayed as one CUDA graph" if why_not is None else f"kernels are launched one by one: {why_not}"
 
 
@@ -179,15 +181,22 @@ def summarise(trainer: Trainer, result: Evaluation, seconds: float) -> dict[str,
 
 
 def show_end(
-    console: Console, config: RunConfig, run: Path, summary: Mapping[str, Any], prompt: bytes, sample: bytes
+    console: Console,
+    config: RunConfig,
+    run: Path,
+    summary: Mapping[str, Any],
+    prompt: bytes,
+    sample: bytes,
+    more: Mapping[str, str],
 ) -> None:
-    """Print the result, the sample and what to do with it."""
+    """Print the result, the sample and what to do with it; `more` are rows of the task's own."""
     whole = "" if summary["held_out_whole"] else "first "
     right, figure = summary.get("captions_right"), summary.get("figure", "bits_per_byte")
     rows = {
         **({} if right is None else {"captions": f"{100 * right:.2f} % of the held-out ones written right"}),
         "held out": f"{summary[HELD_OUT + figure]:.4f} {FIGURES[figure]} "
         f"(on the {whole}{format_bytes(summary['held_out_bytes'])} held out)",
+        **more,
         "state": f"{summary['bytes_per_weight']:.2f} bytes a weight, {format_bytes(summary['state_bytes'])}; "
         "no float weight, no float training state",
         "time": f"{format_seconds(summary['seconds'])}, {format_bytes(summary['bytes_seen'])} seen",
@@ -197,7 +206,9 @@ def show_end(
     }
     console.print()
     print_rows(console, rows)
-    is_text = not (config.model.image_size or config.model.audio_rate or config.model.video_size)
+    is_text = not (
+        config.model.image_size or config.model.audio_rate or config.model.video_size or config.mix.active
+    )
     title = f"sample after {_as_text(prompt)!r}" if is_text else "of the first held-out ones"
     if is_text or sample:
         console.print(Text(f"\n{title}:", style="bold"))
@@ -216,6 +227,8 @@ def resume_command(run: Path) -> str:
 
 def _next_command(run: Path, config: RunConfig, prompt: bytes) -> str:
     """A command line that tries the run just made."""
+    if config.mix.active and not config.model.image_size:
+        return f"arbitor generate {shlex.quote(run.name)}"
     if task := config.data.video_task:
         command = "--sample TEXT --run" if task == "flow" else "--task flow --base"
         return f"python training/diffusion.py {command} {shlex.quote(run.name)}"

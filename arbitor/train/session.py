@@ -12,12 +12,13 @@ from typing import Any, TextIO, cast
 import torch
 from rich.console import Console
 
-from arbitor.config import RunConfig, dump_toml, load_config, override
+from arbitor.config import MIXED, RunConfig, dump_toml, load_config, override
 from arbitor.config import preset as preset_config
 from arbitor.data import open_corpus
 from arbitor.data.audio import open_audio
 from arbitor.data.contents import unused_field
 from arbitor.data.images import Geometry, open_images
+from arbitor.data.mixed import open_mix
 from arbitor.data.video import ClipGeometry, open_videos
 from arbitor.errors import UserError
 from arbitor.flags import flag_of, naming_flags
@@ -29,8 +30,9 @@ from arbitor.train.display import Display, PatientOutput, format_bytes
 from arbitor.train.growth import added_sidecars
 from arbitor.train.loop import MAX_DROPPED_IN_A_ROW, Run, Trainer
 from arbitor.train.metrics import FIGURES, HELD_OUT, MetricsLog, refuse_busy
+from arbitor.train.mix import MixTask
 from arbitor.train.plot import plot_loss
-from arbitor.train.signals import Interrupted, SignalGuard
+from arbitor.train.signals import Interrupted, SignalGuard, unwinding
 from arbitor.train.task import HELD_OUT_BYTES, Corpus
 from arbitor.train.tensorfile import NewerError
 
@@ -114,14 +116,7 @@ def start_training(
     if run is not None and reset and runs.run_path(run).exists():
         refuse_busy(runs.run_path(run))
         runs.remove_run(runs.run_path(run))
-    folder = runs.make_run(config.preset, run)
-    try:
-        with contextlib.closing(MetricsLog(folder)) as log:
-            swap.write_file(folder / runs.CONFIG_FILE, dump_toml(config))
-            return _train(folder, config, corpus, device, log, None, console)
-    except BaseException:
-        runs.remove_if_untrained(folder)  # what never took a step shall not keep the name
-        raise
+    return _train_new(config, corpus, device, console, run)
 
 
 def _refuse_other_settings(base: str, preset: str | None, config_file: str | None) -> None:
@@ -135,18 +130,52 @@ def _grow(base: Checkpoint, settings: Mapping[str, Any], run: str | None, consol
     config = base.config
     with naming_flags(settings):
         # Other data than that of the base: its settings do not mean anything for other media.
-        others = {"data": (), "held_out": None, "field": "text", "audio_task": "", "video_task": ""}
+        others: dict[str, Any] = {
+            "data": (),
+            "held_out": None,
+            "field": "text",
+            "audio_task": "",
+            "video_task": "",
+        }
+        others |= {f"{name}_weight": 0.0 for name in MIXED}
         grown = override(config, **{**others, **settings})
     device = resolve_device(grown.train.device)
     corpus = _open(grown, settings)
-    new = runs.make_run(config.preset, run)
-    try:
-        with contextlib.closing(MetricsLog(new)) as log:
-            swap.write_file(new / runs.CONFIG_FILE, dump_toml(grown))
-            return _train(new, grown, corpus, device, log, None, console, base)
-    except BaseException:
-        runs.remove_if_untrained(new)
-        raise
+    return _train_new(grown, corpus, device, console, run, base)
+
+
+def _train_new(
+    config: RunConfig,
+    corpus: Corpus,
+    device: Device,
+    console: Console,
+    run: str | None,
+    base: Checkpoint | None = None,
+) -> int:
+    _refuse_too_large(config, device)
+    with unwinding():
+        folder = runs.make_run(config.preset, run)
+        try:
+            with contextlib.closing(MetricsLog(folder)) as log:
+                swap.write_file(folder / runs.CONFIG_FILE, dump_toml(config))
+                return _train(folder, config, corpus, device, log, None, console, base)
+        except BaseException:
+            runs.remove_if_untrained(folder)  # what never took a step shall not keep the name
+            raise
+
+
+def _refuse_too_large(config: RunConfig, device: Device) -> None:
+    """Raise UserError if the embeddings of a micro-batch alone exceed what there is.
+
+    A kernel that promises more memory than it has ends a process without a word, so this is asked ahead.
+    """
+    needed = config.train.batch * config.model.ctx * config.model.dim * 2  # bf16, or more
+    if needed > (there := device.total_memory()):
+        raise UserError(
+            f"--batch {config.train.batch} with a context of {config.model.ctx} needs more than "
+            f"{format_bytes(needed)}, and {device.name} has {format_bytes(there)}; a smaller --batch with a "
+            "larger --accum needs less"
+        )
 
 
 def _console() -> Console:
@@ -210,6 +239,8 @@ def _settled(config: RunConfig) -> RunConfig:
 
 def _open(config: RunConfig, settings: Mapping[str, Any]) -> Corpus:
     data, model = config.data, config.model
+    if config.mix.active:
+        return open_mix(config)
     if data.video_task:
         if not model.video_size:
             raise UserError("video_task is set for a model without the video sidecar; set video_size as well")
@@ -251,8 +282,9 @@ def _refuse_contradiction(
             continue
         if name == "device" and resolve_device(config.train.device).device == device.device:
             continue
-        own = next(getattr(s, name) for s in (config.model, config.train, config.data) if hasattr(s, name))
-        flag = flag_of(name) if name in ("save", "augment") else f"{flag_of(name)} {_shown(value)}"
+        sections = (config.model, config.train, config.data, config.mix)
+        own = next(getattr(section, name) for section in sections if hasattr(section, name))
+        flag = flag_of(name) if isinstance(value, bool) else f"{flag_of(name)} {_shown(value)}"
         more = " (it can only be raised)" if name == "steps" else ""
         raise UserError(f"{flag} contradicts the run's {name} = {_shown(own)}{more} in {where}")
 
@@ -352,7 +384,10 @@ def _train(
                 swap.write_file(folder / "sample.txt", text)
                 # Last of all: a run with a summary counts as finished.
                 swap.write_file(folder / runs.SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
-            report.show_end(console, config, folder, summary, prompt, sample)
+            rows: dict[str, str] = {}
+            if isinstance(trainer.task, MixTask):
+                rows = trainer.task.summary_rows(summary)
+            report.show_end(console, config, folder, summary, prompt, sample, rows)
             return 0
         saved = f"saved {folder / 'latest'}" if config.train.save else "nothing was saved (--no-save)"
         where = f"step {trainer.step} of {config.train.steps}"

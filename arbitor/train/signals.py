@@ -1,15 +1,19 @@
-"""SIGINT and SIGTERM: the first one ends the run after the step in hand, a second one at once."""
+"""SIGINT, SIGTERM and SIGHUP: the first one ends the run after the step in hand, a second one at once.
+
+A terminal that closes may send SIGHUP more than once, so that one never counts as the second. Where it is
+ignored (`nohup`), it stays ignored.
+"""
 
 import contextlib
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(Exception):  # noqa: N818 - it is a request, not an error
@@ -37,7 +41,7 @@ class SignalGuard:
 
     def __enter__(self) -> "SignalGuard":
         if threading.current_thread() is threading.main_thread():
-            self._former = {number: signal.signal(number, self._handle) for number in SIGNALS}
+            self._former = {number: signal.signal(number, self._handle) for number in _heeded(SIGNALS)}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -57,6 +61,8 @@ class SignalGuard:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
+            if number == signal.SIGHUP:
+                return
             with contextlib.suppress(OSError, ValueError, AttributeError):
                 if sys.stdout.isatty():
                     os.write(sys.stdout.fileno(), b"\x1b[?25h\n")  # the cursor that a progress bar hides
@@ -66,6 +72,32 @@ class SignalGuard:
         _say("\nstopping after this step and saving; once more stops at once, without saving\n")
         if self._may_leave:
             raise Interrupted
+
+
+@contextlib.contextmanager
+def unwinding() -> Iterator[None]:
+    """While open, SIGTERM and SIGHUP raise SystemExit(128 + number), as SIGINT raises KeyboardInterrupt.
+
+    So whoever cleans up on an exception does so at a signal as well; without it, the process would just end.
+    """
+    former: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        numbers = _heeded((signal.SIGTERM, signal.SIGHUP))
+        former = {number: signal.signal(number, _exit) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+def _exit(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
+def _heeded(numbers: Iterable[signal.Signals]) -> list[signal.Signals]:
+    """Those that the process was not told to ignore."""
+    return [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 def _say(text: str) -> None:

@@ -15,6 +15,7 @@ from arbitor.data import ByteCorpus, Sampler
 from arbitor.data.audio import AudioCorpus
 from arbitor.data.draw import ImageSampler
 from arbitor.data.images import ImageCorpus
+from arbitor.data.mixed import MixCorpus
 from arbitor.data.video import VideoCorpus
 from arbitor.evaluate import Evaluation, bits_per_byte, caption_figures
 from arbitor.model import ARBModel
@@ -24,10 +25,11 @@ from arbitor.model.vocab import EOS, PAD
 
 if TYPE_CHECKING:
     from arbitor.train.audio_tasks import AudioTask
+    from arbitor.train.mix import MixTask
     from arbitor.train.video_tasks import VideoTask
 
 HELD_OUT_BYTES = 1_000_000  # what the evaluation at the end reads at most
-Corpus = ByteCorpus | ImageCorpus | AudioCorpus | VideoCorpus
+Corpus = ByteCorpus | ImageCorpus | AudioCorpus | MixCorpus | VideoCorpus
 SHOWN = 8  # held-out media whose captions are shown at the end
 
 
@@ -60,10 +62,10 @@ class Task(Protocol):
     def output(self, model: ARBModel, *batch: Tensor) -> ARBOutput:
         """The model's output, with its loss, on a batch of any device."""
 
-    def sampler_state(self) -> dict[str, int]:
-        """The position in the data."""
+    def sampler_state(self) -> dict[str, Any]:
+        """The position in the data, plain JSON values."""
 
-    def restore_sampler(self, state: Mapping[str, int]) -> None:
+    def restore_sampler(self, state: Mapping[str, Any]) -> None:
         """Go on from a position; UserError if it is one in other data."""
 
     def held_out_state(self) -> dict[str, int]:
@@ -194,6 +196,12 @@ class CaptionTask:
 
         return caption_figures(model, "image", batches(), count, progress)
 
+    def held_out_batch(self, numbers: Sequence[int]) -> tuple[Tensor, ...]:
+        """Some of the held-out images as `output` takes them."""
+        held_out = self.corpus.held_out
+        captions = [held_out.captions[n] for n in numbers]
+        return *framed(captions, self.ctx), torch.from_numpy(held_out.images(np.array(numbers)))
+
     def show(self, model: ARBModel) -> str:
         """What the model says of the first held-out images, a line each."""
         from arbitor.generate import greedy_texts
@@ -213,8 +221,12 @@ class CaptionTask:
         return min(len(caption) + 1, self.ctx - WINDOW)
 
 
-def task_of(config: RunConfig, corpus: Corpus) -> "TextTask | CaptionTask | AudioTask | VideoTask":
+def task_of(config: RunConfig, corpus: Corpus) -> "TextTask | CaptionTask | AudioTask | MixTask | VideoTask":
     """The task that belongs to some data."""
+    if isinstance(corpus, MixCorpus):
+        from arbitor.train.mix import MixTask
+
+        return MixTask(config, corpus)
     if isinstance(corpus, AudioCorpus):
         from arbitor.train.audio_tasks import AUDIO_TASKS
 

@@ -291,6 +291,16 @@ def plant_object_array(model, optimizer):
     return "masters.1.1", "unsaved float"
 
 
+def plant_structured_array(model, optimizer):
+    model.masters = np.zeros(40, dtype=[("low", "i4"), ("master", "f4")])
+    return "masters", "unsaved float"
+
+
+def plant_python_floats(model, optimizer):
+    model.masters = {"rows": [0.5] * 40}
+    return "masters.rows", "unsaved float"
+
+
 def plant_array(model, optimizer):
     model.masters = array.array("f", [0.0] * 9)
     return "masters", "unsaved float"
@@ -394,6 +404,8 @@ def plant_numpy_state(model, optimizer):
         plant_set,
         plant_key,
         plant_slot,
+        plant_structured_array,
+        plant_python_floats,
         plant_dataclass,
         plant_closure,
         plant_default,
@@ -467,6 +479,13 @@ def test_nothing_that_a_step_and_a_generation_leave_is_a_float(preset_name):
 def test_a_few_floats_are_no_weights(elements, ok):
     model = Small()
     model.metric = torch.zeros(elements)
+    assert audit(model).ok == ok
+
+
+@pytest.mark.parametrize(("tensors", "ok"), [(64, True), (65, False)])
+def test_many_tensors_of_few_floats_are_weights(tensors, ok):
+    model = Small()
+    model.scales = [torch.zeros(4) for _ in range(tensors)]
     assert audit(model).ok == ok
 
 

@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM, sent to a real process."""
 
+import contextlib
 import json
 import os
 import signal
@@ -10,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from arbitor.cli import main
+from arbitor.train import session
 from arbitor.train.checkpoint import load_checkpoint
-from arbitor.train.signals import Interrupted, SignalGuard
+from arbitor.train.signals import Interrupted, SignalGuard, unwinding
 
 TOML = """
 [model]
@@ -61,7 +64,9 @@ def start(workplace, repository):
         process.communicate()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 def test_a_signal_saves_and_leaves_with_the_conventional_code(start, number, code):
     process = start()
     process.send_signal(number)
@@ -91,6 +96,43 @@ def test_a_second_signal_ends_at_once(monkeypatch):
         with pytest.raises(Left, match="143"):
             signal.raise_signal(signal.SIGTERM)
         assert guard.exit_code == 130
+
+
+def test_a_terminal_that_closes_twice_is_no_second_signal():
+    with SignalGuard() as guard:
+        signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(signal.SIGHUP)
+        assert guard.exit_code == 129
+
+
+def test_what_is_ignored_stays_ignored():
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with unwinding(), SignalGuard() as guard:
+            signal.raise_signal(signal.SIGHUP)
+            assert guard.received is None
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, former)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_ahead_of_the_first_step_leaves_no_run(workplace, monkeypatch, number, code):
+    seen = []
+
+    def interrupted(*arguments):
+        seen.append(Path("runs/tiny-1/config.toml").is_file())
+        signal.raise_signal(number)
+        pytest.fail("the signal did not end it")
+
+    monkeypatch.setattr(session, "Trainer", interrupted)
+    monkeypatch.setattr(session, "SignalGuard", contextlib.nullcontext)  # as if it were not open yet
+    (workplace / "small.toml").write_text(TOML)
+    with pytest.raises(SystemExit) as end:
+        main(["train", "--data", "data.txt", "--config", "small.toml"])
+    assert end.value.code == code
+    assert seen == [True]
+    assert not Path("runs/tiny-1").exists()
 
 
 def test_a_section_without_consequences_is_left_at_once():

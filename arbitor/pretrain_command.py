@@ -1,0 +1,336 @@
+"""The command behind `training/pretrain.py`: what is heavy is imported inside it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from arbitor import cli
+from arbitor.cli import DATA, LOGGING, RUN, TRAINING, app, whole
+from arbitor.config import MIXED, RunConfig, load_config
+from arbitor.errors import UserError
+
+DEFAULT_WEIGHTS = {"text": 4.0, "code": 4.0, "image": 1.0, "audio": 1.0}
+
+
+@app.command(name="pretrain", show=False)
+def pretrain(
+    *,
+    run: Annotated[str | None, Parameter(group=RUN)] = None,
+    resume: Annotated[bool, Parameter(group=RUN, show_default=False)] = False,
+    reset: Annotated[bool, Parameter(group=RUN, show_default=False)] = False,
+    base: Annotated[str | None, Parameter(group=RUN)] = None,
+    preset: Annotated[str | None, Parameter(group=RUN)] = None,
+    config: Annotated[str | None, Parameter(group=RUN)] = None,
+    text_data: Annotated[list[str] | None, Parameter(group=DATA, consume_multiple=True)] = None,
+    code_data: Annotated[list[str] | None, Parameter(group=DATA, consume_multiple=True)] = None,
+    image_data: Annotated[list[str] | None, Parameter(group=DATA, consume_multiple=True)] = None,
+    audio_data: Annotated[list[str] | None, Parameter(group=DATA, consume_multiple=True)] = None,
+    text_weight: Annotated[float | None, Parameter(group=DATA)] = None,
+    code_weight: Annotated[float | None, Parameter(group=DATA)] = None,
+    image_weight: Annotated[float | None, Parameter(group=DATA)] = None,
+    audio_weight: Annotated[float | None, Parameter(group=DATA)] = None,
+    video_weight: Annotated[float | None, Parameter(group=DATA)] = None,
+    held_out: Annotated[str | None, Parameter(group=DATA)] = None,
+    field: Annotated[str | None, Parameter(group=DATA)] = None,
+    audio_seconds: Annotated[float | None, Parameter(group=DATA)] = None,
+    preserve_state: Annotated[bool, Parameter(group=DATA, show_default=False)] = False,
+    no_augment: Annotated[bool, Parameter(group=DATA, show_default=False)] = False,
+    steps: Annotated[int | None, Parameter(group=TRAINING, converter=whole)] = None,
+    batch: Annotated[int | None, Parameter(group=TRAINING, converter=whole)] = None,
+    accum: Annotated[int | None, Parameter(group=TRAINING, converter=whole)] = None,
+    ctx: Annotated[int | None, Parameter(group=TRAINING, converter=whole)] = None,
+    disable_moe: Annotated[bool, Parameter(group=TRAINING, show_default=False)] = False,
+    disable_vq: Annotated[bool, Parameter(group=TRAINING, show_default=False)] = False,
+    disable_graph: Annotated[bool, Parameter(group=TRAINING, show_default=False)] = False,
+    enable_memory: Annotated[bool, Parameter(group=TRAINING, show_default=False)] = False,
+    memory_rows: Annotated[int | None, Parameter(group=TRAINING, converter=whole)] = None,
+    image_size: Annotated[int | None, Parameter(group=TRAINING, converter=whole)] = None,
+    image_patch: Annotated[int | None, Parameter(group=TRAINING, converter=whole)] = None,
+    image_channels: Annotated[int | None, Parameter(group=TRAINING, converter=whole)] = None,
+    image_encoder: Annotated[str | None, Parameter(group=TRAINING)] = None,
+    max_moe_iters: Annotated[int | None, Parameter(group=TRAINING, converter=whole)] = None,
+    state: Annotated[Literal["full", "compact", "lean"] | None, Parameter(group=TRAINING)] = None,
+    rule: Annotated[Literal["spectral", "sinkhorn", "row", "sign"] | None, Parameter(group=TRAINING)] = None,
+    lr: Annotated[float | None, Parameter(group=TRAINING)] = None,
+    accum_threshold: Annotated[int | None, Parameter(group=TRAINING, converter=whole)] = None,
+    e_accum_threshold: Annotated[int | None, Parameter(group=TRAINING, converter=whole)] = None,
+    scale_lr: Annotated[float | None, Parameter(group=TRAINING)] = None,
+    seed: Annotated[int | None, Parameter(group=TRAINING, converter=whole)] = None,
+    device: Annotated[Literal["auto", "cpu", "cuda"] | None, Parameter(group=TRAINING)] = None,
+    eval_steps: Annotated[int | None, Parameter(group=LOGGING, converter=whole)] = None,
+    eval_interval: Annotated[int | None, Parameter(group=LOGGING, converter=whole)] = None,
+    save_interval: Annotated[int | None, Parameter(group=LOGGING, converter=whole)] = None,
+    no_save: Annotated[bool, Parameter(group=LOGGING, show_default=False)] = False,
+    log_interval: Annotated[int | None, Parameter(group=LOGGING, converter=whole)] = None,
+) -> int:
+    """Train one model on text, code, images and sounds, drawn by weights; without flags on embedded data.
+
+    Parameters
+    ----------
+    run
+        Name of the run, a folder under ./runs; default <preset>-1, -2, ... (with --resume: the newest).
+    resume
+        Go on with the run from its latest checkpoint, with its settings; a weight above 0 for images or
+        sounds that it has no part for makes a new run that starts from it.
+    reset
+        Delete the run of that name and start it anew.
+    base
+        Run or checkpoint to start from; a codec that it has stays as it is.
+    preset
+        Settings to start from; default tiny.
+    config
+        TOML file laid over the preset; flags override it.
+    text_data
+        Files, folders, globs, or a data set of the hub, hf:NAME[:SPLIT[:FIELD]]; default the docstrings of
+        Python's standard library.
+    code_data
+        The same; default the standard library's sources.
+    image_data
+        Folders of images with captions, .jsonl or IDX files, or a data set of the hub; default scikit-learn's
+        handwritten digits.
+    audio_data
+        Folders, .tar archives, .jsonl or audio files, or a data set of the hub; default synthesised sounds.
+    text_weight
+        How often text is drawn, relative to the other weights; default 4, 0 leaves it out.
+    code_weight
+        The same for source code; default 4.
+    image_weight
+        The same for images; default 1. With 0 the model has no part for images.
+    audio_weight
+        The same for sounds; default 1. With 0 the model has no part for sounds.
+    video_weight
+        The same for videos; default 0.
+    held_out
+        Share of the data of every modality to measure on.
+    field
+        Field that holds the text in .jsonl files; default text.
+    audio_seconds
+        Longest sound; what follows is cut off. Default 1.
+    preserve_state
+        Read text and code as consecutive windows, each with the KV ledger of the one before it.
+    no_augment
+        Do not shift and turn the images.
+    steps
+        Optimizer steps; with --resume, more than the run has.
+    batch
+        Windows, images or recordings per micro-batch.
+    accum
+        Micro-batches per step; each is of one modality.
+    ctx
+        Context length in bytes.
+    disable_moe
+        Leave the mixture of experts out.
+    disable_vq
+        Leave motifs out, and the graph with them.
+    disable_graph
+        Leave the motif graph out.
+    enable_memory
+        Add the n-gram memory.
+    memory_rows
+        Rows of each of the memory's hash tables.
+    image_size
+        Pixels a side that every image is fitted into; default by the data, else 224.
+    image_patch
+        Pixels a side of a patch; default by the data, else 16.
+    image_channels
+        1 for grey, 3 for colour; default by the data, else 3.
+    image_encoder
+        Folder or hub name of a DINOv2 that stands frozen, in int8, ahead of the patch embedding.
+    max_moe_iters
+        Most iterations of the core.
+    state
+        What training keeps: full 2.3, compact 1.8 or lean 1.2 bytes a weight.
+    rule
+        Direction of the votes.
+    lr
+        Peak learning rate in trits per step; default by state.
+    accum_threshold
+        Accumulator value at which a trit flips; default by state.
+    e_accum_threshold
+        Accumulator value at which a scale exponent moves.
+    scale_lr
+        Strength of the votes on scale exponents; 0 freezes them.
+    seed
+        Seed of weights, data order, the mix and rounding.
+    device
+        Where to compute; default auto.
+    eval_steps
+        Held-out windows, images and recordings per evaluation during training.
+    eval_interval
+        Steps between evaluations; 0 is at the end only.
+    save_interval
+        Steps between checkpoints; 0 is at the end only.
+    no_save
+        Write no checkpoints at all.
+    log_interval
+        Steps between readings of the loss from the device.
+    """
+    given = {
+        "text_data": text_data,
+        "code_data": code_data,
+        "image_data": image_data,
+        "audio_data": audio_data,
+        "text_weight": text_weight,
+        "code_weight": code_weight,
+        "image_weight": image_weight,
+        "audio_weight": audio_weight,
+        "video_weight": video_weight,
+        "preserve_state": preserve_state or None,
+        "held_out": held_out,
+        "field": field,
+        "augment": False if no_augment else None,
+        "steps": steps,
+        "batch": batch,
+        "accum": accum,
+        "ctx": ctx,
+        "state": state,
+        "rule": rule,
+        "lr": lr,
+        "accum_threshold": accum_threshold,
+        "e_accum_threshold": e_accum_threshold,
+        "scale_lr": scale_lr,
+        "seed": seed,
+        "device": device,
+        "eval_steps": eval_steps,
+        "eval_interval": eval_interval,
+        "save_interval": save_interval,
+        "save": False if no_save else None,
+        "log_interval": log_interval,
+        "encoder": image_encoder,
+    }
+    from arbitor.flags import PartFlags, base_model, flag_of
+
+    settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    before = _before(run, resume, base)
+    weights = _weights(settings, before)
+    sizes = {"image_size": image_size, "image_patch": image_patch, "image_channels": image_channels}
+    image: dict[str, Any] = {name: value for name, value in sizes.items() if value is not None}
+    if image_encoder is not None:
+        image = {"image_encoder": image_encoder, **image}
+    if image and not weights["image"]:
+        raise UserError(f"{flag_of(next(iter(image)))} is for images: give --image-weight as well")
+    if preserve_state and not (weights["text"] or weights["code"]):
+        raise UserError("--preserve-state is for text and code: give --text-weight or --code-weight as well")
+    if audio_seconds is not None and not weights["audio"]:
+        raise UserError("--audio-seconds is for sounds: give --audio-weight as well")
+
+    parts = PartFlags(
+        without=[n for n, off in (("moe", disable_moe), ("vq", disable_vq), ("graph", disable_graph)) if off],
+        memory=enable_memory,
+        memory_rows=memory_rows,
+        max_moe_iters=max_moe_iters,
+    )
+    if before is None:
+        model = base_model(preset, config)
+        cli._print_notes(parts.notes(model))
+    else:
+        model = before.model
+        if resume:
+            parts.refuse_contradiction(model, "the run's config.toml")
+    settings |= parts.settings(model)
+    grows = _sidecars(settings, weights, before, image, audio_seconds)
+    if before is None or base is not None or grows:
+        settings |= {f"{name}_weight": weight for name, weight in weights.items()}
+        settings.setdefault("output_router", True)
+        settings.setdefault("train_codec", not (before is not None and before.model.audio_rate))
+
+    from arbitor.train.session import start_training
+
+    return start_training(
+        settings, preset=preset, config_file=config, run=run, resume=resume, reset=reset, base=base
+    )
+
+
+def _before(run: str | None, resume: bool, base: str | None) -> RunConfig | None:
+    """Settings of the run that is gone on with or grown from; None for a new one.
+
+    Raises:
+        UserError: there is none, or both flags were given.
+    """
+    if resume and base is not None:
+        raise UserError("--resume goes on with a run and --base starts from another: give one of them")
+    if not resume and base is None:
+        return None
+    from arbitor.train import runs
+
+    folder = runs.existing_run(run) if resume else runs.find_checkpoint(base)
+    return load_config(folder / runs.CONFIG_FILE)
+
+
+def _weights(settings: Mapping[str, Any], before: RunConfig | None) -> dict[str, float]:
+    """The weight of every modality: those given, over those of the run before, over the usual ones.
+
+    Raises:
+        UserError: one that is negative or no number, or all are 0.
+    """
+    weights = {}
+    for name in MIXED:
+        usual = DEFAULT_WEIGHTS.get(name, 0.0)
+        if before is not None and before.mix.active:
+            usual = before.mix.weight(name)
+        weights[name] = float(settings.get(f"{name}_weight", usual))
+        if not 0.0 <= weights[name] < float("inf"):
+            raise UserError(f"--{name}-weight must be 0 or a number above, got {weights[name]:g}")
+    if not any(weights.values()):
+        raise UserError("all weights are 0, so there is nothing to learn from; give one above 0")
+    from arbitor.data.mixed import OPENERS
+
+    for name, weight in weights.items():
+        if weight and name not in OPENERS:
+            raise UserError(
+                f"--{name}-weight {weight:g}: this version cannot mix {name}; leave it out "
+                f"(it mixes {', '.join(OPENERS)})"
+            )
+        if f"{name}_data" in settings and not weight:
+            raise UserError(f"--{name}-data is given and --{name}-weight is 0: give a weight as well")
+    return weights
+
+
+def _sidecars(
+    settings: dict[str, Any],
+    weights: Mapping[str, float],
+    before: RunConfig | None,
+    image: Mapping[str, Any],
+    audio_seconds: float | None,
+) -> bool:
+    """Put the fields of the sidecars that the weights ask for into `settings`; whether one is new.
+
+    Raises:
+        UserError: data that cannot be used.
+    """
+    grows = False
+    usual: dict[str, Any] = {}
+    if source := image.get("image_encoder"):
+        from arbitor.sidecars.encoder import geometry_of, read_architecture
+
+        architecture = read_architecture(source)
+        image = {**image, "image_encoder": architecture}
+        usual = geometry_of(architecture)
+    settings.update(image)
+    if weights["image"] and not (before is not None and before.model.image_size):
+        from arbitor.config import IMAGE_SIZE
+        from arbitor.data.images import default_geometry
+
+        grows = True
+        usual = usual or default_geometry(settings.get("image_data", ()))
+        for name, value in {"image_size": IMAGE_SIZE, **usual}.items():
+            settings.setdefault(name, value)
+    rate = before.model.audio_rate if before is not None else 0
+    if weights["audio"] and not rate:
+        from arbitor.data.audio import default_rate
+
+        grows = True
+        data = settings.get("audio_data", ())
+        rate = default_rate(data)
+        settings["audio_rate"] = settings["audio_samples"] = rate
+    if audio_seconds is not None:
+        if not 0.05 <= audio_seconds <= 3600:
+            raise UserError(f"--audio-seconds must be between 0.05 and 3600, got {audio_seconds:g}")
+        settings["audio_samples"] = round(audio_seconds * rate)
+    return grows
+
+
+def main(tokens: Sequence[str]) -> int:
+    """Run the command; returns the exit code."""
+    return cli.main(["pretrain", *tokens])

@@ -1,0 +1,276 @@
+"""`training/pretrain.py`: what its flags do, from the command line to the files of a run."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from arbitor.cli import main as arbitor_main
+from arbitor.pretrain_command import main
+from arbitor.ternary.audit import audit_checkpoint
+from arbitor.train.checkpoint import load_checkpoint
+from arbitor.train.metrics import read_metrics
+from testing.small_run import MODEL, one_thread  # noqa: F401 - a fixture that runs by itself
+
+REPOSITORY = Path(__file__).parents[1]
+TOML = "[model]\n" + "".join(f"{name} = {value}\n" for name, value in MODEL.items()) + "ctx = 16\n"
+FEW = [
+    *("--batch", "4", "--eval-steps", "2", "--eval-interval", "3", "--save-interval", "3"),
+    *("--device", "cpu", "--audio-seconds", "0.1"),
+]  # fmt: skip
+NEW = ["--config", "small.toml", "--text-data", "text.txt", "--code-data", "code.txt"]
+TEXT_ONLY = ["--code-weight", "0", "--image-weight", "0", "--audio-weight", "0"]
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("arbitor.data.audio._SYNTHETIC_COUNT", 30)
+    monkeypatch.setattr("arbitor.train.mix.SHOWN_BYTES", 8)
+    (tmp_path / "small.toml").write_text(TOML)
+    (tmp_path / "text.txt").write_text("".join(f"a sentence of number {n}. " for n in range(300)))
+    (tmp_path / "code.txt").write_text("".join(f"x_{n} = f({n})\n" for n in range(300)))
+    return tmp_path
+
+
+def files(run):
+    folder = Path("runs", run, "latest")
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def state_of(run):
+    return json.loads(Path("runs", run, "latest", "state.json").read_text())
+
+
+def test_a_run_on_all_modalities_leaves_their_figures(workplace, capsys):
+    assert main([*NEW, *FEW, "--steps", "6", "--accum", "4", "--run", "all"]) == 0
+    out = capsys.readouterr().out
+    names = ("text", "code", "image", "audio")
+    summary = json.loads((workplace / "runs/all/summary.json").read_text())
+    for name in names:
+        assert summary[f"held_out_{name}"] > 0
+        assert summary[f"unigram_{name}"] > 0
+        assert 0 <= summary[f"held_out_router_{name}"] <= 1
+        figure, unigram = summary[f"held_out_{name}"], summary[f"unigram_{name}"]
+        unit = "code" if name == "audio" else "byte"
+        assert f"{figure:.4f} bits per {unit}, unigrams {unigram:.4f}; router right at" in out
+    lines = list(read_metrics(workplace / "runs/all/metrics.jsonl"))
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    seen = {key for line in steps for key in line}
+    assert {f"loss_{name}" for name in names} <= seen
+    assert {f"router_accuracy_{name}" for name in names} <= seen
+    measured = [line for line in lines if "held_out_mixed_bits" in line]
+    assert [line["step"] for line in measured] == [3, 6]
+    assert all({f"held_out_{name}" for name in names} <= line.keys() for line in measured)
+    assert set(state_of("all")["sampler"]["parts"]) == {*names}
+    for checkpoint in ("latest", "best", "final"):
+        assert audit_checkpoint(workplace / "runs/all" / checkpoint).ok
+    assert (workplace / "runs/all/loss.png").is_file()
+    assert list((workplace / "runs/all/samples").glob("*.wav"))
+    assert "[text]" in (workplace / "runs/all/sample.txt").read_text(encoding="utf-8")
+
+
+def test_only_the_sidecars_of_what_is_drawn_are_built():
+    for weights, wanted in (
+        (TEXT_ONLY, {"router"}),
+        (["--audio-weight", "0"], {"router", "image"}),
+        (["--image-weight", "0"], {"router", "audio"}),
+    ):
+        run = "-".join(sorted(wanted))
+        given = [flag for flag in FEW if "audio" in wanted or flag not in ("--audio-seconds", "0.1")]
+        data = NEW if weights is not TEXT_ONLY else NEW[:-2]
+        assert main([*data, *given, *weights, "--steps", "1", "--run", run]) == 0
+        names = load_checkpoint(Path("runs", run, "latest")).weights
+        found = {name for name in ("image", "audio") if any(n.startswith(f"sidecars.{name}.") for n in names)}
+        assert found | {"router"} == wanted
+        assert any(name.startswith("router.") for name in names)
+
+
+@pytest.mark.parametrize("more", [[], ["--accum", "2"], ["--preserve-state"]])
+def test_a_run_that_is_stopped_at_every_step_equals_one_that_is_not(more, monkeypatch):
+    from arbitor.train.loop import Run
+
+    given = [*NEW, *FEW, *more, "--steps", "5"]
+    assert main([*given, "--run", "whole"]) == 0
+    take = Run._take_step
+
+    def take_and_stop(self):
+        take(self)
+        self.guard.received = 15
+
+    monkeypatch.setattr(Run, "_take_step", take_and_stop)
+    for step in range(1, 5):
+        assert main([*(given if step == 1 else ["--resume"]), "--run", "parts"]) != 0
+    monkeypatch.setattr(Run, "_take_step", take)
+    assert main(["--resume", "--run", "parts"]) == 0
+    assert files("parts") == files("whole")
+    losses = [
+        [line["loss"] for line in read_metrics(Path("runs", run, "metrics.jsonl")) if "loss" in line]
+        for run in ("whole", "parts")
+    ]
+    assert losses[0] == losses[1]
+    assert main(["--resume", "--run", "parts"]) == 0  # finished: nothing to do
+    assert arbitor_main(["train", "--resume", "--run", "parts"]) == 0  # the same command line as any run's
+
+
+def test_a_text_run_grows_by_images_and_sounds_and_names_them(capsys):
+    text = [flag for flag in FEW if flag not in ("--audio-seconds", "0.1")]
+    assert main([*NEW[:-2], *text, *TEXT_ONLY, "--steps", "2", "--run", "text"]) == 0
+    capsys.readouterr()
+    grown = [
+        "--resume",
+        "--run",
+        "text",
+        "--image-weight",
+        "1",
+        "--audio-weight",
+        "2",
+        "--audio-seconds",
+        "0.1",
+    ]
+    assert main([*grown, "--text-data", "text.txt", "--steps", "3"]) == 0
+    out = capsys.readouterr().out
+    added = next(line for line in out.splitlines() if line.startswith("added"))
+    assert "sidecars.image.embed" in added
+    assert "sidecars.audio.codec.enter" in added
+    assert "heads.audio.tables.0" in added
+    assert "left out: nothing" in out
+    assert "training state taken over: all of it" in out
+    parts = state_of("tiny-1")["sampler"]["parts"]
+    assert set(parts) == {"text", "image", "audio"}
+    before, after = (load_checkpoint(Path("runs", run, "latest")).weights for run in ("text", "tiny-1"))
+    assert before.keys() < after.keys()
+    assert state_of("text")["step"] == 2  # as it was
+
+
+def test_a_run_of_arbitor_train_is_a_base_and_its_codec_stays(tmp_path):
+    from arbitor.audio_command import main as audio_main
+
+    small = ["--ctx", "200", "--rate", "2000", "--codec-dim", "16", "--codec-layers", "1"]
+    assert audio_main([*small, "--steps", "1", "--batch", "2", "--device", "cpu", "--run", "codec"]) == 0
+    given = [
+        *NEW[2:],
+        *FEW,
+        "--steps",
+        "4",
+        "--text-weight",
+        "0",
+        "--code-weight",
+        "0",
+        "--image-weight",
+        "0",
+    ]
+    given = [
+        flag for flag in given if not flag.endswith(".txt") and flag not in ("--text-data", "--code-data")
+    ]
+    assert main(["--base", "codec", *given, "--run", "mixed"]) == 0
+    before, after = (load_checkpoint(Path("runs", run, "latest")).weights for run in ("codec", "mixed"))
+    codec = [name for name in before if ".codec." in name]
+    assert codec
+    assert all((before[name] == after[name]).all() for name in codec)
+    assert any((before[name] != after[name]).any() for name in before if name.startswith("heads.audio"))
+
+
+def test_a_mixed_run_is_the_base_of_one_that_is_not_mixed(capsys):
+    from arbitor.audio_command import main as audio_main
+
+    assert main([*NEW, *FEW, "--steps", "1", "--run", "mixed"]) == 0
+    capsys.readouterr()
+    assert audio_main(["--base", "mixed", "--task", "listen", "--steps", "1", "--run", "listens"]) == 0
+    assert "drawn" in state_of("listens")["sampler"]
+    assert "parts" not in state_of("listens")["sampler"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["--text-weight", "-1"], "--text-weight must be 0 or a number above, got -1"),
+        (["--audio-weight", "nan"], "--audio-weight must be 0 or a number above"),
+        (["--code-weight", "inf"], "--code-weight must be 0 or a number above"),
+        (["--text-weight", "0", *TEXT_ONLY], "all weights are 0"),
+        (["--video-weight", "-1"], "--video-weight must be 0 or a number above"),
+        (["--code-weight", "0"], "--code-data is given and --code-weight is 0"),
+        (["--image-weight", "0", "--image-size", "8"], "--image-size is for images"),
+        (["--image-weight", "0", "--image-encoder", "x"], "--image-encoder is for images"),
+        (["--image-encoder", "nowhere"], "--image-encoder"),
+        (["--audio-weight", "0"], "--audio-seconds is for sounds"),
+        (["--held-out", "text.txt"], "--held-out must be a share"),
+        (["--held-out", "1"], "--held-out must be a share"),
+        (["--image-data", "nowhere"], "--image-data: no such file or folder: 'nowhere'"),
+        (["--audio-data", "nowhere"], "no such file or folder: 'nowhere'"),
+        (["--resume", "--base", "x"], "give one of them"),
+        (["--base", "none"], "there is no run"),
+        (["--text-wieght", "1"], "--text-wieght"),
+        (["--batch", "0"], "--batch"),
+        (["--text-weight", "1e-9"], "--text-weight must be 0 or at least 1e-6"),
+    ],
+)
+def test_bad_flags_are_one_line_and_leave_nothing(arguments, why, workplace, capsys):
+    assert main([*NEW, *FEW, *arguments]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("arbitor: error: ")
+    assert why in error
+    assert not (workplace / "runs").exists() or not list((workplace / "runs").iterdir())
+
+
+def test_a_state_that_nothing_would_keep_is_refused(capsys):
+    assert main(["--text-weight", "0", "--code-weight", "0", "--preserve-state"]) == 2
+    assert "--preserve-state is for text and code" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "1e9"])
+def test_sounds_of_no_length_are_refused(seconds, capsys):
+    assert main(["--audio-seconds", seconds]) == 2
+    assert "--audio-seconds must be between 0.05 and 3600" in capsys.readouterr().err
+
+
+def test_a_modality_without_a_part_is_refused(capsys, monkeypatch):
+    from arbitor.data import mixed
+
+    monkeypatch.setattr(mixed, "OPENERS", {n: o for n, o in mixed.OPENERS.items() if n != "video"})
+    assert main([*NEW, *FEW, "--video-weight", "1"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.splitlines() == [
+        "arbitor: error: --video-weight 1: this version cannot mix video; leave it out (it mixes text, code, "
+        "image, audio)"
+    ]
+
+
+def test_other_weights_than_those_of_a_run_contradict_it(capsys):
+    assert main([*NEW, *FEW, "--steps", "1", "--run", "r"]) == 0
+    assert main(["--resume", "--run", "r", "--text-weight", "2"]) == 2
+    assert "--text-weight 2.0 contradicts the run's text_weight = 4.0" in capsys.readouterr().err
+    assert main(["--resume", "--run", "r", "--preserve-state"]) == 2
+    assert "--preserve-state contradicts" in capsys.readouterr().err
+
+
+def test_data_that_changed_is_refused_by_name(workplace, capsys):
+    assert main([*NEW, *FEW, "--steps", "1", "--run", "r"]) == 0
+    with open(workplace / "code.txt", "a") as file:
+        file.write("more = 1\n" * 50)
+    assert main(["--resume", "--run", "r", "--steps", "2"]) == 2
+    assert "code: the training data is not what it was" in capsys.readouterr().err
+
+
+def test_a_step_on_embedded_data_takes_no_minute(workplace):
+    started = time.monotonic()
+    done = subprocess.run(
+        [
+            *(sys.executable, str(REPOSITORY / "training" / "pretrain.py")),
+            *("--steps", "1", "--eval-steps", "2", "--device", "cpu", "--run", "embedded"),
+        ],
+        env={"PATH": "", "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "HOME": str(workplace)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - started < 60
+    for name in ("docstrings of Python's standard library", "handwritten digits", "synthesised tones"):
+        assert name in done.stdout
+    summary = json.loads((workplace / "runs/embedded/summary.json").read_text())
+    assert summary["steps"] == 1

@@ -15,6 +15,7 @@ from rich.text import Text
 from arbitor import __version__
 from arbitor.config import ModelConfig
 from arbitor.model import ARBModel
+from arbitor.ops.int8_matmul import cpu
 from arbitor.ops.trit_codec import trit_pack, trit_unpack
 from arbitor.ternary import TernaryLinear, VoteOptimizer
 from arbitor.train.device import Device, backend, deterministic, resolve_device
@@ -85,6 +86,8 @@ def describe(device: Device) -> dict[str, str]:
     load = _load()
     shown = "" if load is None else f"; load {load:.1f} over the last minute"
     rows["threads"] = f"{torch.get_num_threads()} on {_cores()} logical cores{shown}"
+    if not device.is_cuda:
+        rows["products"] = "of integers" if cpu.pays() else "of floats, which are faster here"
     rows["memory"] = _memory()
     rows["disk"] = _disk(Path.cwd())
     return rows

@@ -25,6 +25,7 @@ def test_it_describes_the_machine_and_passes(console):
         "device ",
         "back end ",
         "threads ",
+        "products ",
         "memory ",
         "disk ",
         "self-test: pack and decode: ok",

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from arbitor.ops.int8_matmul import cpu
 from arbitor.ops.int8_table import (
     Q_MAX,
     int8_gather,
@@ -15,6 +16,12 @@ from testing import oracles
 
 ALL_Q = list(range(-Q_MAX, Q_MAX + 1))
 EXPONENTS = range(-62, 32)
+
+
+@pytest.fixture(params=[True, False], ids=["integers", "floats"], autouse=True)
+def product(request, monkeypatch):
+    """Which product a CPU takes for the forward; both must do everything here."""
+    monkeypatch.setattr(cpu, "pays", lambda: request.param)
 
 
 def table(rows=9, dim=33, seed=0):

@@ -5,11 +5,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arbitor.ops.activations import CODE_SCALE
+from arbitor.ops.int8_matmul import cpu
 from arbitor.ops.ternary_linear import ternary_linear, ternary_linear_backward
 from arbitor.ops.trit_codec import ternary_decode, trit_pack
 
 EPS32 = torch.finfo(torch.float32).eps
 SHAPES = [(1, 1, 1), (5, 3, 7), (4, 33, 160), (9, 65, 161), (3, 17, 643), (2, 8, 1280)]  # N, O, I
+
+
+@pytest.fixture(params=[True, False], ids=["integers", "floats"], autouse=True)
+def product(request, monkeypatch):
+    """Which product a CPU takes for rows of one exponent; both must do everything here."""
+    monkeypatch.setattr(cpu, "pays", lambda: request.param)
 
 
 def matrix(rows, columns, group=None, spread=3, seed=0):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from arbitor.ops.backend import uses_triton
+from arbitor.ops.int8_matmul import int8_matmul
 
 RMS_EPS = 1e-6
 # Codes of the largest element of a token. Not 127: activations are small integers times one scale, so half
@@ -141,6 +142,27 @@ def linear(
     if y.dtype == out_dtype:
         return y.mul_(scale), saved, scale, rstd
     return scale_tokens(y, scale, out_dtype), saved, scale, rstd
+
+
+def integer_linear(
+    x: Tensor,
+    weight: Tensor,
+    row_scale: Tensor,
+    input_norm: bool,
+    out_dtype: torch.dtype,
+    squared: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`linear` with quantised activations on weights that are still integers; equal to the last bit.
+
+    Args:
+        x: float [N, I].
+        weight: int8 [O, I].
+        row_scale: fp32 [O], a power of two that a unit of the row is worth, or NaN.
+        input_norm, out_dtype, squared: as in `linear`.
+    """
+    codes, scale, rstd = normalize_and_quantize(x, input_norm, True, squared)
+    saved = codes.to(torch.int8)
+    return int8_matmul(saved, weight, scale, row_scale, out_dtype), saved, scale, rstd
 
 
 def scale_tokens(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

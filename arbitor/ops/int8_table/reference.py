@@ -8,6 +8,7 @@ from torch import Tensor
 
 from arbitor.ops import activations
 from arbitor.ops.exponent import exp2_int
+from arbitor.ops.int8_matmul import integers_pay
 
 FRACTION_BITS = 6  # q counts in 1/64
 Q_MAX = 95  # 1.48 trits, where an initial weight is clamped too
@@ -28,6 +29,9 @@ def linear(
     x: Tensor, q: Tensor, exponent: Tensor, quantize: bool, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The table as an output layer; see `arbitor.ops.int8_table.int8_linear`."""
+    if quantize and integers_pay(x, Q_MAX):
+        row_scale = exp2_int(exponent.to(torch.int32) - FRACTION_BITS)
+        return activations.integer_linear(x, q, row_scale, True, out_dtype)
     weight = decode(q, exponent, activations.weight_dtype(x, quantize))
     return activations.linear(x, weight, True, quantize, out_dtype)
 

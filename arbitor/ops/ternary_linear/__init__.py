@@ -8,6 +8,7 @@ from torch import Tensor
 
 from arbitor.ops import activations
 from arbitor.ops.backend import uses_triton
+from arbitor.ops.int8_matmul import integers_pay
 from arbitor.ops.registry import register
 from arbitor.ops.ternary_linear import reference
 
@@ -70,6 +71,8 @@ def _dispatch_forward(
         from arbitor.ops.ternary_linear import triton
 
         return triton.forward(x, packed, exponent, group, input_norm, out_dtype, squared)
+    if quantize and exponent.shape[-1] == 1 and integers_pay(x):
+        return reference.integer_forward(x, packed, exponent, input_norm, out_dtype, squared)
     return reference.forward(x, packed, exponent, group, input_norm, quantize, out_dtype, squared)
 
 

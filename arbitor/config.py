@@ -25,6 +25,7 @@ VIDEO_TASKS = ("", "codec", "flow")
 MIXED = ("text", "code", "image", "audio", "video")  # what pretraining may mix
 
 MAX_MOTIF_TRITS = 15
+LARGEST_SINGLE_CODEBOOK = 1 << 12  # rows that every query is compared with
 MEMORY_ROWS = 1 << 15  # rows of each hash table of a memory that is asked for without a size
 AUDIO_RATE = 8000  # samples a second of a model that is asked to hear
 VIDEO_SIZE = 16  # pixels a side of the clips of a model that is asked to draw them
@@ -136,7 +137,8 @@ class ModelConfig:
         tscale: Weights that share a scale exponent: T4 ... T96 or ROW.
         motif_trits: Trits of a motif code (finite scalar quantisation, 3^k motifs); 0 leaves the VQ bridge
             out, unless `codebook_rows` asks for a learned codebook.
-        codebook_rows: Rows of a learned codebook that replaces the trits of `motif_trits`; 0 is off.
+        codebook_rows: Rows of a learned codebook that replaces the trits of `motif_trits`; 0 is off. Above
+            4,096 it is the product of two codebooks, so the number must be a square.
         num_experts: Routed experts of the core; 0 leaves the mixture of experts out.
         num_active_experts: Routed experts that each position uses; a shared one comes on top.
         expert_dim: Hidden width of every expert.
@@ -262,6 +264,12 @@ class ModelConfig:
     def _check_parts(self) -> None:
         require_range(self, "motif_trits", 0, MAX_MOTIF_TRITS)
         require_range(self, "codebook_rows", 0, 1 << 24)
+        root = math.isqrt(self.codebook_rows)
+        if self.codebook_rows > LARGEST_SINGLE_CODEBOOK and root**2 != self.codebook_rows:
+            raise UserError(
+                f"codebook_rows is {self.codebook_rows}; above {LARGEST_SINGLE_CODEBOOK} a codebook is the "
+                f"product of two of equal size, so it must be a square: {root**2} or {(root + 1) ** 2}, say"
+            )
         if self.motif_trits and self.codebook_rows:
             raise UserError(
                 f"motif_trits is {self.motif_trits} and codebook_rows {self.codebook_rows}; motifs are codes "

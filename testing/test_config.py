@@ -160,6 +160,7 @@ def test_every_setting_is_documented_in_its_class():
         (lambda: ModelConfig(rope_theta=0.5), ["rope_theta"]),
         (lambda: ModelConfig(tscale="T5"), ["tscale", "T4", "ROW"]),
         (lambda: ModelConfig(motif_trits=16), ["motif_trits", "between 0 and 15"]),
+        (lambda: ModelConfig(codebook_rows=4097), ["codebook_rows is 4097", "4096 or 4225"]),
         (lambda: ModelConfig(motif_trits=3, codebook_rows=9), ["motif_trits is 3", "codebook_rows 9"]),
         (lambda: ModelConfig(num_experts=2, num_active_experts=3), ["num_active_experts", "1 and 2"]),
         (lambda: ModelConfig(max_moe_iters=0), ["max_moe_iters", "between 1"]),

@@ -48,7 +48,9 @@ def test_it_tells_weights_state_times_speed_and_peak(capsys):
 @pytest.mark.parametrize("state", ["lean", "full"])
 def test_json_has_the_figures_of_the_audit(capsys, state):
     result = measured(capsys, "--backward", "--state", state, "--batch", "3")
+    torch.manual_seed(0)
     model = ARBModel("tiny", ctx=16)
+    ids = torch.randint(0, 256, (3, 16))
     report = audit(model, VoteOptimizer(model, state=state))
     assert result["trit_weights"] == report.trit_weights == 732_160
     assert result["state_bytes"] == report.total_bytes
@@ -58,6 +60,8 @@ def test_json_has_the_figures_of_the_audit(capsys, state):
     assert result["bytes_per_second"] == pytest.approx(48 / seconds)
     assert result["peak_bytes"] >= result["build_peak_bytes"] > 0
     assert result["build_seconds"] > 0
+    with torch.no_grad():
+        assert result["first"]["loss"] == pytest.approx(float(model(ids, targets=ids).loss), rel=1e-4)
 
 
 def test_lean_is_the_default_whatever_the_preset_says(capsys):

@@ -346,6 +346,7 @@ class ARBModel(nn.Module):
             h_BQD = torch.cat([part.float() for part in parts], dim=1)
             start = 0 if ledger is None else ledger.num_positions
             if ledger is not None:
+                self.ledgers.add(ledger)
                 ledger.reserve(h_BQD.shape[1])
             h_BQD, losses = self._trunk(h_BQD, start, ledger, text)
         if counts is None:

@@ -9,14 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from arbitor.config import ModelConfig
+from arbitor.config import LARGEST_SINGLE_CODEBOOK, ModelConfig
 from arbitor.model.norm import rms_norm
 from arbitor.ops.fsq import fsq, fsq_backward, fsq_trits
 from arbitor.ternary import TernaryLinear, TernaryVQCodebook
 
 OWN_MOMENT = 0.5  # of tanh of a trit; of numbers of RMS 1 it is 0.58 at most, when all are as large
 CODEBOOK_DIM = 32  # width of a learned codebook's rows
-PRODUCT_ABOVE = 1 << 12  # rows of a codebook from which on it is the product of two, if they are a square
 
 
 class BridgeOutput(NamedTuple):
@@ -83,7 +82,7 @@ class VQBridge(nn.Module):
         self.code_dim = CODEBOOK_DIM if rows else config.motif_trits
         self.codebook = None
         if rows:
-            parts = 2 if rows > PRODUCT_ABOVE and math.isqrt(rows) ** 2 == rows else 1
+            parts = 2 if rows > LARGEST_SINGLE_CODEBOOK else 1
             self.codebook = TernaryVQCodebook(rows, CODEBOOK_DIM, parts=parts, device=device)
         self.down = TernaryLinear(config.dim, self.code_dim, tscale=config.tscale, device=device)
         # A code of few trits may be all 0, and the length of others says something too: no norm.

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from arbitor.config import ModelConfig
-from arbitor.model.graph import RATE_BITS, MotifGraph
+from arbitor.model.graph import MotifGraph
 from arbitor.ops.edge_list import UNUSED, edge_list_merge
 from arbitor.ops.random_bits import random_bits, stream_keys
 from arbitor.ternary import VoteOptimizer
@@ -204,7 +204,7 @@ def test_transitions_within_each_text_of_all_forwards_are_merged_in_a_step():
         keys = torch.tensor([stream_keys(11, step, zlib.crc32(b".score"))], dtype=torch.int32)
         bits = random_bits(keys, graph.capacity + len(pairs))[0]
         pair_src, pair_dst = torch.tensor(pairs, dtype=torch.int32).unbind(1)
-        edge_list_merge(*expected, pair_src, pair_dst, bits, RATE_BITS, torch.tensor(True))
+        edge_list_merge(*expected, pair_src, pair_dst, bits, 4, torch.tensor(True))  # 1/16 a step
         optimizer.step()
         assert len(pairs) == 58
         for name, tensor in zip(("src", "dst", "score"), expected, strict=True):

@@ -179,6 +179,16 @@ def test_the_bias_moves_by_a_unit_towards_equal_loads():
     assert moe.router.balance.bias.tolist() == [(mean > n) - (mean < n) for n in load]
 
 
+def test_an_expert_at_the_whole_part_of_the_mean_is_below_it():
+    moe = noting()
+    moe.router.balance.note(torch.tensor([3, 4, 4, 4, 4, 4, 4, 4]))  # a mean of 3.875
+    advance(moe)
+    assert moe.router.balance.bias.tolist() == [1] + [-1] * 7
+    moe.router.balance.note(torch.tensor([5, 4, 4, 4, 4, 4, 4, 4]))  # and of 4.125
+    advance(moe)
+    assert moe.router.balance.bias.tolist() == [0] * 8
+
+
 def test_the_loads_of_all_forwards_count_together():
     moe = noting()
     load = sum(moe(states(n, seed=n))[1] for n in (3, 30, 11)).tolist()

@@ -35,8 +35,8 @@ def test_sizes():
     assert [name for name, _ in named_ternary(bridges["fsq"])] == ["down", "up"]
 
 
-@pytest.mark.parametrize(("rows", "parts"), [(4096, 1), (4225, 2), (5000, 1), (1 << 20, 2)])
-def test_a_large_codebook_is_a_product_if_it_can_be(rows, parts):
+@pytest.mark.parametrize(("rows", "parts"), [(4096, 1), (4225, 2), (1 << 20, 2)])
+def test_a_large_codebook_is_a_product(rows, parts):
     config = ModelConfig(**SMALL, codebook_rows=rows)
     assert len(VQBridge(config, torch.device("meta")).codebook.parts) == parts
 

@@ -115,6 +115,7 @@ def test_speaking_time_by_time_equals_the_whole_forward(parts):
     ledger = KVLedger(net.config, 40)
     states = [net.speak(ids, codes[:, :0], ledger=ledger).logits]
     states += [net.speak(None, codes[:, t : t + 1], ledger=ledger).logits for t in range(6)]
+    assert ledger in net.ledgers  # so that it is cleared with the rest of the runtime state
     with torch.no_grad():
         for t, state in enumerate(states):
             whole = net.speak(ids, codes[:, :t]).logits

@@ -21,7 +21,7 @@ from arbitor.finetune.data import Instructions
 from arbitor.finetune.instructions import Example, answer_losses, collate, prefix_of
 from arbitor.finetune.methods import Method
 from arbitor.model import ARBModel
-from arbitor.train.device import Device
+from arbitor.train.device import Device, gradient_products
 from arbitor.train.display import Display, Reading, format_bytes, format_seconds
 from arbitor.train.metrics import EVALUATION_KEYS, STEP_KEYS, MetricsLog, seconds_so_far
 from arbitor.train.schedule import learning_rate
@@ -227,6 +227,7 @@ class Finetune:
             "answer_bytes": self._answer_bytes,
             "evaluated_step": self._evaluated_step,
             "device": self.device.device.type,
+            "gradients": gradient_products(self.device.device),
             "threads": torch.get_num_threads(),
             "torch": str(torch.__version__),
         }

@@ -1,15 +1,20 @@
-"""Which implementation of the operations runs, and the variable that chooses it."""
+"""Which implementation of the operations runs, and how gradients are rounded on the way."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 
+import torch
 from torch import Tensor
 
 from arbitor.errors import UserError
 
 VARIABLE = "ARB_TERNARY_BACKEND"
 CHOICES = ("auto", "triton", "torch")
+
+_rounds_on_cpu = False
 
 
 def requested_backend() -> str:
@@ -34,6 +39,33 @@ def uses_triton(tensor: Tensor) -> bool:
     if tensor.is_cuda:
         return value == "triton" or (value == "auto" and has_triton())
     return value == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def has_bf16_products() -> bool:
+    """Whether this CPU has instructions for products of bf16 (AVX-512 BF16, AMX): twice as fast as fp32."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+
+
+@contextmanager
+def rounded_gradients(on: bool) -> Iterator[None]:
+    """Inside, products of gradients on a CPU take bf16 operands and give bf16, as on a GPU, if `on`.
+
+    Args:
+        on: else they are of fp32, as they are outside.
+    """
+    global _rounds_on_cpu
+    before, _rounds_on_cpu = _rounds_on_cpu, on
+    try:
+        yield
+    finally:
+        _rounds_on_cpu = before
+
+
+def rounds_gradients(x: Tensor) -> bool:
+    """Whether products with this gradient, or with that of this tensor, are to be of bf16 on the CPU."""
+    return _rounds_on_cpu and x.device.type == "cpu" and x.dtype == torch.float32
 
 
 @cache

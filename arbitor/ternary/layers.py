@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from arbitor.errors import UserError
 from arbitor.ops.activations import scale_tokens
-from arbitor.ops.backend import uses_triton
+from arbitor.ops.backend import rounds_gradients, uses_triton
 from arbitor.ops.int8_table import Q_MAX, int8_gather, int8_linear, int8_linear_backward
 from arbitor.ops.ternary_linear import ternary_linear, ternary_linear_backward
 from arbitor.ops.trit_codec import ternary_decode
@@ -53,8 +53,13 @@ def output_dtype(x: Tensor) -> torch.dtype:
 
 
 def scaled_gradient(dy: Tensor, scale: Tensor) -> Tensor:
-    """dy [N, O] times the codes' scale [N, 1]; in the dtype of dy, but fp32 for fp16, which may overflow."""
+    """dy [N, O] times the codes' scale [N, 1]; in the dtype of dy, but fp32 for fp16, which may overflow.
+
+    Where gradients are rounded, it is bf16.
+    """
     dtype = torch.float32 if dy.dtype == torch.float16 else dy.dtype
+    if rounds_gradients(dy):
+        dtype = torch.bfloat16
     return scale_tokens(dy, scale, dtype)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from arbitor.errors import UserError
+from arbitor.ops.backend import rounds_gradients
 
 _TINY = 1e-30
 _NEWTON_SCHULZ_STEPS = 5
@@ -21,7 +22,7 @@ def spectral(n: Tensor) -> Tensor:
     """Orthogonalise: the nearest matrix with all singular values equal, RMS near 1.
 
     Five steps of the quintic Newton-Schulz iteration with the coefficients of Jordan et al. 2024 (Muon), in
-    bf16 on CUDA and fp32 on a CPU.
+    bf16 on CUDA, and on a CPU where gradients are rounded; in fp32 elsewhere.
 
     Args:
         n: fp32 [..., O, I].
@@ -33,7 +34,7 @@ def spectral(n: Tensor) -> Tensor:
     x = n / n.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(_TINY)
     x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp_min(_TINY)
     x = x.flatten(0, -3) if n.dim() > 2 else x[None]
-    if n.is_cuda:
+    if n.is_cuda or rounds_gradients(n):
         x = x.to(torch.bfloat16)
     if rows > columns:
         x = x.mT

@@ -101,7 +101,7 @@ class _Read(torch.autograd.Function):
 
 
 def _gradient_of_normed(dy: Tensor, x: Tensor, packed: Tensor, exponent: Tensor, group: int) -> Tensor:
-    dtype = activations.weight_dtype(x, quantized=True)
+    dtype = activations.backward_dtype(x)
     weight = trit_codec.decode(packed, exponent, x.shape[-1], group, dtype)
     with outside_autocast():
         return dy.to(dtype) @ weight

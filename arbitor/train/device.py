@@ -9,7 +9,13 @@ import torch
 from torch.utils import deterministic as torch_deterministic
 
 from arbitor.errors import UserError
-from arbitor.ops.backend import VARIABLE, has_triton, requested_backend
+from arbitor.ops.backend import (
+    VARIABLE,
+    has_bf16_products,
+    has_triton,
+    requested_backend,
+    rounded_gradients,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,11 +125,17 @@ def peak_memory(device: Device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def gradient_products(device: torch.device) -> str:
+    """The dtype of products of gradients in training there: fp32 on a CPU without instructions for bf16."""
+    return "bf16" if device.type == "cuda" or has_bf16_products() else "fp32"
+
+
 @contextlib.contextmanager
 def deterministic(seed: int, device: torch.device) -> Iterator[None]:
     """Deterministic algorithms and a seeded global generator inside; the former settings afterwards.
 
-    Whole runs are then equal bit for bit on one device type, version and thread count.
+    On a CPU with instructions for it, products of gradients are of bf16, as on a GPU. Whole runs are then
+    equal bit for bit on one device type, `gradient_products`, version and thread count.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS makes its first handle
     were_on = torch.are_deterministic_algorithms_enabled()
@@ -133,7 +145,10 @@ def deterministic(seed: int, device: torch.device) -> Iterator[None]:
     # Nothing here reads memory that it did not write, and filling each new tensor costs a pass over it.
     torch_deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with (
+            rounded_gradients(has_bf16_products()),
+            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        ):
             torch.manual_seed(seed)
             yield
     finally:

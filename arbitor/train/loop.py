@@ -20,7 +20,7 @@ from arbitor.evaluate import Evaluation
 from arbitor.model import ARBModel
 from arbitor.ternary import VoteOptimizer
 from arbitor.train.checkpoint import Checkpoint, save_checkpoint
-from arbitor.train.device import Device
+from arbitor.train.device import Device, gradient_products
 from arbitor.train.display import Display, Reading
 from arbitor.train.growth import graft_state, graft_weights
 from arbitor.train.metrics import FIGURES, STEP_KEYS, MetricsLog, evaluation_keys, seconds_so_far
@@ -202,6 +202,7 @@ class Trainer:
             "evaluated_step": self.evaluated_step,
             "dropped_in_a_row": self.dropped_in_a_row,
             "device": self.device.device.type,
+            "gradients": gradient_products(self.device.device),
             "threads": torch.get_num_threads(),
             "torch": str(torch.__version__),
         }

@@ -25,7 +25,13 @@ from arbitor.flags import flag_of, naming_flags
 from arbitor.ternary.optimizer import SIGN_LR, SIGN_THRESHOLD, STATES
 from arbitor.train import report, runs, swap
 from arbitor.train.checkpoint import Checkpoint, load_checkpoint
-from arbitor.train.device import Device, deterministic, resolve_device, thread_count
+from arbitor.train.device import (
+    Device,
+    deterministic,
+    gradient_products,
+    resolve_device,
+    thread_count,
+)
 from arbitor.train.display import Display, PatientOutput, format_bytes
 from arbitor.train.growth import added_sidecars
 from arbitor.train.loop import MAX_DROPPED_IN_A_ROW, Run, Trainer
@@ -342,11 +348,16 @@ def _differences(checkpoint: Checkpoint, device: Device, threads: int) -> list[s
     lines = []
     if threads != torch.get_num_threads() and not device.is_cuda:
         lines.append(f"using {threads} threads, as before, so that sums come out the same")
-    now = {"torch": str(torch.__version__), "device": device.device.type}
+    now = {
+        "torch": str(torch.__version__),
+        "device": device.device.type,
+        "gradients": gradient_products(device.device),
+    }
     for name, value in now.items():
-        if state[name] != value:
+        before = state.get(name, value)
+        if before != value:
             lines.append(
-                f"warning: the run had {name} {state[name]}, now {value}: "
+                f"warning: the run had {name} {before}, now {value}: "
                 "losses may differ in their last bits from an uninterrupted run"
             )
     return lines

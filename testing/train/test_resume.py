@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from arbitor.errors import UserError
+from arbitor.train import device
 from arbitor.train.checkpoint import load_checkpoint
 from arbitor.train.loop import Trainer
 from arbitor.train.metrics import EVALUATION_KEYS, STEP_KEYS, MetricsLog
@@ -413,3 +414,12 @@ def test_interrupted_at_three_steps_on_a_gpu(workplace, settings, interrupt, sta
         assert start_training({}, run="cut", resume=True) == 143
     assert start_training({}, resume=True, run="cut") == 0
     assert_equal_runs("cut", "whole")
+
+
+def test_gradients_that_are_rounded_otherwise_are_told(workplace, settings, interrupt, capsys, monkeypatch):
+    monkeypatch.setattr(device, "has_bf16_products", lambda: False)
+    interrupt("take_step", 2, lambda: signal.raise_signal(signal.SIGINT))
+    start_training(settings, run="cut")
+    monkeypatch.setattr(device, "has_bf16_products", lambda: True)
+    assert start_training({}, run="cut", resume=True) == 0
+    assert "warning: the run had gradients fp32, now bf16" in capsys.readouterr().out

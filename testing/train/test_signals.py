@@ -36,6 +36,14 @@ device = "cpu"
 """
 
 
+@pytest.fixture(autouse=True)
+def _heeded():
+    """SIGHUP as a terminal's child has it: under `nohup` it is ignored, also by what this process starts."""
+    former = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, former)
+
+
 @pytest.fixture
 def start(workplace, repository):
     """start(*arguments) -> a process that trains, once it has written its first lines of metrics."""

@@ -3,6 +3,7 @@
 from arbitor.ops.activations.reference import (
     CODE_SCALE,
     RMS_EPS,
+    backward_dtype,
     compute_dtype,
     exact_matmul,
     input_gradient,
@@ -21,6 +22,7 @@ from arbitor.ops.activations.reference import (
 __all__ = [
     "CODE_SCALE",
     "RMS_EPS",
+    "backward_dtype",
     "compute_dtype",
     "exact_matmul",
     "input_gradient",

@@ -6,7 +6,7 @@ Shape letters: N tokens, I in, O out.
 import torch
 from torch import Tensor
 
-from arbitor.ops.backend import uses_triton
+from arbitor.ops.backend import rounds_gradients, uses_triton
 from arbitor.ops.int8_matmul import int8_matmul
 
 RMS_EPS = 1e-6
@@ -114,6 +114,11 @@ def exact_matmul(codes: Tensor, weight: Tensor, quantized: bool) -> Tensor:
 def weight_dtype(x: Tensor, quantized: bool) -> torch.dtype:
     """The dtype to decode weights to for `exact_matmul`."""
     return torch.bfloat16 if quantized and x.is_cuda else compute_dtype(x)
+
+
+def backward_dtype(x: Tensor) -> torch.dtype:
+    """The dtype to decode weights to for the gradient of x."""
+    return torch.bfloat16 if x.is_cuda or rounds_gradients(x) else compute_dtype(x)
 
 
 def linear(

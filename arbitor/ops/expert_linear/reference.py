@@ -131,7 +131,7 @@ def backward(
     squared: bool = False,
 ) -> Tensor:
     """Gradient of x; see `arbitor.ops.expert_linear.expert_linear_backward`."""
-    dtype = activations.weight_dtype(x, quantized=True)
+    dtype = activations.backward_dtype(x)
     dy = dy.to(dtype)
     experts, ends = busy_experts(offsets, x.shape[0])
     dxn: Tensor | None = None

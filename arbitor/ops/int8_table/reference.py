@@ -38,7 +38,7 @@ def linear(
 
 def linear_backward(dy: Tensor, x: Tensor, rstd: Tensor, q: Tensor, exponent: Tensor) -> Tensor:
     """Gradient of x; see `arbitor.ops.int8_table.int8_linear_backward`."""
-    weight = decode(q, exponent, activations.weight_dtype(x, quantized=True))
+    weight = decode(q, exponent, activations.backward_dtype(x))
     return activations.linear_backward(dy, x, rstd, weight, input_norm=True)
 
 

@@ -56,6 +56,6 @@ def backward(
         exponent,
         x.shape[-1],
         group,
-        activations.weight_dtype(x, quantized=True),
+        activations.backward_dtype(x),
     )
     return activations.linear_backward(dy, x, rstd, weight, input_norm, squared)

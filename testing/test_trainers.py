@@ -62,7 +62,7 @@ def test_the_loss_falls_well_below_a_uniform_guess(lines):
     assert losses[0] > UNIFORM - 1
     assert sum(losses[-5:]) / 5 < 0.4 * UNIFORM
     held_out = [line["held_out_bits_per_byte"] for line in lines if "loss" not in line]
-    assert held_out == sorted(held_out, reverse=True)
+    assert all(later < 0.7 * held_out[0] for later in held_out[1:])
     assert held_out[-1] < 0.4 * UNIFORM
 
 

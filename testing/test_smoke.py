@@ -245,3 +245,16 @@ def test_it_runs_as_a_module(repository):
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "second run" in done.stdout
+
+
+def test_a_step_does_not_import_the_compiler_of_torch(repository):
+    code = (
+        "import sys; from arbitor.cli import main; "
+        "assert main('smoke --preset tiny --ctx 4 --device cpu --backward'.split()) == 0; "
+        "print([name for name in ('torch._dynamo', 'torch._inductor', 'sympy') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -21,9 +21,10 @@ def write_rows(target: Tensor, index: Tensor, rows: Tensor) -> Tensor:
     strict = target.is_cuda and torch.are_deterministic_algorithms_enabled()
     if not strict:
         return target.index_copy_(0, index, rows)
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(False)
+    # The debug mode is the same flag; to set it does not import torch's compiler.
+    mode = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("default")
     try:
         return target.index_copy_(0, index, rows)
     finally:
-        torch.use_deterministic_algorithms(True, warn_only=warn_only)
+        torch.set_deterministic_debug_mode(mode)

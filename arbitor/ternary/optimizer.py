@@ -1,6 +1,7 @@
 """VoteOptimizer: integer training state and the one place where weights change."""
 
 import copy
+import inspect
 import math
 import weakref
 from collections import defaultdict
@@ -261,7 +262,8 @@ class VoteOptimizer(torch.optim.Optimizer):
                 "VoteOptimizer has one group, the model's integer weights; train float parameters with "
                 "another optimizer"
             )
-        super().add_param_group(param_group)
+        # As torch wraps it, it would import torch's compiler, which takes a second, to keep out of compiled code.
+        inspect.unwrap(torch.optim.Optimizer.add_param_group)(self, param_group)
 
     def refuse_tied(self, module: IntegerModule) -> None:
         """UserError if `module` shares its parameters with another, which new parameters would end."""

@@ -138,10 +138,10 @@ def deterministic(seed: int, device: torch.device) -> Iterator[None]:
     equal bit for bit on one device type, `gradient_products`, version and thread count.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS makes its first handle
-    were_on = torch.are_deterministic_algorithms_enabled()
-    only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    # `use_deterministic_algorithms` sets the same flag, and imports torch's compiler, which takes a second.
+    former_mode = torch.get_deterministic_debug_mode()
     filled = torch_deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    torch.use_deterministic_algorithms(True)
+    torch.set_deterministic_debug_mode("error")
     # Nothing here reads memory that it did not write, and filling each new tensor costs a pass over it.
     torch_deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:
@@ -152,7 +152,7 @@ def deterministic(seed: int, device: torch.device) -> Iterator[None]:
             torch.manual_seed(seed)
             yield
     finally:
-        torch.use_deterministic_algorithms(were_on, warn_only=only_warned)
+        torch.set_deterministic_debug_mode(former_mode)
         torch_deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
 
 

@@ -12,8 +12,9 @@ from arbitor.ops.activations.reference import CODE_SCALE, RMS_EPS
 from arbitor.ops.triton import round_even
 
 MAX_BLOCK = 8192
-# Most columns and the elements of a program that has no sums: 16 elements for each of 128 threads.
-PATCH_COLUMNS, PATCH_ELEMENTS = 512, 2048
+# Columns and elements of a program that has no sums: 16 elements for each of 128 threads. There are two widths
+# only, since slices of experts' outputs have as many columns as the number of tokens lets them have.
+PATCH_COLUMNS, PATCH_ELEMENTS = (128, 512), 2048
 
 
 @triton.jit
@@ -197,7 +198,7 @@ def scale_tokens(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _patches(tokens: int, columns: int) -> tuple[tuple[int, int], dict[str, int]]:
     """Grid and sizes of the patches that elementwise kernels take."""
-    block = min(PATCH_COLUMNS, max(16, triton.next_power_of_2(columns)))
+    block = PATCH_COLUMNS[columns > PATCH_COLUMNS[0]]
     rows = PATCH_ELEMENTS // block
     return (triton.cdiv(tokens, rows), triton.cdiv(columns, block)), {"TOKENS": rows, "BLOCK": block}
 

@@ -45,7 +45,7 @@ def _rounded(value, scale, word, largest_fixed, largest: tl.constexpr):
     return tl.minimum(tl.maximum(code, -largest), largest)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "active_matrix_stride"])
 def _fold_kernel(
     gradient,
     codes,

@@ -18,7 +18,7 @@ def _mix(x):
     return x ^ shift_right(x, 16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["base", "count"])
 def _step_keys_kernel(step, tensors, keys, base, count, BLOCK: tl.constexpr):
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = place < count

@@ -14,7 +14,7 @@ from arbitor.ops.triton import dense_rows, digit, random_word, stochastic_floor
 BYTES = 512
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "active_matrix_stride"])
 def _update_kernel(
     packed,
     accumulator,

@@ -14,7 +14,7 @@ from arbitor.ops.triton import digit, exp2_int, is_legal
 BYTES = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _decode_kernel(packed, exponents, weights, rows, columns, width, group, groups, BYTES: tl.constexpr):
     byte = tl.program_id(0).to(tl.int64) * BYTES + tl.arange(0, BYTES)
     inside = byte < rows * width

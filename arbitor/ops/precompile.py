@@ -1,0 +1,137 @@
+"""Compiles the Triton kernels that some work launches, at once and without launching them.
+
+A cold start would otherwise compile one kernel after the other, each when it is first launched. Here the work
+runs with its launches left out, and what it would have launched is compiled by threads meanwhile: the passes
+of Triton's compiler, the assembler and the C compiler that makes a kernel's launcher all run outside of
+Python's lock. What was compiled is ready in this process and lies in Triton's cache for others.
+"""
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MAX_THREADS = 16
+
+
+@dataclass(slots=True)
+class Compiled:
+    """What was compiled, complete when `compiled_ahead` ends.
+
+    Attributes:
+        kernels: different ones that the work launches.
+        new: of these, not found in Triton's cache.
+        seconds: that the work and the compiling took.
+        threads: that compiled.
+    """
+
+    kernels: int = 0
+    new: int = 0
+    seconds: float = 0.0
+    threads: int = 0
+
+
+@contextlib.contextmanager
+def compiled_ahead(device: torch.device, threads: int | None = None) -> Iterator[Compiled]:
+    """Inside, launches are left out and their kernels compiled; the end waits for all of them.
+
+    Whatever the work computes is worthless, since kernels would have written zeros: what it may change must
+    be thrown away afterwards. No other thread may launch kernels meanwhile.
+
+    Args:
+        device: a GPU, for which is compiled.
+        threads: that compile; None takes one for each core, 16 at most.
+
+    Raises:
+        Exception: a kernel could not be compiled; what Triton said.
+    """
+    from triton import knobs
+    from triton.runtime import driver, jit
+
+    driver.active.get_current_device()  # made here, once, and not by all threads
+    report = Compiled(threads=threads or min(MAX_THREADS, len(os.sched_getaffinity(0))))
+    compile_now = jit.JITFunction.run
+    compiling: dict[Any, Future[None]] = {}
+
+    def note(*, cache_hit: bool, **_: object) -> None:
+        report.new += not cache_hit
+
+    def work(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        compiled = compile_now(kernel, *arguments, grid=None, warmup=True, **options)
+        if device.type == "cuda" and hasattr(compiled, "_init_handles"):
+            compiled._init_handles()  # makes or loads its launcher, and loads it onto the GPU
+
+    def submit(kernel: Any, *arguments: Any, grid: object, warmup: bool, **options: Any) -> None:
+        key = specialization(kernel, arguments, options)
+        if key not in compiling:
+            kernel.device_caches[driver.active.get_current_device()]  # as above
+            compiling[key] = pool.submit(work, kernel, arguments, options)
+
+    began = time.perf_counter()
+    listener = knobs.compilation.listener
+    start = _use_gpu if device.type == "cuda" else None
+    with ThreadPoolExecutor(report.threads, initializer=start, initargs=(device,) if start else ()) as pool:
+        jit.JITFunction.run = submit
+        knobs.compilation.listener = note
+        try:
+            with _zeros():
+                yield report
+            for future in compiling.values():
+                future.result()
+        finally:
+            jit.JITFunction.run = compile_now
+            pool.shutdown(cancel_futures=True)
+            knobs.compilation.listener = listener
+    report.kernels = len(compiling)
+    report.seconds = time.perf_counter() - began
+
+
+def specialization(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...]:
+    """What makes Triton compile a kernel anew: types, alignment, ones and multiples of 16, constants, options.
+
+    Args:
+        kernel: a JIT function.
+        arguments: positional ones of a launch, none of them constants.
+        options: the others: constants and options of the compiler.
+    """
+    kinds = [
+        _kind(value, not parameter.do_not_specialize)
+        for value, parameter in zip(arguments, kernel.params, strict=False)
+    ]
+    return kernel, *kinds, *sorted(options.items())
+
+
+def _kind(value: Any, specialize: bool) -> tuple[Any, ...]:
+    if isinstance(value, Tensor):
+        return value.dtype, value.data_ptr() % 16 == 0
+    if isinstance(value, int) and not isinstance(value, bool):
+        wide = not -(1 << 31) <= value < 1 << 31
+        return (int, wide, value == 1, value % 16 == 0) if specialize else (int, wide)
+    return (type(value),)
+
+
+def _use_gpu(device: torch.device) -> None:
+    torch.cuda.set_device(device)
+
+
+@contextlib.contextmanager
+def _zeros() -> Iterator[None]:
+    """Inside, new tensors are zeros: as good as any values, and indices made of them stay inside."""
+
+    def zeroed(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda *args, **options: make(*args, **options).zero_()
+
+    makers = {"empty": torch.empty, "empty_like": torch.empty_like}
+    for name, make in makers.items():
+        setattr(torch, name, zeroed(make))
+    try:
+        yield
+    finally:
+        for name, make in makers.items():
+            setattr(torch, name, make)

@@ -536,6 +536,7 @@ def smoke(
     no_vq: Annotated[bool, Parameter(show_default=False)] = False,
     no_graph: Annotated[bool, Parameter(show_default=False)] = False,
     backward: Annotated[bool, Parameter(show_default=False)] = False,
+    warmup: Annotated[bool, Parameter(show_default=False)] = False,
     json: Annotated[bool, Parameter(show_default=False)] = False,
 ) -> int:
     """Build a model and run it twice on random bytes: weights, state, time, peak memory.
@@ -560,6 +561,9 @@ def smoke(
         Leave the motif graph out.
     backward
         Backward and optimizer step as well.
+    warmup
+        First compile all kernels that a training step of the model needs on this GPU, at once, for this and
+        later processes; and measure which are faster, where nobody did (see `arbitor doctor`).
     json
         Print one line of JSON, sizes in bytes and times in seconds.
     """
@@ -577,17 +581,25 @@ def smoke(
             batch=batch,
             parts=PartFlags(without=without, verb="no", max_moe_iters=max_moe_iters),
             backward=backward,
+            warmup=warmup,
             as_json=json,
             note=lambda line: _print_notes([line]),
         )
 
 
 @app.command(sort_key=4)
-def doctor() -> int:
-    """Check this machine: device, versions, memory, disk, and a self-test."""
+def doctor(*, measure: Annotated[bool, Parameter(show_default=False)] = False) -> int:
+    """Check this machine: device, versions, memory, disk, and a self-test.
+
+    Parameters
+    ----------
+    measure
+        First measure, in seconds, which kernels this GPU is faster with, and store it for all later runs;
+        results do not change.
+    """
     from arbitor.doctor import examine
 
-    return examine()
+    return examine(measure=measure)
 
 
 def main(tokens: Sequence[str] | None = None) -> int:

@@ -14,11 +14,13 @@ from rich.text import Text
 
 from arbitor import __version__
 from arbitor.config import ModelConfig
+from arbitor.errors import UserError
 from arbitor.model import ARBModel
+from arbitor.ops import thresholds
 from arbitor.ops.int8_matmul import cpu
 from arbitor.ops.trit_codec import trit_pack, trit_unpack
 from arbitor.ternary import TernaryLinear, VoteOptimizer
-from arbitor.train.device import Device, backend, deterministic, resolve_device
+from arbitor.train.device import Device, backend, deterministic, resolve_device, uses_kernels
 from arbitor.train.display import format_bytes
 from arbitor.train.report import print_rows
 
@@ -36,17 +38,23 @@ SELF_TEST_MODEL = ModelConfig(
 )
 
 
-def examine(console: Console | None = None) -> int:
+def examine(console: Console | None = None, measure: bool = False) -> int:
     """Print what is there and test it.
 
     Args:
         console: where to; None is stdout.
+        measure: first measure the thresholds between kernels on the GPU, and store them.
 
     Returns:
         Exit code: 0 if the self-test passes, else 1.
+
+    Raises:
+        UserError: there is nothing to measure, or the measured cannot be stored.
     """
     console = console or Console(highlight=False)
     device = resolve_device("auto")
+    if measure:
+        measure_thresholds(device)
     print_rows(console, describe(device))
     load = _load()
     if load is not None and (advice := busy_advice(load, torch.get_num_threads(), _cores())):
@@ -83,6 +91,9 @@ def describe(device: Device) -> dict[str, str]:
             f"{torch.cuda.device_count()} in all; compute capability {properties.major}.{properties.minor}, "
             f"{format_bytes(free)} of {format_bytes(total)} memory free, CUDA {torch.version.cuda}"
         )
+    if device.is_cuda and uses_kernels():
+        rows["kernels"] = f"compiled ones are kept in {_kernel_cache()}, which is yours alone"
+        rows["thresholds"] = describe_thresholds(device)
     load = _load()
     shown = "" if load is None else f"; load {load:.1f} over the last minute"
     rows["threads"] = f"{torch.get_num_threads()} on {_cores()} logical cores{shown}"
@@ -91,6 +102,39 @@ def describe(device: Device) -> dict[str, str]:
     rows["memory"] = _memory()
     rows["disk"] = _disk(Path.cwd())
     return rows
+
+
+def measure_thresholds(device: Device) -> None:
+    """Measure the thresholds between the kernels of a GPU, and store them.
+
+    Raises:
+        UserError: there is no GPU or there are no kernels, or the file cannot be written.
+    """
+    if not device.is_cuda:
+        raise UserError(
+            f"there is nothing to measure: {device.reason}, and on a CPU every process finds out for itself "
+            "which products are faster"
+        )
+    if not uses_kernels():
+        raise UserError(f"there is nothing to measure: {backend(device.device)}")
+    thresholds.write(thresholds.path(), thresholds.identity(device.device), thresholds.measure(device.device))
+
+
+def describe_thresholds(device: Device) -> str:
+    """The thresholds between the kernels of a GPU, and where they come from."""
+    table = thresholds.table(device.device)
+    values = ", ".join(f"{name} {value}" for name, value in table.values.items())
+    if table.source:
+        return f"{values} ({table.source})"
+    if table.problem:
+        return f"{values} (defaults: {table.problem})"
+    return f"{values} (defaults; `arbitor doctor --measure` measures them on this GPU)"
+
+
+def _kernel_cache() -> Path:
+    from arbitor.ops.triton import cache_folder
+
+    return cache_folder()
 
 
 def check_codec(device: Device) -> None:

@@ -18,13 +18,25 @@ from arbitor.config import RunConfig, override
 from arbitor.config import preset as preset_config
 from arbitor.flags import PartFlags
 from arbitor.model import ARBModel
+from arbitor.ops import thresholds
+from arbitor.ops.precompile import Compiled, compiled_ahead
 from arbitor.ternary import VoteOptimizer
 from arbitor.ternary.audit import audit
-from arbitor.train.device import Device, backend, deterministic, peak_memory, resolve_device
+from arbitor.train.device import (
+    Device,
+    backend,
+    deterministic,
+    peak_memory,
+    resolve_device,
+    uses_kernels,
+)
 from arbitor.train.report import describe_parts, print_rows
 
 MB = 1e6
 FAILED = 1
+# Bytes of the batches of a warm-up: kernels are chosen by tokens up to 16, 64, 1,024 and beyond, or by what
+# thresholds say that were measured.
+WARM_SIZES = (16, 32, 64, 1000, 2048)
 WORDS_AT_ONCE = 1 << 18  # of 8 bytes; the temporaries of a fingerprint must not show in the peak
 
 Result = TypeVar("Result")
@@ -58,6 +70,7 @@ class Smoke:
 
     `state_bytes` is everything kept between steps, weights included. Peaks are what torch allocated on a GPU,
     and of the whole process on the CPU. `bytes_per_second` is the text of the second pass over its time.
+    `warm_up` tells what was compiled ahead, if that was asked for.
     """
 
     preset: str
@@ -77,6 +90,7 @@ class Smoke:
     second: Pass
     peak_bytes: int
     bytes_per_second: float
+    warm_up: Compiled | None = None
     torch: str = str(torch.__version__)
     version: str = __version__
 
@@ -97,6 +111,7 @@ def run(
     batch: int,
     parts: PartFlags,
     backward: bool,
+    warmup: bool = False,
     as_json: bool = False,
     note: Callable[[str], None],
 ) -> int:
@@ -111,6 +126,7 @@ def run(
         batch: windows.
         parts: what is left out of the preset, or changed.
         backward: whether a pass takes an optimizer step as well.
+        warmup: compile the kernels of a step first, and measure thresholds if there is no table of this GPU.
         as_json: one line of JSON instead of a table.
         note: is given lines about what the flags do.
 
@@ -129,7 +145,10 @@ def run(
     if not as_json:
         patience = "" if place.is_cuda else "; a large model takes minutes on a CPU"
         note(f"two passes over {batch} x {config.model.ctx} bytes on {place.name}{patience}")
-    measured = measure(config, place, backward)
+    warm = warm_up(config, place) if warmup else None
+    if warmup and warm is None:
+        note("--warmup does nothing without a GPU and Triton: there are no kernels to compile")
+    measured = measure(config, place, backward, warm)
     if as_json:
         print(json.dumps(dataclasses.asdict(measured), allow_nan=False))
     else:
@@ -139,10 +158,59 @@ def run(
     return FAILED if measured.problems else 0
 
 
-def measure(config: RunConfig, device: Device, backward: bool) -> Smoke:
+def warm_up(config: RunConfig, device: Device) -> Compiled | None:
+    """Compile what training steps of `config` launch on a GPU, whatever their batch and context.
+
+    The steps are of a model of its own, which is thrown away. If the thresholds between kernels were never
+    measured here, they are first, since they decide on what is launched.
+
+    Returns:
+        What was compiled; None where there are no kernels: without a GPU, or without Triton.
+
+    Raises:
+        UserError: measured thresholds cannot be stored.
+    """
+    if not device.is_cuda or not uses_kernels():
+        return None
+    if not thresholds.table(device.device).source:
+        thresholds.write(
+            thresholds.path(), thresholds.identity(device.device), thresholds.measure(device.device)
+        )
+    return compile_steps(config, device)
+
+
+def compile_steps(config: RunConfig, device: Device, threads: int | None = None) -> Compiled:
+    """Compile the kernels of training steps, as `warm_up` does, and measure nothing."""
+    with deterministic(config.train.seed, device.device), compiled_ahead(device.device, threads) as report:
+        model = ARBModel(config=config.model, device=device.device)
+        optimizer = VoteOptimizer(model, rule=config.train.rule, state=config.train.state)
+        for batch, ctx in step_shapes(config.model.ctx):
+            ids_BL = torch.randint(0, 256, (batch, ctx))
+            try:
+                loss = model(ids_BL, targets=ids_BL).loss
+                assert loss is not None
+                optimizer.note_loss(loss)
+                loss.backward()
+            except torch.cuda.OutOfMemoryError:  # nor will there be room for training on so many bytes
+                break
+            optimizer.step()
+    return report
+
+
+def step_shapes(ctx: int) -> list[tuple[int, int]]:
+    """Batches and contexts, of so many bytes in all that every kernel is launched that some batch needs."""
+    shapes = []
+    for size in WARM_SIZES:
+        length = min(size, ctx)
+        shapes.append((-(-size // length), length))
+    return shapes
+
+
+def measure(config: RunConfig, device: Device, backward: bool, warm: Compiled | None = None) -> Smoke:
     """Build the model of `config` with its optimizer and run two passes over random bytes.
 
-    Nothing but the two passes and the build is within the times; the device is idle at their ends.
+    Nothing but the two passes and the build is within the times; the device is idle at their ends. `warm` is
+    passed on.
     """
     train, ctx = config.train, config.model.ctx
     if device.is_cuda:
@@ -173,6 +241,7 @@ def measure(config: RunConfig, device: Device, backward: bool) -> Smoke:
         second=second,
         peak_bytes=peak_memory(device),
         bytes_per_second=train.batch * ctx / second.seconds,
+        warm_up=warm,
     )
 
 
@@ -256,11 +325,19 @@ def _rows(measured: Smoke, device: Device) -> dict[str, str]:
         "device": f"{m.device}: {device.reason}",
         "back end": m.back_end,
         "state": f"{m.state}: {m.state_bytes / MB:,.1f} MB ({m.bytes_per_weight:.3f} bytes a weight)",
+        **({"kernels": _warm_text(m.warm_up)} if m.warm_up else {}),
         "build": f"{m.build_seconds:.3f} s, peak {m.build_peak_bytes / MB:,.1f} MB",
         **passes,
         "speed": f"{m.bytes_per_second:,.1f} bytes/s in the second run",
         "peak": f"{m.peak_bytes / MB:,.1f} MB" + ("" if device.is_cuda else " of the whole process"),
     }
+
+
+def _warm_text(warm: Compiled) -> str:
+    return (
+        f"{warm.kernels} for training steps, {warm.new} of them new and the rest in the cache; "
+        f"{warm.seconds:.1f} s on {warm.threads} threads"
+    )
 
 
 def _pass_text(done: Pass) -> str:

@@ -55,7 +55,7 @@ def compiled_ahead(device: torch.device, threads: int | None = None) -> Iterator
     from triton.runtime import driver, jit
 
     driver.active.get_current_device()  # made here, once, and not by all threads
-    report = Compiled(threads=threads or min(MAX_THREADS, len(os.sched_getaffinity(0))))
+    report = Compiled(threads=threads or min(MAX_THREADS, _cores()))
     compile_now = jit.JITFunction.run
     compiling: dict[Any, Future[None]] = {}
 
@@ -75,8 +75,7 @@ def compiled_ahead(device: torch.device, threads: int | None = None) -> Iterator
 
     began = time.perf_counter()
     listener = knobs.compilation.listener
-    start = _use_gpu if device.type == "cuda" else None
-    with ThreadPoolExecutor(report.threads, initializer=start, initargs=(device,) if start else ()) as pool:
+    with ThreadPoolExecutor(report.threads, initializer=_use, initargs=(device,)) as pool:
         jit.JITFunction.run = submit
         knobs.compilation.listener = note
         try:
@@ -93,7 +92,7 @@ def compiled_ahead(device: torch.device, threads: int | None = None) -> Iterator
 
 
 def specialization(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...]:
-    """What makes Triton compile a kernel anew: types, alignment, ones and multiples of 16, constants, options.
+    """What makes Triton compile a kernel anew: types, alignment, ones, multiples of 16, constants, options.
 
     Args:
         kernel: a JIT function.
@@ -116,8 +115,17 @@ def _kind(value: Any, specialize: bool) -> tuple[Any, ...]:
     return (type(value),)
 
 
-def _use_gpu(device: torch.device) -> None:
-    torch.cuda.set_device(device)
+def _cores() -> int:
+    """Logical cores that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # only Linux binds a process to cores
+        return os.cpu_count() or 1
+
+
+def _use(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 @contextlib.contextmanager
@@ -127,7 +135,7 @@ def _zeros() -> Iterator[None]:
     def zeroed(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda *args, **options: make(*args, **options).zero_()
 
-    makers = {"empty": torch.empty, "empty_like": torch.empty_like}
+    makers: dict[str, Callable[..., Tensor]] = {"empty": torch.empty, "empty_like": torch.empty_like}
     for name, make in makers.items():
         setattr(torch, name, zeroed(make))
     try:

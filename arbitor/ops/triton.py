@@ -4,9 +4,15 @@ Kernels that must equal the reference bit for bit are launched with `enable_fp_f
 multiply-add would round once where the reference rounds twice.
 """
 
+import os
+from pathlib import Path
+
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from arbitor.errors import UserError
+from arbitor.ops.trust import why_untrusted
 
 CODE_SCALE = tl.constexpr(126.99)
 
@@ -60,6 +66,35 @@ def is_legal(byte):
     return ((byte * 243) & 255) < 243
 
 
+def cache_folder() -> Path:
+    """Where Triton keeps what it compiled, from where it is loaded and executed."""
+    return Path(triton.knobs.cache.dir)
+
+
+def refuse_shared_cache(folder: Path) -> None:
+    """Make the cache's folder for this user alone, if there is none.
+
+    Raises:
+        UserError: it cannot be made, or others could have put code there that would run as this user.
+    """
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot make {folder}, for compiled kernels: {error.strerror}; set TRITON_CACHE_DIR to a folder "
+            "that you may write to"
+        ) from error
+    if reason := why_untrusted(folder):
+        raise UserError(
+            f"compiled kernels in {folder} would run as you, but {reason}; set TRITON_CACHE_DIR to a folder "
+            "that only you may write to, or take that right from others (chmod go-w) and delete what is in it"
+        )
+
+
 def dense_rows(x: Tensor) -> Tensor:
     """x [n, O, I] with every matrix dense in memory; copied where it is not (slices of rows are)."""
     return x if x.stride(-1) == 1 and x.stride(-2) == x.shape[-1] else x.contiguous()
+
+
+if os.environ.get("TRITON_INTERPRET") != "1":  # ahead of the first kernel, all of which import this file
+    refuse_shared_cache(cache_folder())

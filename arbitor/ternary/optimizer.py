@@ -262,7 +262,7 @@ class VoteOptimizer(torch.optim.Optimizer):
                 "VoteOptimizer has one group, the model's integer weights; train float parameters with "
                 "another optimizer"
             )
-        # As torch wraps it, it would import torch's compiler, which takes a second, to keep out of compiled code.
+        # Unwrapped: torch's wrapper would import its compiler, which takes a second, to keep it out of this.
         inspect.unwrap(torch.optim.Optimizer.add_param_group)(self, param_group)
 
     def refuse_tied(self, module: IntegerModule) -> None:

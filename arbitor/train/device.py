@@ -57,7 +57,8 @@ def resolve_device(name: str) -> Device:
     """The device that `auto`, `cpu` or `cuda` means on this machine.
 
     Raises:
-        UserError: `cuda` without a usable GPU, an unknown name, or a back end that there is not.
+        UserError: `cuda` without a usable GPU, an unknown name, a back end that there is not, or compiled
+            kernels where others could write.
     """
     requested_backend()
     if name not in ("auto", "cpu", "cuda"):
@@ -67,6 +68,7 @@ def resolve_device(name: str) -> Device:
     why_not = _why_no_cuda()
     if why_not is None:
         gpu = torch.device("cuda", torch.cuda.current_device())
+        _check_kernel_cache()
         return Device(
             gpu, torch.cuda.get_device_name(gpu), "asked for" if name == "cuda" else "a GPU is present"
         )
@@ -94,6 +96,19 @@ def backend(device: torch.device) -> str:
     if not has_triton():
         return "torch: the reference operations, since Triton is not installed"
     return "triton: kernels around torch's matrix products"
+
+
+def _check_kernel_cache() -> None:
+    """Refuse compiled kernels of others now, and not when the first one is launched."""
+    if uses_kernels():
+        from arbitor.ops.triton import cache_folder, refuse_shared_cache
+
+        refuse_shared_cache(cache_folder())
+
+
+def uses_kernels() -> bool:
+    """Whether Triton's kernels run where there is a GPU."""
+    return requested_backend() != "torch" and has_triton()
 
 
 def _why_no_cuda() -> str | None:

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from arbitor.ops import activations
 from arbitor.ops.int8_matmul import MAX_IN_FEATURES, has_int8_kernels, int8_matmul
+from arbitor.ops.thresholds import DEFAULTS, threshold
 from arbitor.ops.trit_codec import triton as trit_codec
 from arbitor.ops.triton import digit, exp2_int, is_legal
 
-FEW_TOKENS = 64
 BYTES = 128  # packed bytes of a row at a time: four blocks of 160 trits
 
 # Trits of four bytes at once: a byte and three times a byte fit into 16 bits, so a 32-bit product has two,
@@ -121,7 +121,7 @@ def few_tokens(
     if not columns:
         return y.zero_()
     if y.numel():
-        block_n, block_o, warps = _tile(tokens, rows)
+        block_n, block_o, warps = _tile(tokens, rows, threshold("small_tile_rows", codes.device))
         _few_tokens_kernel[(triton.cdiv(rows, block_o), triton.cdiv(tokens, block_n))](
             codes.contiguous(), packed.contiguous(), exponent.contiguous(), scale, y,
             tokens, rows, columns, width, TOKENS=block_n, ROWS=block_o, BYTES=BYTES,
@@ -135,10 +135,10 @@ def _has_ptx() -> bool:
     return os.environ.get("TRITON_INTERPRET") != "1" and torch.version.hip is None
 
 
-def _tile(tokens: int, rows: int) -> tuple[int, int, int]:
+def _tile(tokens: int, rows: int, small: int = DEFAULTS["small_tile_rows"]) -> tuple[int, int, int]:
     """Tokens and rows of a tile, and its warps: large tiles where there are enough for a large GPU."""
     block_n = 16 if tokens <= 16 else 32
-    if rows >= 8192:
+    if rows > small:
         return block_n, 64, 4
     return (16, 16, 1) if block_n == 16 else (32, 32, 4)
 
@@ -151,7 +151,7 @@ def product(
     if exponent.shape[-1] > 1 or columns > MAX_IN_FEATURES or not has_int8_kernels(codes.device):
         weight = trit_codec.decode(packed, exponent, columns, group, activations.weight_dtype(scale, True))
         return activations.scale_tokens(activations.exact_matmul(codes, weight, True), scale, out_dtype)
-    if len(codes) <= FEW_TOKENS:
+    if len(codes) <= threshold("few_tokens", codes.device):
         return few_tokens(codes, packed, exponent, scale, out_dtype)
     trits, row_scale = trit_codec.decode_rows(packed, exponent, columns)
     return int8_matmul(codes, trits, scale, row_scale, out_dtype)

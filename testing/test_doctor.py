@@ -7,6 +7,10 @@ import torch
 from rich.console import Console
 
 from arbitor import doctor
+from arbitor.cli import main
+from arbitor.errors import UserError
+from arbitor.ops import thresholds
+from arbitor.train.device import Device
 
 
 @pytest.fixture
@@ -82,3 +86,59 @@ def test_the_warning_is_printed(console, monkeypatch, load, warned):
     printed = console.file.getvalue()
     assert ("warning: other programs keep about 99.0 of 2 cores busy" in printed) is warned
     assert f"2 on 2 logical cores; load {load:.1f} over the last minute" in printed
+
+
+# -- thresholds ---------------------------------------------------------------------------------------------
+
+GPU = Device(torch.device("cuda", 0), "a GPU", "asked for")
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    tmp_path.chmod(0o700)
+    monkeypatch.setenv(thresholds.VARIABLE, str(tmp_path / "table.json"))
+    monkeypatch.setenv("ARB_TERNARY_BACKEND", "auto")
+    monkeypatch.setattr(thresholds, "identity", lambda _: "this GPU")
+    monkeypatch.setattr("arbitor.train.device.has_triton", lambda: True)
+    thresholds.table.cache_clear()
+    yield tmp_path / "table.json"
+    thresholds.table.cache_clear()
+
+
+def test_thresholds_are_shown_with_their_source(table, monkeypatch):
+    shown = doctor.describe_thresholds(GPU)
+    assert shown == (
+        "few_tokens 64, small_tile_rows 8191 (defaults; `arbitor doctor --measure` measures them on this GPU)"
+    )
+    monkeypatch.setattr(thresholds, "measure", lambda _: {"few_tokens": 128, "small_tile_rows": 2048})
+    doctor.measure_thresholds(GPU)
+    shown = doctor.describe_thresholds(GPU)
+    assert shown.startswith(f"few_tokens 128, small_tile_rows 2048 ({table}, measured 20")
+
+
+def test_a_table_that_is_not_believed_is_shown_as_that(table):
+    table.write_text("no JSON")
+    table.chmod(0o600)
+    with pytest.warns(UserWarning, match="is damaged"):
+        shown = doctor.describe_thresholds(GPU)
+    assert shown.startswith("few_tokens 64, small_tile_rows 8191 (defaults: ")
+    assert "is damaged" in shown
+
+
+def test_without_a_gpu_or_kernels_there_is_nothing_to_measure(table, monkeypatch, capsys):
+    assert main(["doctor", "--measure"]) == 2 or torch.cuda.is_available()
+    err = capsys.readouterr().err
+    assert err.startswith("arbitor: error: there is nothing to measure: ") or torch.cuda.is_available()
+    assert err.count("\n") <= 1
+    monkeypatch.setenv("ARB_TERNARY_BACKEND", "torch")
+    with pytest.raises(UserError, match="nothing to measure: torch: the reference operations"):
+        doctor.measure_thresholds(GPU)
+    assert not table.exists()
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_measured_by_the_command(table, capsys):
+    assert main(["doctor", "--measure"]) == 0
+    out = capsys.readouterr().out
+    assert f"({table}, measured " in out
+    assert "kernels " in out

@@ -10,10 +10,14 @@ import torch
 
 from arbitor import smoke as smoke_module
 from arbitor.cli import main
+from arbitor.config import preset
 from arbitor.model import ARBModel
+from arbitor.ops import thresholds
+from arbitor.ops.precompile import Compiled
 from arbitor.smoke import WORDS_AT_ONCE, fingerprint
 from arbitor.ternary import VoteOptimizer
 from arbitor.ternary.audit import audit
+from arbitor.train.device import Device
 
 
 def smoke(capsys, *flags):
@@ -258,3 +262,73 @@ def test_a_step_does_not_import_the_compiler_of_torch(repository):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+# -- warm-up ------------------------------------------------------------------------------------------------
+
+
+def test_without_a_gpu_a_warm_up_does_nothing_and_says_so(capsys):
+    code, out, err = smoke(capsys, "--warmup")
+    assert code == 0
+    assert "arbitor: note: --warmup does nothing without a GPU and Triton" in err
+    assert "kernels" not in out
+    assert measured_with_note(capsys)["warm_up"] is None
+
+
+def measured_with_note(capsys):
+    code, out, _ = smoke(capsys, "--warmup", "--json")
+    assert code == 0
+    return json.loads(out)
+
+
+def test_what_was_compiled_ahead_is_told(capsys, monkeypatch):
+    compiled = Compiled(kernels=30, new=10, seconds=2.25, threads=4)
+    monkeypatch.setattr(smoke_module, "warm_up", lambda *_: compiled)
+    _, out, _ = smoke(capsys, "--warmup")
+    assert re.search(r"kernels +30 for training steps, 10 of them new .*; 2\.2 s on 4 threads", out)
+    assert measured_with_note(capsys)["warm_up"] == {
+        "kernels": 30, "new": 10, "seconds": 2.25, "threads": 4
+    }  # fmt: skip
+
+
+def test_a_warm_up_measures_where_nobody_did(monkeypatch, tmp_path):
+    tmp_path.chmod(0o700)
+    monkeypatch.setenv(thresholds.VARIABLE, str(tmp_path / "table.json"))
+    monkeypatch.setattr(thresholds, "identity", lambda _: "this GPU")
+    monkeypatch.setattr(smoke_module, "uses_kernels", lambda: True)
+    done = []
+    monkeypatch.setattr(thresholds, "measure", lambda _: done.append("measured") or {"few_tokens": 32})
+    monkeypatch.setattr(smoke_module, "compile_steps", lambda *_: done.append("compiled"))
+    gpu = Device(torch.device("cuda", 0), "a GPU", "asked for")
+    thresholds.table.cache_clear()
+    for _ in range(2):
+        smoke_module.warm_up(preset("tiny"), gpu)
+    assert done == ["measured", "compiled", "compiled"]
+    assert thresholds.table(gpu.device).values["few_tokens"] == 32
+    thresholds.table.cache_clear()
+
+
+@pytest.mark.parametrize("ctx", [16, 128, 4096])
+def test_a_warm_up_has_batches_of_every_size_within_the_context(ctx):
+    shapes = smoke_module.step_shapes(ctx)
+    assert all(length <= ctx for _, length in shapes)
+    for (batch, length), size in zip(shapes, smoke_module.WARM_SIZES, strict=True):
+        assert size <= batch * length < size + length
+
+
+@pytest.mark.gpu
+def test_a_warm_up_leaves_nothing_to_compile(capsys, monkeypatch, tmp_path):
+    tmp_path.chmod(0o700)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    monkeypatch.setenv(thresholds.VARIABLE, str(tmp_path / "table.json"))
+    command = [sys.executable, "-m", "arbitor", "smoke", "--preset", "tiny", "--backward", "--json"]
+    news, counts = [], []
+    for flags in (["--warmup"], ["--warmup"], ["--batch", "3", "--ctx", "24"]):
+        done = subprocess.run([*command, *flags], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        warm = json.loads(done.stdout)["warm_up"]
+        news.append(None if warm is None else warm["new"])
+        counts.append(len(list((tmp_path / "triton").rglob("*.cubin"))))
+    assert news[0] > 10
+    assert news[1:] == [0, None]
+    assert counts[0] == counts[1] == counts[2]

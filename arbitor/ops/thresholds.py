@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from arbitor.errors import UserError
+from arbitor.ops.precompile import compiled_ahead
 from arbitor.ops.trust import why_untrusted
 
 VARIABLE = "ARB_THRESHOLDS"
@@ -203,7 +204,9 @@ def measure(
     Returns:
         A threshold for each contest: 0 if the second kernel is the faster one even for the smallest size.
     """
-    seconds = seconds or _seconds
+    if seconds is None:
+        _compile(contests, device)
+        seconds = _seconds
     values = {}
     for name, sizes, make in contests:
         value = 0
@@ -218,6 +221,17 @@ def measure(
             value = size
         values[name] = value
     return values
+
+
+def _compile(contests: Sequence[Contest], device: torch.device) -> None:
+    """Compile at once what the contests launch."""
+    with compiled_ahead(device):
+        for name, sizes, make in contests:
+            for size in sizes:
+                work = make(size, device)
+                for value in (size, size - 1):
+                    with forced(**{name: value}):
+                        work()
 
 
 def _linears(tokens: int, rows: int, columns: int, device: torch.device) -> Callable[[], None]:

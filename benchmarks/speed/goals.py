@@ -108,8 +108,12 @@ GOALS = {
         whole_model.cold_start,
         {
             "first update, empty caches": Clause("s", 10.0, at_least=False),
+            "first update, empty caches, compiled ahead": Clause("s", 10.0, at_least=False),
             "first update, second process": Clause("s", 2.0, at_least=False),
             "kernels compiled over 50 batches and contexts": Clause("kernels", 0.0, at_least=False),
+            "the same without smoke --warmup ahead, after a step of 64 bytes": Clause("kernels", None),
+            "smoke --warmup with two updates, empty caches": Clause("s", None),
+            "first update after smoke --warmup": Clause("s", None),
         },
     ),
     "G8": Goal(

@@ -1,5 +1,6 @@
 """Goals of whole models: steps of training, first updates, and what fits under a cap of memory."""
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -7,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,10 +18,10 @@ from arbitor.config import ModelConfig
 from arbitor.config import preset as preset_config
 from arbitor.errors import UserError
 from arbitor.model import ARBModel
-from arbitor.smoke import fingerprint
+from arbitor.smoke import compile_steps, fingerprint
 from arbitor.ternary import TernaryExperts, VoteOptimizer
 from arbitor.ternary.audit import audit
-from arbitor.train.device import Device, deterministic, peak_memory
+from arbitor.train.device import Device, deterministic, peak_memory, resolve_device, uses_kernels
 from arbitor.train.recorded import RecordedStep, can_record
 from benchmarks.common import REPOSITORY
 from benchmarks.counts import counts
@@ -35,6 +36,7 @@ CAP_WEIGHTS = 2_000_000_000
 CAP_STEPS = 100
 CAP_CTX = 260  # 257 bytes of it are predicted
 PAIRS = 50
+FIRST_CTX = 64
 
 
 def training_step(
@@ -144,20 +146,45 @@ def many_tokens(
 
 
 def cold_start(device: Device, preset: str = "arb-1b", pairs: int = PAIRS) -> Mapping[str, float]:
-    """G7: from the start of Python to the end of the first update, with empty caches and with warm ones."""
+    """G7: from the start of Python to the end of the first update, with empty caches and with warm ones.
+
+    Every process is a fresh one. First nothing is compiled ahead; then the process compiles at once what it
+    will need; then the command for that runs first, which measures thresholds as well. All three begin with
+    empty caches.
+    """
+    kind = device.device.type
+    with _empty_caches() as caches:
+        first, _ = _run_script("first", preset, kind, "0", extra=caches)
+        second, compiled = _run_script("first", preset, kind, str(pairs), extra=caches)
+    with _empty_caches() as caches:
+        ahead, _ = _run_script("ahead", preset, kind, "0", extra=caches)
+    with _empty_caches() as caches:
+        command = ["smoke", "--preset", preset, "--device", kind, "--ctx", str(FIRST_CTX), "--backward"]
+        began = time.perf_counter()
+        _python(["-m", "arbitor", *command, "--warmup"], extra=caches)
+        warm_up = time.perf_counter() - began
+        warmed, compiled_later = _run_script("first", preset, kind, str(pairs), extra=caches)
+    return {
+        "first update, empty caches": first,
+        "first update, empty caches, compiled ahead": ahead,
+        "first update, second process": second,
+        f"kernels compiled over {PAIRS} batches and contexts": compiled_later,
+        f"the same without smoke --warmup ahead, after a step of {FIRST_CTX} bytes": compiled,
+        "smoke --warmup with two updates, empty caches": warm_up,
+        "first update after smoke --warmup": warmed,
+    }
+
+
+@contextlib.contextmanager
+def _empty_caches() -> Iterator[dict[str, str]]:
+    """Settings with which a process finds nothing that another compiled or measured."""
     with tempfile.TemporaryDirectory() as scratch:
-        caches = {
+        yield {
             "TRITON_CACHE_DIR": str(Path(scratch, "triton")),
             "TORCHINDUCTOR_CACHE_DIR": str(Path(scratch, "inductor")),
             "CUDA_CACHE_PATH": str(Path(scratch, "cuda")),
+            "ARB_THRESHOLDS": str(Path(scratch, "thresholds.json")),
         }
-        first = _run_script("first", preset, device.device.type, "0", extra=caches)
-        second = _run_script("first", preset, device.device.type, str(pairs), extra=caches)
-    return {
-        "first update, empty caches": first[0],
-        "first update, second process": second[0],
-        f"kernels compiled over {PAIRS} batches and contexts": second[1],
-    }
 
 
 def under_a_cap(device: Device, preset: str = "arb-1b") -> Mapping[str, float]:
@@ -169,12 +196,16 @@ def under_a_cap(device: Device, preset: str = "arb-1b") -> Mapping[str, float]:
     return {"weights trained": weights, "steps of 256 tokens": steps}
 
 
-def first_update(preset: str, device: str, pairs: int) -> tuple[float, float]:
+def first_update(preset: str, device: str, pairs: int, ahead: bool = False) -> tuple[float, float]:
     """For `cold_start`, in a fresh process: seconds since Python started, and kernels compiled later.
 
-    The later steps are of `pairs` pairs of a batch and a context that all differ.
+    The later steps are of `pairs` pairs of a batch and a context that all differ. With `ahead`, a step's
+    kernels are compiled at once first, where there are any.
     """
     began = float(os.environ["ARB_BENCHMARK_BEGAN"])
+    place = resolve_device(device)
+    if ahead and place.is_cuda and uses_kernels():
+        compile_steps(preset_config(preset, state="lean"), place)
     torch.manual_seed(0)
     model = ARBModel(preset, device=device)
     optimizer = VoteOptimizer(model, state="lean")
@@ -186,7 +217,7 @@ def first_update(preset: str, device: str, pairs: int) -> tuple[float, float]:
         if device == "cuda":
             torch.cuda.synchronize()
 
-    step(1, 64)
+    step(1, FIRST_CTX)
     seconds = time.time() - began
     cache = Path(os.environ["TRITON_CACHE_DIR"])
     before = len(list(cache.rglob("*.cubin")))
@@ -286,10 +317,10 @@ def _python(
 
 
 def _main(what: str, preset: str, device: str, number: str) -> None:
-    figures = (
-        first_update(preset, device, int(number)) if what == "first" else capped_training(preset, int(number))
-    )
-    print(*figures)
+    if what == "cap":
+        print(*capped_training(preset, int(number)))
+    else:
+        print(*first_update(preset, device, int(number), ahead=what == "ahead"))
 
 
 if __name__ == "__main__":

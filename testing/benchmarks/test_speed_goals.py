@@ -1,6 +1,7 @@
 """Goals: predicted before they are measured, recorded with their targets, each function on a CPU's scale."""
 
 import csv
+from pathlib import Path
 
 import pytest
 import torch
@@ -158,6 +159,30 @@ def test_the_ratio_is_to_the_faster_peer(monkeypatch):
 def test_a_process_that_fails_is_one_line():
     with pytest.raises(UserError, match="failed: no way"):
         whole_model._python(["-c", "raise SystemExit('no way')"])
+
+
+def test_a_cold_start_is_measured_in_fresh_processes_with_and_without_a_warm_up(monkeypatch):
+    calls = []
+
+    def python(arguments, cwd=None, extra=None):
+        caches = {name: Path(place) for name, place in extra.items()}
+        assert not any(place.exists() and any(place.iterdir()) for place in caches.values())
+        calls.append((arguments, caches["TRITON_CACHE_DIR"].parent))
+        return f"{len(calls)} {10 * len(calls)}"
+
+    monkeypatch.setattr(whole_model, "_python", python)
+    figures = whole_model.cold_start(CPU, "tiny", pairs=3)
+    assert figures.keys() == GOALS["G7"].clauses.keys()
+    assert [arguments[-1] for arguments, _ in calls] == ["0", "3", "0", "--warmup", "3"]
+    assert [arguments[2] for arguments, _ in calls] == ["first", "first", "ahead", "smoke", "first"]
+    places = [place for _, place in calls]
+    assert places == [places[0]] * 2 + [places[2]] + [places[3]] * 2
+    assert len({*places}) == 3
+    assert figures["first update, empty caches"] == 1
+    assert figures["first update, second process"] == 2
+    assert figures["first update, empty caches, compiled ahead"] == 3
+    assert figures["kernels compiled over 50 batches and contexts"] == 50
+    assert figures["first update after smoke --warmup"] == 5
 
 
 def test_figures_of_a_first_update_come_from_a_process():

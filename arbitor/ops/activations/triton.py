@@ -12,8 +12,8 @@ from arbitor.ops.activations.reference import CODE_SCALE, RMS_EPS
 from arbitor.ops.triton import round_even
 
 MAX_BLOCK = 8192
-# Columns and elements of a program that has no sums: 16 elements for each of 128 threads. Two widths, for slices
-# of experts' outputs have as many columns as the number of tokens lets them have.
+# Columns and elements of a program without sums: 16 elements for each of 128 threads. Only two widths, as
+# slices of experts' outputs have as many columns as the number of tokens lets them have.
 PATCH_COLUMNS, PATCH_ELEMENTS = (128, 512), 2048
 
 

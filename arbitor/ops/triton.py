@@ -4,7 +4,9 @@ Kernels that must equal the reference bit for bit are launched with `enable_fp_f
 multiply-add would round once where the reference rounds twice.
 """
 
+import functools
 import os
+import threading
 from pathlib import Path
 
 import triton
@@ -89,6 +91,21 @@ def refuse_shared_cache(folder: Path) -> None:
             f"compiled kernels in {folder} would run as you, but {reason}; set TRITON_CACHE_DIR to a folder "
             "that only you may write to, or take that right from others (chmod go-w) and delete what is in it"
         )
+
+
+@functools.cache
+def hash_compiler() -> threading.Thread | None:
+    """Begin what Triton does ahead of a process's first kernel, a hash of its 400 MB of compiler (0.3 s).
+
+    Meanwhile the process makes its model. None where this version of Triton keeps the hash elsewhere.
+    """
+    try:
+        from triton.runtime.cache import triton_key
+    except ImportError:
+        return None
+    thread = threading.Thread(target=triton_key, daemon=True)
+    thread.start()
+    return thread
 
 
 def dense_rows(x: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ def resolve_device(name: str) -> Device:
     why_not = _why_no_cuda()
     if why_not is None:
         gpu = torch.device("cuda", torch.cuda.current_device())
-        _check_kernel_cache()
+        _begin_with_kernels()
         return Device(
             gpu, torch.cuda.get_device_name(gpu), "asked for" if name == "cuda" else "a GPU is present"
         )
@@ -98,12 +98,13 @@ def backend(device: torch.device) -> str:
     return "triton: kernels around torch's matrix products"
 
 
-def _check_kernel_cache() -> None:
+def _begin_with_kernels() -> None:
     """Refuse compiled kernels of others now, and not when the first one is launched."""
     if uses_kernels():
-        from arbitor.ops.triton import cache_folder, refuse_shared_cache
+        from arbitor.ops.triton import cache_folder, hash_compiler, refuse_shared_cache
 
         refuse_shared_cache(cache_folder())
+        hash_compiler()
 
 
 def uses_kernels() -> bool:

@@ -10,6 +10,7 @@ from PIL import Image
 from rich.console import Console
 
 from arbitor.errors import UserError
+from arbitor.train import device as device_module
 from arbitor.train.device import deterministic, process_memory, resolve_device, thread_count
 from arbitor.train.display import Display, format_bytes, format_seconds, printable
 from arbitor.train.metrics import MetricsLog, read_metrics, seconds_so_far
@@ -155,6 +156,36 @@ def test_the_device_is_explained():
 def test_cuda_without_a_gpu_is_one_clear_error():
     with pytest.raises(UserError, match=r"^--device cuda: .*; use --device cpu"):
         resolve_device("cuda")
+
+
+def test_compiled_kernels_that_others_could_write_are_refused_ahead_of_all_work(monkeypatch, tmp_path):
+    pytest.importorskip("triton", reason="needs Triton, which the extra `test` installs on Linux")
+    monkeypatch.setattr(device_module, "_why_no_cuda", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
+    tmp_path.chmod(0o777)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("ARB_TERNARY_BACKEND", "auto")
+    with pytest.raises(UserError, match="would run as you, but everybody may write to"):
+        resolve_device("cuda")
+    monkeypatch.setenv("ARB_TERNARY_BACKEND", "torch")
+    assert resolve_device("cuda").name == "a GPU"
+    monkeypatch.setenv("ARB_TERNARY_BACKEND", "auto")
+    tmp_path.chmod(0o700)
+    assert resolve_device("cuda").name == "a GPU"
+
+
+@pytest.mark.parametrize("mode", ["default", "warn", "error"])
+def test_determinism_is_what_it_was_afterwards(mode):
+    torch.set_deterministic_debug_mode(mode)
+    before = torch.get_deterministic_debug_mode()
+    try:
+        with deterministic(0, torch.device("cpu")):
+            assert torch.are_deterministic_algorithms_enabled()
+            assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        assert torch.get_deterministic_debug_mode() == before
+    finally:
+        torch.set_deterministic_debug_mode("default")
 
 
 def test_settings_of_torch_are_put_back():

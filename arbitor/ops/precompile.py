@@ -96,22 +96,21 @@ def specialization(kernel: Any, arguments: tuple[Any, ...], options: dict[str, A
 
     Args:
         kernel: a JIT function.
-        arguments: positional ones of a launch, none of them constants.
-        options: the others: constants and options of the compiler.
+        arguments: positional ones of a launch.
+        options: the others, all of them constants or options of the compiler.
     """
-    kinds = [
-        _kind(value, not parameter.do_not_specialize)
-        for value, parameter in zip(arguments, kernel.params, strict=False)
-    ]
+    kinds = [_kind(value, parameter) for value, parameter in zip(arguments, kernel.params, strict=False)]
     return kernel, *kinds, *sorted(options.items())
 
 
-def _kind(value: Any, specialize: bool) -> tuple[Any, ...]:
+def _kind(value: Any, parameter: Any) -> tuple[Any, ...]:
+    if parameter.is_constexpr:
+        return (value,)
     if isinstance(value, Tensor):
         return value.dtype, value.data_ptr() % 16 == 0
     if isinstance(value, int) and not isinstance(value, bool):
         wide = not -(1 << 31) <= value < 1 << 31
-        return (int, wide, value == 1, value % 16 == 0) if specialize else (int, wide)
+        return (int, wide) if parameter.do_not_specialize else (int, wide, value == 1, value % 16 == 0)
     return (type(value),)
 
 

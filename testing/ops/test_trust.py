@@ -56,6 +56,14 @@ def test_other_owners_are_not_trusted(folder, monkeypatch):
         assert why_untrusted(folder / "file") == f"{folder} belongs to another user"
 
 
+@pytest.mark.skipif(getattr(os, "geteuid", lambda: 1)() != 0, reason="needs root, who may give files away")
+def test_folders_of_a_containers_unknown_users_are_trusted_above_but_files_are_not(folder):
+    os.chown(folder, trust.NOBODY, -1)
+    assert why_untrusted(folder / "file") is None
+    os.chown(folder / "file", trust.NOBODY, -1)
+    assert why_untrusted(folder / "file") == f"{folder / 'file'} belongs to another user"
+
+
 def test_a_link_leads_to_what_is_looked_at(folder, groups_are_shared):
     link = folder / "link"
     link.symlink_to(folder.parent / "elsewhere")

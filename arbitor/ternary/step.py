@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from arbitor.ops.expert_linear import busy_experts
-from arbitor.ops.int8_table import int8_table_update
-from arbitor.ops.momentum import momentum_fold
+from arbitor.ops.int8_table import int8_table_step
 from arbitor.ops.random_bits import random_bits, skip, step_keys
 from arbitor.ops.rows import write_rows
 from arbitor.ternary.capture import ExpertCapture, GradientCapture, RowCapture
@@ -92,12 +91,10 @@ class Step:
         state = self.state[module.q]
         gradient = module.capture.gradient().to(torch.float32)
         active = gradient.any(dim=-1) & self.ok.to(gradient.device)
-        bits = random_bits(self._keys([name], gradient.device), module.numel()).view(gradient.shape)
-        direction = momentum_fold(
-            gradient, state["M"], state["M_exp"], bits, active[:, None], 8, beta, LOOKAHEAD
-        )
-        step = self.numbers[gradient.device].table
-        int8_table_update(module.q.view(gradient.shape), direction, step, bits, active)
+        int8_table_step(
+            module.q.view(gradient.shape), gradient, state["M"], state["M_exp"],
+            self._keys([name], gradient.device), active, self.numbers[gradient.device].table, beta, LOOKAHEAD,
+        )  # fmt: skip
 
     def advance(self, name: str, counters: IntegerCounters) -> None:
         """Apply what counters noted."""

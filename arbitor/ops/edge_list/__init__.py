@@ -6,6 +6,7 @@ Shape letters: C capacity, P pairs, K neighbours.
 import torch
 from torch import Tensor
 
+from arbitor.ops.backend import uses_triton
 from arbitor.ops.edge_list import reference
 from arbitor.ops.edge_list.reference import MAX_SCORE, UNUSED
 from arbitor.ops.registry import register
@@ -81,6 +82,16 @@ def _require(names: str, tensors: tuple[Tensor, ...], dtypes: tuple[torch.dtype,
             raise ValueError(f"{names} must be vectors of length {length} ({wanted}), got {given}")
 
 
+def _dispatch_look_up(
+    src: Tensor, dst: Tensor, score: Tensor, ids: Tensor, count: int
+) -> tuple[Tensor, Tensor]:
+    if uses_triton(src):
+        from arbitor.ops.edge_list import triton
+
+        return triton.look_up(src, dst, score, ids, count)
+    return reference.look_up(src, dst, score, ids, count)
+
+
 _merge = register(
     "edge_list_merge(Tensor(a!) src, Tensor(b!) dst, Tensor(c!) score, Tensor pair_src, Tensor pair_dst, "
     "Tensor bits, int rate_bits, Tensor ok) -> ()",
@@ -89,7 +100,7 @@ _merge = register(
 )
 _look_up = register(
     "edge_list_look_up(Tensor src, Tensor dst, Tensor score, Tensor ids, int count) -> (Tensor, Tensor)",
-    reference.look_up,
+    _dispatch_look_up,
     lambda src, dst, score, ids, count: (
         ids.new_empty((*ids.shape, count), dtype=torch.int64),
         score.new_empty((*ids.shape, count)),

@@ -1,0 +1,287 @@
+"""Triton kernels of look-ups and tables against the reference: on a GPU, elsewhere under the interpreter.
+
+They are compared bit by bit, in memory that is poisoned and has guard bands around it.
+"""
+
+import math
+import warnings
+
+import pytest
+import torch
+
+from arbitor.ops.random_bits import reference as random_reference
+from arbitor.ops.trit_codec import legal_bytes, trit_pack
+from testing.ops.test_kernels import DEVICE, Guarded, keys, moved
+
+pytest.importorskip("triton", reason="needs Triton, which the extra `test` installs on Linux")
+
+needs_bf16 = pytest.mark.skipif(DEVICE == "cpu", reason="Triton's interpreter has no bf16 of its own")
+float_types = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=needs_bf16)]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """What is not written shows: new memory holds NaN or the largest integer."""
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    torch.use_deterministic_algorithms(False)
+
+
+def draw(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def integers(low, high, shape, dtype=torch.int64, seed=0):
+    return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def guarded_and_checked(function, *tensors, **options):
+    """What a kernel makes of tensors between guard bands, on the CPU."""
+    guarded = Guarded()
+    found = function(*map(guarded, tensors), **options)
+    guarded.check()
+    return tuple(t.cpu() for t in found) if isinstance(found, tuple) else found.cpu()
+
+
+# -- byte tables --------------------------------------------------------------------------------------------
+
+TABLES = [(1, 1), (9, 33), (288, 160), (5, 3000), (7, 480)]
+each_table = pytest.mark.parametrize(("rows", "dim"), TABLES)
+each_shape_of_ids = pytest.mark.parametrize("ids_shape", [(), (1,), (0,), (3, 7), (130,)], ids=str)
+
+
+def byte_table(rows, dim):
+    return integers(-95, 96, (rows, dim), torch.int8), integers(-62, 32, (rows,), torch.int8)
+
+
+@each_table
+@each_shape_of_ids
+def test_int8_gather_equals_the_reference(rows, dim, ids_shape):
+    from arbitor.ops.int8_table import reference, triton
+
+    case = *byte_table(rows, dim), integers(0, rows, ids_shape)
+    assert torch.equal(guarded_and_checked(triton.gather, *case), reference.gather(*case))
+
+
+def test_rows_that_no_byte_table_has_are_nan():
+    from arbitor.ops.int8_table import triton
+
+    ids = torch.tensor([3, 4, -1, 0, 2**40])
+    found = guarded_and_checked(triton.gather, *byte_table(4, 10), ids)
+    assert found.isnan().all(dim=1).tolist() == [False, True, True, False, True]
+
+
+@each_table
+@pytest.mark.parametrize("step", [0.0, 0.3, 4.8, 300.0])
+def test_int8_update_equals_the_reference(rows, dim, step):
+    from arbitor.ops.int8_table import reference, triton
+
+    q, _ = byte_table(rows, dim)
+    direction = draw(rows, dim) * (draw(rows, dim, seed=1) > 0)
+    active, stream, step = draw(rows, seed=2) > -0.5, keys(1), torch.tensor(step)
+    expected = q.clone()
+    bits = random_reference.random_bits(stream, q.numel()).view(q.shape)
+    reference.update(expected, direction, step, bits, active)
+    guarded = Guarded()
+    found = guarded(q)
+    triton.update(found, guarded(direction), *moved(step), guarded(stream), *moved(active))
+    guarded.check()
+    assert torch.equal(found.cpu(), expected)
+
+
+def test_a_step_of_a_byte_table_equals_the_reference(monkeypatch):
+    from arbitor.ops.int8_table import int8_table_step
+
+    q, stream = integers(-95, 96, (13, 70), torch.int8), keys(1)
+    results = []
+    for backend in ("torch", "triton"):
+        monkeypatch.setenv("ARB_TERNARY_BACKEND", backend)
+        table, codes = q.clone().to(DEVICE), torch.zeros(13, 70, dtype=torch.int8, device=DEVICE)
+        exponent = torch.zeros(13, 3, dtype=torch.int16, device=DEVICE)
+        for step in range(3):
+            gradient, active = moved(draw(13, 70, seed=step), draw(13, seed=9 + step) > -1)
+            int8_table_step(table, gradient, codes, exponent, *moved(stream), active, 1.7, 0.9, 0.95)
+        results.append((table, codes, exponent))
+    assert not torch.equal(results[0][0].cpu(), q)
+    for expected, found in zip(*results, strict=True):
+        assert torch.equal(expected, found)
+
+
+# -- random bits --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (2, 1023), (1, 5000), (700, 3), (2, 0), (0, 4)], ids=str)
+def test_random_bits_kernel_equals_the_reference(shape):
+    from arbitor.ops.random_bits import triton
+
+    stream, count = keys(shape[0]), shape[1]
+    expected = random_reference.random_bits(stream, count)
+    assert torch.equal(guarded_and_checked(triton.random_bits, stream, count=count), expected)
+
+
+# -- codes of trits -----------------------------------------------------------------------------------------
+
+each_k = pytest.mark.parametrize("k", [1, 2, 9, 15])
+each_leading = pytest.mark.parametrize("leading", [(), (1,), (0,), (3, 43), (257,)], ids=str)
+
+
+@each_k
+@each_leading
+@pytest.mark.parametrize("dtype", float_types, ids=str)
+def test_fsq_kernel_equals_the_reference(k, leading, dtype):
+    from arbitor.ops.fsq import reference, triton
+
+    x = (draw(*leading, k) * 3).to(dtype)
+    for expected, found in zip(reference.quantize(x), guarded_and_checked(triton.quantize, x), strict=True):
+        assert found.dtype == expected.dtype
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3e38])
+def test_fsq_kernel_shows_what_is_not_finite(value):
+    from arbitor.ops.fsq import reference, triton
+
+    x = draw(5, 4)
+    x[2, 1] = value
+    (codes, ids), expected = guarded_and_checked(triton.quantize, x), reference.quantize(x)
+    assert codes.isnan().all(dim=1).tolist() == [False, False, True, False, False]
+    assert torch.equal(codes.nan_to_num(7), expected[0].nan_to_num(7))
+    assert torch.equal(ids, expected[1])
+
+
+@each_k
+@each_leading
+def test_fsq_backward_kernel_equals_the_reference(k, leading):
+    from arbitor.ops.fsq import reference, triton
+
+    x, dy = draw(*leading, k), draw(*leading, k, seed=1)
+    expected = reference.backward(dy.double(), x.double())
+    found = guarded_and_checked(triton.backward, dy, x)
+    assert found.dtype == torch.float32
+    # Of numbers of RMS 1: sums of k terms, and a dozen operations on either side of a difference.
+    size = (dy.abs().sum(-1, keepdim=True) + 1) / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    assert ((found - expected).abs() <= 2**-24 * (12 + k) * size).all()
+
+
+@each_k
+@each_leading
+def test_trits_of_ids_kernel_equals_the_reference(k, leading):
+    from arbitor.ops.fsq import reference, triton
+
+    ids = integers(0, 3**k, leading)
+    assert torch.equal(guarded_and_checked(triton.trits, ids, k=k), reference.trits(ids, k))
+
+
+# -- learned codebooks --------------------------------------------------------------------------------------
+
+
+def codebook(rows, width, exponents=(-2, 2)):
+    return trit_pack(integers(-1, 2, (rows, width), torch.int8)), integers(*exponents, (rows, 1), torch.int8)
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (9, 3), (63, 32), (130, 33), (200, 161), (70, 1024)])
+@pytest.mark.parametrize("queries", [0, 1, 70])
+@pytest.mark.parametrize("dtype", [torch.float64, *float_types], ids=str)
+def test_nearest_kernel_equals_the_reference(rows, width, queries, dtype):
+    from arbitor.ops.codebook import reference, triton
+
+    x = (draw(queries, width) * torch.exp2(integers(-20, 20, (queries, 1)))).to(dtype)
+    case = x, *codebook(rows, width)
+    assert torch.equal(guarded_and_checked(triton.nearest, *case), reference.nearest(*case))
+
+
+def test_ties_of_the_nearest_kernel_go_to_the_first_row():
+    from arbitor.ops.codebook import reference, triton
+
+    packed, exponent = codebook(5, 12, exponents=(0, 1))
+    order = integers(0, 5, (300,), seed=3)
+    values = reference.ternary_decode(packed, exponent, 12, 12, torch.float32)
+    between = (values[:, None] + values).flatten(0, 1) * 0.15
+    case = between, packed[order], exponent[order]
+    found = guarded_and_checked(triton.nearest, *case)
+    assert torch.equal(found, reference.nearest(*case))
+    assert (found < 64).all(), "equal rows follow in every tile"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_nearest_kernel_gives_a_query_that_is_not_finite_row_0(value):
+    from arbitor.ops.codebook import reference, triton
+
+    x, table = draw(70, 9), codebook(100, 9)
+    x[2, 1] = value
+    found = guarded_and_checked(triton.nearest, x, *table)
+    assert found[2] == 0
+    assert torch.equal(found, reference.nearest(x, *table))
+
+
+def test_a_row_with_an_illegal_byte_is_nobodys_nearest_in_the_kernel():
+    from arbitor.ops.codebook import triton
+
+    packed, exponent = codebook(70, 32)
+    x = draw(200, 32)
+    packed[5, 3] = int((~legal_bytes(torch.device("cpu"))).nonzero()[0])
+    assert 5 not in guarded_and_checked(triton.nearest, x, packed, exponent)
+
+
+# -- memory -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ids_shape", [(2,), (3,), (2, 7), (3, 5, 40), (0, 9)], ids=str)
+@pytest.mark.parametrize(("heads", "num_rows"), [(1, 1), (4, 1 << 15), (3, 1009), (2, 1 << 28)])
+def test_ngram_hash_kernel_equals_the_reference(ids_shape, heads, num_rows):
+    from arbitor.ops.ngram_hash import reference, triton
+
+    ids = integers(0, 3**15, ids_shape)
+    found = guarded_and_checked(triton.rows, ids, heads=heads, num_rows=num_rows)
+    assert torch.equal(found, reference.rows(ids, heads, num_rows))
+
+
+@pytest.mark.parametrize("width", [1, 40, 160, 161, 479])
+@pytest.mark.parametrize("group", [6, 1000])
+@each_shape_of_ids
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_bf16)], ids=str)
+def test_gathered_trits_equal_the_reference(width, group, ids_shape, dtype):
+    from arbitor.ops.trit_gather import reference, triton
+
+    group = min(group, width)
+    packed = trit_pack(integers(-1, 2, (37, width), torch.int8))
+    exponent = integers(-62, 32, (37, -(-width // group)), torch.int8)
+    case, rest = (packed, exponent, integers(0, 37, ids_shape)), (width, group, dtype)
+    found = guarded_and_checked(lambda *tensors: triton.gather(*tensors, *rest), *case)
+    assert torch.equal(found, reference.gather(*case, *rest))
+
+
+def test_gathered_trits_of_illegal_bytes_and_of_no_row_are_nan():
+    from arbitor.ops.trit_gather import triton
+
+    packed = torch.arange(256, dtype=torch.uint8).view(8, 32)
+    ids = torch.tensor([*range(8), 8, -1])
+    found = triton.gather(*moved(packed, torch.zeros(8, 1, dtype=torch.int8), ids), 160, 160, torch.float32)
+    illegal = ~legal_bytes(torch.device("cpu")).view(8, 1, 32).expand(8, 5, 32).reshape(8, 160)
+    assert torch.equal(found[:8].isnan().cpu(), illegal)
+    assert found[8:].isnan().all()
+
+
+# -- motif graph --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("capacity", [1, 2, 37, 128])
+@pytest.mark.parametrize("used", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("count", [1, 4, 50])
+@pytest.mark.parametrize("ids_shape", [(), (0, 3), (3, 67)], ids=str)
+def test_look_up_kernel_equals_the_reference(capacity, used, count, ids_shape):
+    from arbitor.ops.edge_list import UNUSED, reference, triton
+
+    edges = round(capacity * used)
+    src = integers(0, 9, (capacity,), torch.int32).sort().values
+    src[edges:] = UNUSED
+    dst = integers(0, 3**15, (capacity,), torch.int32).masked_fill(src == UNUSED, 0)
+    score = integers(1, 128, (capacity,), torch.int8).masked_fill(src == UNUSED, 0)
+    case = src, dst, score, integers(0, 11, ids_shape)
+    found = guarded_and_checked(triton.look_up, *case, count=count)
+    for mine, expected in zip(found, reference.look_up(*case, count), strict=True):
+        assert mine.dtype == expected.dtype
+        assert torch.equal(mine, expected)

@@ -21,6 +21,7 @@ from arbitor.model.precision import sigmoid
 from arbitor.model.vocab import PAD
 from arbitor.ops.ngram_hash import ngram_hash
 from arbitor.ops.trit_codec import ternary_decode, trit_pack
+from arbitor.ops.trit_gather import ternary_gather
 from arbitor.ternary import TernaryEmbeddingTable, TernaryLinear
 from arbitor.ternary.capture import RowCapture, wants_weights
 from arbitor.ternary.layers import root_of
@@ -36,6 +37,9 @@ class _Fetch(torch.autograd.Function):
     ) -> Tensor:
         ctx.table = table
         ctx.save_for_backward(rows)
+        if table.T_packed.device == device:
+            layout = table.in_features, table.group, torch.float32
+            return ternary_gather(table.T_packed, table.E, rows, *layout)
         flat = rows.flatten()
         # Packed rows cross over, a tenth of the bytes of decoded ones.
         packed, exponent = (part[flat].to(device) for part in (table.T_packed, table.E))

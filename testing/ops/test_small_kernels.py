@@ -285,3 +285,56 @@ def test_look_up_kernel_equals_the_reference(capacity, used, count, ids_shape):
     for mine, expected in zip(found, reference.look_up(*case, count), strict=True):
         assert mine.dtype == expected.dtype
         assert torch.equal(mine, expected)
+
+
+def edge_list(capacity, edges, nodes, seed):
+    """A list of so many different edges, in order."""
+    key = torch.randperm(nodes * nodes, generator=torch.Generator().manual_seed(seed))[:edges]
+    score = integers(1, 128, (edges,), seed=seed)
+    place = torch.argsort((key // nodes * 128 + 127 - score) * nodes + key % nodes)
+    src = torch.full((capacity,), 2**31 - 1, dtype=torch.int32)
+    dst, scores = torch.zeros_like(src), torch.zeros(capacity, dtype=torch.int8)
+    src[:edges], dst[:edges], scores[:edges] = (
+        key[place] // nodes,
+        key[place] % nodes,
+        score[place].to(torch.int8),
+    )
+    return src, dst, scores
+
+
+@pytest.mark.parametrize(("capacity", "edges", "pairs", "nodes"), [
+    (1, 0, 1, 1), (1, 1, 0, 1), (5, 3, 40, 4), (37, 37, 63, 30), (200, 90, 1000, 12), (300, 299, 7, 20),
+])  # fmt: skip
+@pytest.mark.parametrize("rate_bits", [0, 4, 7])
+@pytest.mark.parametrize("ok", [True, False])
+def test_merge_kernels_equal_the_reference(capacity, edges, pairs, nodes, rate_bits, ok):
+    from arbitor.ops.edge_list import reference, triton
+
+    expected = edge_list(capacity, edges, nodes, seed=edges)
+    guarded = Guarded()
+    found = [guarded(tensor) for tensor in expected]
+    for step in range(4):
+        pair = integers(0, nodes, (2, pairs), torch.int32, seed=step)
+        bits = integers(-(2**31), 2**31, (capacity + pairs,), seed=step).to(torch.int32)
+        rest = *pair, bits, rate_bits, torch.tensor(ok)
+        reference.merge(*expected, *rest)
+        triton.merge(*found, *moved(*rest[:3]), rate_bits, *moved(rest[4]))
+        for mine, other in zip(found, expected, strict=True):
+            assert torch.equal(mine.cpu(), other)
+    guarded.check()
+    assert ok or torch.equal(expected[2], edge_list(capacity, edges, nodes, seed=edges)[2])
+
+
+def test_merge_kernels_of_the_largest_nodes():
+    from arbitor.ops.edge_list import reference, triton
+
+    big = 2**31 - 2
+    expected = [torch.tensor(numbers, dtype=torch.int32) for numbers in ([big, 2**31 - 1], [3, 0])]
+    expected.append(torch.tensor([90, 0], dtype=torch.int8))
+    found = moved(*(tensor.clone() for tensor in expected))
+    pair = torch.tensor([[big, big, big, 0], [big, 3, big, big]], dtype=torch.int32)
+    rest = *pair, torch.arange(6, dtype=torch.int32), 4, torch.tensor(True)
+    reference.merge(*expected, *rest)
+    triton.merge(*found, *moved(*rest[:3]), 4, *moved(rest[4]))
+    for mine, other in zip(found, expected, strict=True):
+        assert torch.equal(mine.cpu(), other)

@@ -26,7 +26,7 @@ def _mix(x, code, multiplier):
     return x ^ _shift_right(x, 32)
 
 
-@triton.jit(do_not_specialize=["total", "positions"])
+@triton.jit(do_not_specialize=["total", "positions", "num_rows"])
 def _rows_kernel(ids, multipliers, rows, total, positions, num_rows, HEADS: tl.constexpr, ROWS: tl.constexpr):
     out = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = out < total

@@ -29,7 +29,7 @@ def _gather_kernel(
     out_at = out + place.to(tl.int64)[:, None] * columns + lane
     if BY_ROW:
         scale = exp2_int(tl.load(exponents + row, mask=inside & known, other=0).to(tl.int32))[:, None]
-    for block in range(0, width // 32):
+    for block in range(width // 32):
         code = tl.load(packed_at + 32 * block, mask=read, other=1).to(tl.int32)  # 1 is illegal
         legal = is_legal(code)
         for plane in tl.static_range(5):

@@ -35,6 +35,7 @@ from arbitor.ternary.update import (
     update_factored,
 )
 
+ROWS_AT_ONCE = (1 << 16) - 1  # as many matrices as the second or third axis of a GPU's grid takes
 _MATRIX_STATE = ("T_accum", "E_accum", "M", "M_exp")
 
 
@@ -254,7 +255,7 @@ class Step:
         """The rows of a large table that were looked up, each as a matrix of its own; their flips."""
         ids, gradient = capture.touched()
         total = torch.zeros((), dtype=torch.int64, device=ids.device)
-        size = max(1, self.constants.workspace_weights // module.in_features)
+        size = max(1, min(self.constants.workspace_weights // module.in_features, ROWS_AT_ONCE))
         first_place = torch.searchsorted(ids, ids)
         for start in range(0, len(ids), size):
             part = slice(start, start + size)

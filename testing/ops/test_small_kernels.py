@@ -338,3 +338,51 @@ def test_merge_kernels_of_the_largest_nodes():
     triton.merge(*found, *moved(*rest[:3]), 4, *moved(rest[4]))
     for mine, other in zip(found, expected, strict=True):
         assert torch.equal(mine.cpu(), other)
+
+
+# -- sums by row --------------------------------------------------------------------------------------------
+
+
+def in_chunks(gradient, chunk):
+    """The sum of some rows in the kernels' order, added one after the other in fp32."""
+    whole = len(gradient) // chunk * chunk
+    total = torch.zeros(gradient.shape[1])
+    for part in gradient[:whole].split(chunk) if whole else []:
+        of_part = torch.zeros_like(total)
+        for row in part:
+            of_part = of_part + row
+        total = total + of_part
+    for row in gradient[whole:]:
+        total = total + row
+    return total
+
+
+@pytest.mark.parametrize(("total", "dim", "rows"), [
+    (0, 5, 3), (1, 1, 1), (2, 3, 1), (200, 7, 300), (150, 300, 9), (193, 4, 1), (300, 33, 4),
+])  # fmt: skip
+def test_row_sums_kernels_equal_the_reference(total, dim, rows):
+    from arbitor.ops.row_sums import reference, triton
+
+    # Squared, so that some rows have far more look-ups than others.
+    share = torch.rand(total, generator=torch.Generator().manual_seed(1)).square()
+    ids, gradient = (share * rows).to(torch.int64) + 2**33, draw(total, dim)
+    found_ids, found = guarded_and_checked(triton.row_sums, ids, gradient)
+    expected_ids, expected = reference.row_sums(ids, gradient)
+    assert torch.equal(found_ids, expected_ids)
+    size = reference.row_sums(ids, gradient.abs())[1]
+    assert ((found - expected).abs() <= 2 * total * 2**-24 * size).all()
+    distinct, counts = ids.unique(return_counts=True)
+    assert torch.equal(
+        found[len(distinct) :], found[len(distinct) - 1 :][:1].expand(total - len(distinct), -1)
+    )
+    for slot, (row, count) in enumerate(zip(distinct, counts.tolist(), strict=True)):
+        assert torch.equal(found[slot], in_chunks(gradient[ids == row], triton.CHUNK))
+        assert count > triton.CHUNK or torch.equal(found[slot], expected[slot])
+
+
+def test_row_sums_of_narrow_gradients_add_up_in_fp32():
+    from arbitor.ops.row_sums import reference, triton
+
+    ids, gradient = integers(0, 3, (90,)), draw(90, 5).to(torch.float16)
+    found = guarded_and_checked(triton.row_sums, ids, gradient)[1]
+    assert torch.equal(found, reference.row_sums(ids, gradient.float())[1])

@@ -22,6 +22,7 @@ float_types = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=
 @pytest.fixture(autouse=True)
 def poisoned_memory():
     """What is not written shows: new memory holds NaN or the largest integer."""
+    torch.manual_seed(0)
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True, warn_only=True)
     with warnings.catch_warnings():
@@ -182,7 +183,7 @@ def codebook(rows, width, exponents=(-2, 2)):
     return trit_pack(integers(-1, 2, (rows, width), torch.int8)), integers(*exponents, (rows, 1), torch.int8)
 
 
-@pytest.mark.parametrize(("rows", "width"), [(1, 1), (9, 3), (63, 32), (130, 33), (200, 161), (70, 1024)])
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (63, 32), (130, 33), (70, 161)])
 @pytest.mark.parametrize("queries", [0, 1, 70])
 @pytest.mark.parametrize("dtype", [torch.float64, *float_types], ids=str)
 def test_nearest_kernel_equals_the_reference(rows, width, queries, dtype):
@@ -191,6 +192,16 @@ def test_nearest_kernel_equals_the_reference(rows, width, queries, dtype):
     x = (draw(queries, width) * torch.exp2(integers(-20, 20, (queries, 1)))).to(dtype)
     case = x, *codebook(rows, width)
     assert torch.equal(guarded_and_checked(triton.nearest, *case), reference.nearest(*case))
+
+
+def test_nearest_kernel_of_the_largest_sums_equals_the_reference():
+    from arbitor.ops.codebook import reference, triton
+
+    signs = integers(0, 2, (5, reference.MAX_WIDTH)) * 2 - 1
+    # Every product counts, so that the sums are as large as they can be.
+    case = signs * (2 - 2.0**-23), trit_pack(signs.to(torch.int8)), torch.zeros(5, 1, dtype=torch.int8)
+    found = guarded_and_checked(triton.nearest, *case)
+    assert found.tolist() == reference.nearest(*case).tolist() == list(range(5))
 
 
 def test_ties_of_the_nearest_kernel_go_to_the_first_row():
@@ -268,9 +279,9 @@ def test_gathered_trits_of_illegal_bytes_and_of_no_row_are_nan():
 # -- motif graph --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("capacity", [1, 2, 37, 128])
+@pytest.mark.parametrize("capacity", [1, 37, 300])
 @pytest.mark.parametrize("used", [0.0, 0.7, 1.0])
-@pytest.mark.parametrize("count", [1, 4, 50])
+@pytest.mark.parametrize("count", [1, 5])
 @pytest.mark.parametrize("ids_shape", [(), (0, 3), (3, 67)], ids=str)
 def test_look_up_kernel_equals_the_reference(capacity, used, count, ids_shape):
     from arbitor.ops.edge_list import UNUSED, reference, triton
@@ -303,26 +314,36 @@ def edge_list(capacity, edges, nodes, seed):
 
 
 @pytest.mark.parametrize(("capacity", "edges", "pairs", "nodes"), [
-    (1, 0, 1, 1), (1, 1, 0, 1), (5, 3, 40, 4), (37, 37, 63, 30), (200, 90, 1000, 12), (300, 299, 7, 20),
+    (1, 0, 1, 1), (1, 1, 0, 1), (5, 3, 40, 4), (37, 37, 63, 30), (90, 60, 300, 12), (140, 139, 7, 20),
 ])  # fmt: skip
 @pytest.mark.parametrize("rate_bits", [0, 4, 7])
-@pytest.mark.parametrize("ok", [True, False])
-def test_merge_kernels_equal_the_reference(capacity, edges, pairs, nodes, rate_bits, ok):
+def test_merge_kernels_equal_the_reference(capacity, edges, pairs, nodes, rate_bits):
     from arbitor.ops.edge_list import reference, triton
 
     expected = edge_list(capacity, edges, nodes, seed=edges)
     guarded = Guarded()
     found = [guarded(tensor) for tensor in expected]
-    for step in range(4):
+    for step in range(2):
         pair = integers(0, nodes, (2, pairs), torch.int32, seed=step)
         bits = integers(-(2**31), 2**31, (capacity + pairs,), seed=step).to(torch.int32)
-        rest = *pair, bits, rate_bits, torch.tensor(ok)
+        rest = *pair, bits, rate_bits, torch.tensor(True)
         reference.merge(*expected, *rest)
         triton.merge(*found, *moved(*rest[:3]), rate_bits, *moved(rest[4]))
         for mine, other in zip(found, expected, strict=True):
             assert torch.equal(mine.cpu(), other)
     guarded.check()
-    assert ok or torch.equal(expected[2], edge_list(capacity, edges, nodes, seed=edges)[2])
+
+
+def test_merge_kernels_change_nothing_unless_ok():
+    from arbitor.ops.edge_list import triton
+
+    before = edge_list(20, 9, 5, seed=1)
+    found = moved(*(tensor.clone() for tensor in before))
+    pair, bits = moved(integers(0, 5, (2, 30), torch.int32), torch.zeros(50, dtype=torch.int32))
+    for ok in (False, True):
+        triton.merge(*found, *pair, bits, 4, *moved(torch.tensor(ok)))
+        same = [torch.equal(mine.cpu(), other) for mine, other in zip(found, before, strict=True)]
+        assert all(same) == (not ok)
 
 
 def test_merge_kernels_of_the_largest_nodes():
@@ -358,7 +379,7 @@ def in_chunks(gradient, chunk):
 
 
 @pytest.mark.parametrize(("total", "dim", "rows"), [
-    (0, 5, 3), (1, 1, 1), (2, 3, 1), (200, 7, 300), (150, 300, 9), (193, 4, 1), (300, 33, 4),
+    (0, 5, 3), (1, 1, 1), (2, 3, 1), (60, 7, 90), (20, 300, 9), (137, 4, 1), (130, 33, 3),
 ])  # fmt: skip
 def test_row_sums_kernels_equal_the_reference(total, dim, rows):
     from arbitor.ops.row_sums import reference, triton
@@ -383,6 +404,6 @@ def test_row_sums_kernels_equal_the_reference(total, dim, rows):
 def test_row_sums_of_narrow_gradients_add_up_in_fp32():
     from arbitor.ops.row_sums import reference, triton
 
-    ids, gradient = integers(0, 3, (90,)), draw(90, 5).to(torch.float16)
+    ids, gradient = integers(0, 3, (30,)), draw(30, 5).to(torch.float16)
     found = guarded_and_checked(triton.row_sums, ids, gradient)[1]
     assert torch.equal(found, reference.row_sums(ids, gradient.float())[1])

@@ -25,6 +25,7 @@ from arbitor.ops.trit_gather import ternary_gather
 from arbitor.ternary import TernaryEmbeddingTable, TernaryLinear
 from arbitor.ternary.capture import RowCapture, wants_weights
 from arbitor.ternary.layers import root_of
+from arbitor.ternary.stream import read_stream
 from arbitor.ternary.tensor import RESIDUAL_UNITS
 
 
@@ -159,7 +160,7 @@ class MemGram(nn.Module):
         """
         rows_BNT = ngram_hash(ids_BL, self.num_heads, self.num_rows)
         e_BNE = self.table.fetch(rows_BNT, h_BND.device).flatten(-2)
-        key_BND, value_BND = self.key(e_BNE), self.value(e_BNE)
+        _, key_BND, value_BND = read_stream(e_BNE, self.key, self.value)
         match_BN1 = (rms_norm(h_BND) * rms_norm(key_BND.to(h_BND.dtype))).sum(-1, keepdim=True)
         return sigmoid(match_BN1 * h_BND.shape[-1] ** -0.5) * value_BND
 

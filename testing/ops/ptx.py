@@ -7,6 +7,7 @@ the instructions do.
 import re
 
 import numpy as np
+import torch
 
 WORD = 0xFFFFFFFF
 
@@ -35,6 +36,8 @@ def _value(operand, registers, shape):
 def _execute(name, values):
     operation, *modifiers = name.split(".")
     kind = modifiers[-1]
+    if kind == "bf16x2":
+        return _fused(*values)
     if kind.endswith("x2"):
         return _halves(operation, modifiers, values)
     if operation == "prmt":
@@ -74,6 +77,19 @@ def _halves(operation, modifiers, values):
         if "relu" in modifiers:
             c = np.maximum(c, 0)
         result |= (c & 0xFFFF).astype(np.uint64) << shift
+    return result
+
+
+def _fused(a, b, c):
+    """a b + c of bf16 halves; exact in fp64 for what kernels compute with it, and rounded once by torch."""
+    result = np.zeros_like(a)
+    for shift in (0, 16):
+        x, y, z = (
+            (((value >> shift) & 0xFFFF) << 16).astype(np.uint32).view(np.float32).astype(np.float64)
+            for value in (a, b, c)
+        )
+        rounded = torch.from_numpy(x * y + z).to(torch.bfloat16).view(torch.int16).numpy()
+        result |= (rounded.astype(np.int64) & 0xFFFF).astype(np.uint64) << shift
     return result
 
 

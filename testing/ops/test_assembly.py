@@ -6,7 +6,8 @@ import torch
 
 from arbitor.ops.state_update import assembly as update_assembly
 from arbitor.ops.state_update import reference as update_reference
-from arbitor.ops.trit_codec import trit_pack
+from arbitor.ops.trit_codec import assembly as codec_assembly
+from arbitor.ops.trit_codec import legal_bytes, trit_pack
 from testing.ops import ptx
 
 
@@ -62,3 +63,56 @@ def test_every_value_of_five_digits_is_repacked():
     v = np.arange(243)
     packed = (v * update_assembly.REPACK_FACTOR + update_assembly.REPACK_OFFSET) >> 16
     assert (packed == -(-256 * v // 243)).all()
+
+
+@pytest.fixture(scope="module")
+def every_byte():
+    """uint8 [256 * 3, 4]: every byte in every place, beside the extremes in the others."""
+    bytes_ = torch.arange(256, dtype=torch.uint8)
+    rows = torch.stack([bytes_, 255 - bytes_, torch.full_like(bytes_, 255), torch.zeros_like(bytes_)], dim=1)
+    return torch.cat([rows, rows.flip(1), rows.roll(1, dims=1)])
+
+
+def digits_of(bytes_):
+    """int32 [..., 5] of uint8 [...], by the serial recurrence."""
+    return torch.stack([(((bytes_.int() * 3**n) & 255) * 3) >> 8 for n in range(5)], dim=-1)
+
+
+def test_digits_of_every_byte(every_byte):
+    digits = digits_of(every_byte)
+    number = torch.zeros(every_byte.shape, dtype=torch.int32)
+    for plane in range(5):
+        (found,) = ptx.run(codec_assembly.digit(plane), 1, [words(every_byte)])
+        assert torch.equal(octets(found, np.uint8).int(), digits[..., plane])
+        number = number * 3 + digits[..., plane]
+        (found,) = ptx.run(codec_assembly.leading(plane + 1), 1, [words(every_byte)])
+        assert torch.equal(octets(found, np.uint8).int(), number)
+    (found,) = ptx.run(codec_assembly.leading(5, codec_assembly.MARK), 1, [words(every_byte)])
+    illegal = ~legal_bytes(torch.device("cpu"))[every_byte.int()]
+    assert torch.equal(octets(found, np.uint8).int(), number + illegal.int())
+
+
+@pytest.mark.parametrize("times", [1, 2, 64])
+def test_trits_of_every_byte(every_byte, times):
+    factors = [torch.full_like(every_byte, times).numpy().view(np.uint32)] * 5
+    *found, marks = ptx.run(codec_assembly.trits(), 6, [words(every_byte), *factors])
+    found = torch.stack([octets(plane, np.int8) for plane in found], dim=-1)
+    illegal = ~legal_bytes(torch.device("cpu"))[every_byte.int()]
+    assert torch.equal(found.int(), (digits_of(every_byte) - 1) * times)
+    assert torch.equal(octets(marks, np.uint8) != 0, illegal)
+
+
+@pytest.mark.parametrize("exponent", [-62, 0, 31])
+def test_weights_of_every_byte(every_byte, exponent):
+    scale = torch.full((len(every_byte), 4), 2.0**exponent, dtype=torch.bfloat16)
+    registers = list(scale.view(torch.int16).numpy().view(np.uint32).T[:, :, None])
+    found = ptx.run(codec_assembly.weights(), 10, [words(every_byte), *registers * 5])
+    found = torch.stack(
+        [torch.from_numpy(np.concatenate(found[2 * n : 2 * n + 2], axis=1).view(np.int16)) for n in range(5)],
+        dim=-1,
+    ).view(torch.bfloat16)
+    legal = legal_bytes(torch.device("cpu"))[every_byte.int()]
+    expected = (digits_of(every_byte) - 1) * 2.0**exponent
+    assert torch.equal(found[legal].double(), expected[legal].double())
+    assert found[~legal].isnan().all()
+    assert not found[legal][expected[legal] == 0].signbit().any()

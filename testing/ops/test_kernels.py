@@ -323,19 +323,82 @@ def test_product_of_few_tokens_equals_the_reference(shape, dtype):
     guarded.check()
 
 
-def test_every_tile_of_few_tokens_equals_the_reference(monkeypatch):
+@pytest.mark.parametrize("tokens", [3, 5, 35])
+def test_every_tile_of_few_tokens_equals_the_reference(tokens):
     from arbitor.ops.int8_matmul import reference
     from arbitor.ops.ternary_linear import triton
 
-    codes, trits, scale, row_scale = int8_case(35, 70, 170)
+    codes, trits, scale, row_scale = int8_case(tokens, 70, 170)
     exponent = row_scale.log2().to(torch.int8)[:, None]
     expected = reference.int8_matmul(codes, trits, scale, row_scale, torch.float32)
     given = moved(codes, trit_pack(trits), exponent, scale)
-    for tokens, rows in ((1, 70), (17, 70), (1, 1 << 14), (17, 1 << 14)):
-        tile = triton._tile(tokens, rows)
-        monkeypatch.setattr(triton, "_tile", lambda *_, tile=tile: tile)
-        assert torch.equal(triton.few_tokens(*given, torch.float32).cpu(), expected)
-        monkeypatch.undo()
+    for tile in triton.LARGE_TILES + triton.SMALL_TILES:
+        assert torch.equal(triton.few_tokens(*given, torch.float32, tile=tile).cpu(), expected)
+
+
+def test_there_are_tiles_for_every_number_of_few_tokens():
+    from arbitor.ops.ternary_linear import triton
+
+    for rows in (1, triton.MANY_ROWS):
+        for tokens in range(1, triton.FEW_TOKENS + 1):
+            tile = triton._tile(tokens, rows)
+            assert tile.tokens >= min(tokens, 32)
+
+
+def grouped_case(shape, group, octaves):
+    tokens, rows, columns = shape
+    codes, trits, scale, _ = int8_case(tokens, rows, columns)
+    lowest = torch.randint(-30, 20, (rows, 1))
+    exponent = lowest + torch.randint(0, octaves + 1, (rows, -(-columns // group)))
+    return codes, trits, scale, exponent.to(torch.int8)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 40), (3, 20, 400), (5, 0, 33), (2, 3, 321)], ids=str)
+@pytest.mark.parametrize("group", [32, 96])
+@pytest.mark.parametrize("octaves", [6, 9])
+def test_products_with_grouped_exponents_equal_the_reference(shape, group, octaves):
+    """Exactly: every product and sum is an integer below 2^24 times a power of two."""
+    from arbitor.ops.ternary_linear import triton
+    from arbitor.ops.trit_codec import reference
+
+    codes, trits, scale, exponent = grouped_case(shape, group, octaves)
+    packed = trit_pack(trits)
+    weight = reference.decode(packed, exponent, shape[-1], group, torch.float64)
+    expected = (codes.double() @ weight.t()).float() * scale
+    given = moved(codes, scale, packed, exponent)
+    assert torch.equal(triton.grouped(*given, group, torch.float32).cpu(), expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 40), (3, 400), (7, 161), (2, 1000)], ids=str)
+@pytest.mark.parametrize("group", [32, 96])
+@pytest.mark.parametrize("octaves", [0, 6, 7])
+def test_decode_to_integers_equals_the_reference(shape, group, octaves):
+    from arbitor.ops.trit_codec import reference, triton
+
+    _, trits, _, exponent = grouped_case((1, *shape), group, octaves)
+    if octaves and exponent.shape[-1] > 1:
+        exponent[0] = -3
+        exponent[0, -1] += octaves
+    packed = trit_pack(trits)
+    integers, scale, wide = triton.decode_integers(*moved(packed, exponent), shape[-1], group)
+    if exponent.shape[-1] > 1:
+        assert bool(wide) == (octaves > triton.MAX_SHIFT)
+    if octaves <= triton.MAX_SHIFT:
+        weight = reference.decode(packed, exponent, shape[-1], group, torch.float64)
+        assert torch.equal(integers.cpu() * scale.cpu()[:, None].double(), weight)
+    packed[0, 0] = 1  # which packing never produces
+    assert triton.decode_integers(*moved(packed, exponent), shape[-1], group)[1].isnan().tolist() == [
+        True, *[False] * (shape[0] - 1)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("tokens", "columns"), [(5, 40), (3, 1), (2, 9000)])
+def test_sums_of_codes(tokens, columns):
+    from arbitor.ops.activations import triton
+
+    (sums,) = moved(torch.full((tokens, 1), 77, dtype=torch.int32))
+    codes, _, _ = triton.quantize(*moved(torch.randn(tokens, columns)), True, sums=sums)
+    assert torch.equal(sums, codes.sum(dim=1, keepdim=True, dtype=torch.int32))
 
 
 def test_illegal_bytes_show_in_products_of_few_tokens():

@@ -132,7 +132,9 @@ def _decode_kernel(packed, exponents, weights, rows, columns, width, group, grou
 @triton.jit
 def _scale(exponents, column, group, groups, used):
     """2^exponent (fp32) of the group that a column is in; of the last one behind the end."""
-    return exp2_int(tl.load(exponents + tl.minimum(column // group, groups - 1), mask=used, other=0).to(tl.int32))
+    return exp2_int(
+        tl.load(exponents + tl.minimum(column // group, groups - 1), mask=used, other=0).to(tl.int32)
+    )
 
 
 @triton.jit

@@ -25,7 +25,7 @@ def random_word(index, key_a, key_b):
     """32 random bits of element `index` (int32) of the stream of two int32 keys; see ops/random_bits."""
     x = index + key_a
     x = (x ^ shift_right(x, 16)) * 0x7FEB352D
-    # x ^ key_b and then x ^ (x >> 15), in one operation on three numbers: both keys' part is the same for all.
+    # x ^ key_b and then x ^ (x >> 15), as one operation on three numbers: the key's part is that of all.
     x = x ^ shift_right(x, 15) ^ (key_b ^ shift_right(key_b, 15))
     x = x * -2073254261  # 0x846CA68B
     return x ^ shift_right(x, 16)

@@ -51,12 +51,12 @@ def test_the_rule_of_the_state_update_equals_the_reference(span, threshold, rail
     assert update_assembly.fits(span, threshold, rail)
     rule = update_assembly.rule(span, threshold, lowest, rail, reset)
     assert update_assembly.constraints().count(",") + 1 == 10 + len(inputs)
-    code, *states, count, zero0, zero1, zero2 = ptx.run(rule, 10, inputs)
+    code, *states, count, second, third, fourth = ptx.run(rule, 10, inputs)
     assert torch.equal(octets(code, np.uint8), expected[0])
     found = torch.stack([octets(state, np.int8) for state in states], dim=1).view(rows, 160)
     assert torch.equal(found, expected[1])
     assert int(count.sum()) == int(flips) > 0
-    assert not (zero0.any() or zero1.any() or zero2.any())
+    assert not np.any([second, third, fourth])
 
 
 def test_every_value_of_five_digits_is_repacked():

@@ -286,16 +286,13 @@ def test_int8_matmul_equals_the_reference(shape, dtype):
     guarded.check()
 
 
-def test_every_tile_of_int8_matmul_equals_the_reference(monkeypatch):
+def test_every_tile_of_int8_matmul_equals_the_reference():
     from arbitor.ops.int8_matmul import reference, triton
 
     case = int8_case(200, 300, 160)
     expected = reference.int8_matmul(*case, torch.float32)
-    for tokens in (1, 65, 1025):
-        tile = triton._tile(tokens, 300)
-        monkeypatch.setattr(triton, "_tile", lambda *_, tile=tile: tile)
-        assert torch.equal(triton.int8_matmul(*moved(*case), torch.float32).cpu(), expected)
-        monkeypatch.undo()
+    for tile in (*triton.FEW_TILES, *triton.SOME_TILES, *triton.MANY_TILES):
+        assert torch.equal(triton.int8_matmul(*moved(*case), torch.float32, tile).cpu(), expected)
 
 
 def test_int8_matmul_keeps_a_token_that_is_not_finite_apart():

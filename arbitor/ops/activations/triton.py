@@ -11,7 +11,7 @@ from torch import Tensor
 from arbitor.ops.activations.reference import CODE_SCALE, RMS_EPS
 from arbitor.ops.triton import has_ptx, rounded
 
-MAX_BLOCK = 8192
+MAX_BLOCK = 16384
 # Most columns and the elements of a program that has no sums: 16 elements for each of 128 threads.
 PATCH_COLUMNS, PATCH_ELEMENTS = 512, 2048
 

@@ -140,6 +140,7 @@ def update(
     threshold: int,
     rail: int,
     reset: bool,
+    tile: int | None = None,
 ) -> Tensor:
     """As `reference.update` of bits drawn from `keys`; see `arbitor.ops.state_update.state_update`."""
     assert packed.stride(-2) == packed.shape[-1]
@@ -153,7 +154,7 @@ def update(
     active = active.expand(matrices, active.shape[-2] if active.shape[-2] == 1 else rows, 1)
     lowest = threshold if reset or 2 * threshold > span else threshold + 1
     ptx = has_halves(packed.device) and assembly.fits(span, threshold, rail)
-    tile = _tile()
+    tile = tile or TILES[0]
     grid = (width // PLANE, triton.cdiv(rows, tile), matrices)
     _update_kernel[grid](
         packed,
@@ -184,8 +185,3 @@ def update(
         enable_fp_fusion=False,
     )
     return flips
-
-
-def _tile() -> int:
-    """Rows of a program."""
-    return TILES[0]

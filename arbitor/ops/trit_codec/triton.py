@@ -143,7 +143,8 @@ def _decode_planes_kernel(
     ROWS: tl.constexpr, WHOLE: tl.constexpr, ASKED: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     if ASKED:
-        if tl.load(wanted) == 0:
+        asked = tl.load(wanted)
+        if asked == 0:
             return
     block = tl.program_id(0)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -268,6 +269,7 @@ def decode(
     group: int,
     dtype: torch.dtype,
     wanted: Tensor | None = None,
+    tile: int | None = None,
 ) -> Tensor:
     """As `reference.decode`, to fp32 or bf16.
 
@@ -281,7 +283,7 @@ def decode(
     if not rows:
         return weights
     if groups == 1 or group % PLANE == 0:
-        tile = TILES[0]
+        tile = tile or TILES[0]
         _decode_planes_kernel[(width // PLANE, triton.cdiv(rows, tile))](
             *given, weights if wanted is None else wanted, rows, in_features, width,
             group, groups,

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ CACHE_BYTES = 1 << 28  # matrices that take turns are larger than this together,
 MANY = (4096, 8192, 8192)  # N, I, O
 SOME = (512, 4096, 4096)
 UPDATE = (8, 4096, 4096)
-RULE: tuple[int, int, int, bool] = (128, 64, 63, False)  # span, threshold, rail, reset
+RULE: Any = {"span": 128, "threshold": 64, "rail": 63, "reset": False}
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +87,8 @@ def few_tokens(device: torch.device) -> Iterator[Candidate]:
                 "few tokens",
                 f"{tokens} x {columns} -> {rows}",
                 str(tuple(tile)),
-                lambda tokens=tokens, tile=tile: _few_tokens_right(device, tokens, tile),
-                lambda tokens=tokens, tile=tile, sizes=sizes: _few_tokens_work(device, tokens, *sizes, tile),
+                partial(_few_tokens_right, device, tokens, tile),
+                partial(_few_tokens_work, device, tokens, rows, columns, tile),
                 "bandwidth",
                 packed + rows + tokens * (columns + 2 * rows),
             )
@@ -104,8 +105,8 @@ def many_tokens(device: torch.device) -> Iterator[Candidate]:
                 "int8 product",
                 f"{tokens} x {columns} -> {rows}",
                 str(tuple(tile)),
-                lambda tile=tile: _matmul_right(device, tile),
-                lambda tile=tile, sizes=sizes: _matmul_work(device, *sizes, tile),
+                partial(_matmul_right, device, tile),
+                partial(_matmul_work, device, *sizes, tile),
                 "matmul",
                 2.0 * tokens * columns * rows,
             )
@@ -121,21 +122,21 @@ def decoding(device: torch.device) -> Iterator[Candidate]:
     for group, tile in itertools.product((columns, 32), triton.TILES):
         yield Candidate(
             "decode to bf16" + (", groups" if group == 32 else ""), shape, str(tile),
-            lambda group=group, tile=tile: _decode_right(device, group, tile),
-            lambda group=group, tile=tile: _decode_work(device, rows, columns, group, tile),
+            partial(_decode_right, device, group, tile),
+            partial(_decode_work, device, rows, columns, group, tile),
             "bandwidth", packed + rows * columns * 2 + rows * columns // group,
         )  # fmt: skip
     for group in (columns, 32):
         yield Candidate(
             "decode to int8" + (", groups" if group == 32 else ""), shape, "only one",
-            lambda group=group: _integers_right(device, group),
-            lambda group=group: _integers_work(device, rows, columns, group),
+            partial(_integers_right, device, group),
+            partial(_integers_work, device, rows, columns, group),
             "bandwidth", packed + rows * columns + rows * columns // group,
         )  # fmt: skip
     for count, size in ((1, LARGE[1]), (tokens, columns)):
         yield Candidate(
-            "norm and codes", f"{count} x {size}", "only one", lambda: _codes_right(device),
-            lambda count=count, size=size: _codes_work(device, count, size), "bandwidth", count * size * 3,
+            "norm and codes", f"{count} x {size}", "only one", partial(_codes_right, device),
+            partial(_codes_work, device, count, size), "bandwidth", count * size * 3,
         )  # fmt: skip
 
 
@@ -148,7 +149,7 @@ def state_update(device: torch.device) -> Iterator[Candidate]:
     for tile in triton.TILES:
         yield Candidate(
             "state update", f"{matrices} x {rows} x {columns}", str(tile),
-            lambda tile=tile: _update_right(device, tile), lambda tile=tile: _update_work(device, tile),
+            partial(_update_right, device, tile), partial(_update_work, device, tile),
             "bandwidth", moved,
         )  # fmt: skip
 
@@ -228,6 +229,11 @@ def _generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
+def _on(device: torch.device, *tensors: Tensor) -> Any:
+    """The tensors there, as arguments; copies."""
+    return tuple(tensor.to(device, copy=True) for tensor in tensors)
+
+
 def _small_case(tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """codes int8 [N, I], trits int8 [O, I], scale fp32 [N, 1], exponents int8 [O, 1] on the CPU."""
     generator = _generator()
@@ -244,8 +250,9 @@ def _few_tokens_right(device: torch.device, tokens: int, tile: Any) -> bool:
     expected = matmul_reference.int8_matmul(
         codes, trits, scale, torch.exp2(exponent[:, 0].float()), _dtype(device)
     )
-    given = (t.to(device) for t in (codes, trit_codec.trit_pack(trits), exponent, scale))
-    return torch.equal(triton.few_tokens(*given, _dtype(device), tile=tile).cpu(), expected)
+    codes, packed, exponent, scale = _on(device, codes, trit_codec.trit_pack(trits), exponent, scale)
+    found = triton.few_tokens(codes, packed, exponent, scale, _dtype(device), tile=tile)
+    return torch.equal(found.cpu(), expected)
 
 
 def _few_tokens_work(
@@ -271,9 +278,10 @@ def _matmul_right(device: torch.device, tile: Any) -> bool:
     from arbitor.ops.int8_matmul import triton
 
     codes, trits, scale, exponent = _small_case(400)
-    given = codes, trits, scale, torch.exp2(exponent[:, 0].float())
-    expected = matmul_reference.int8_matmul(*given, _dtype(device))
-    found = triton.int8_matmul(*(t.to(device) for t in given), _dtype(device), tile)
+    row_scale = torch.exp2(exponent[:, 0].float())
+    expected = matmul_reference.int8_matmul(codes, trits, scale, row_scale, _dtype(device))
+    codes, trits, scale, row_scale = _on(device, codes, trits, scale, row_scale)
+    found = triton.int8_matmul(codes, trits, scale, row_scale, _dtype(device), tile)
     return torch.equal(found.cpu(), expected)
 
 
@@ -363,10 +371,10 @@ def _update_right(device: torch.device, tile: int) -> bool:
     direction, keys = torch.randn(shape, generator=generator), torch.tensor([[3, -7], [1 << 30, 5]]).int()
     active, step = torch.ones((2, 1, 1), dtype=torch.bool), torch.tensor(30.0)
     bits = random_reference.random_bits(keys, shape[1] * shape[2]).view(shape)
-    ours = [t.to(device, copy=True) for t in state]
-    flips = update_reference.update(*state, direction, bits, active, step, *RULE)
-    given = (t.to(device) for t in (direction, keys, active, step))
-    found = triton.update(*ours, *given, *RULE, tile=tile)
+    ours = _on(device, *state)
+    flips = update_reference.update(*state, direction, bits, active, step, **RULE)
+    direction, keys, active, step = _on(device, direction, keys, active, step)
+    found = triton.update(*ours, direction, keys, active, step, **RULE, tile=tile)
     return all(torch.equal(a.cpu(), b) for a, b in zip((*ours, found), (*state, flips), strict=True))
 
 
@@ -382,8 +390,7 @@ def _update_work(device: torch.device, tile: int) -> tuple[Callable[[], object],
     keys = torch.randint(0, 1 << 30, (matrices, 2), dtype=torch.int32, device=device)
     active = torch.ones((matrices, 1, 1), dtype=torch.bool, device=device)
     step = torch.tensor(6.4, device=device)
-    given = packed, accumulator, direction, keys, active, step
-    return lambda: triton.update(*given, *RULE, tile=tile), 1
+    return lambda: triton.update(packed, accumulator, direction, keys, active, step, **RULE, tile=tile), 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -157,8 +157,9 @@ def quantize(
         smallest = torch.finfo(torch.float32).tiny * CODE_SCALE
         _quantize_kernel[(tokens,)](
             x.contiguous(), codes, scale, rstd, codes if sums is None else sums, columns, RMS_EPS, CODE_SCALE,
-            smallest, NORM=input_norm, SQUARED=squared, SUMS=sums is not None, ONCE=columns <= _block(columns),
-            BLOCK=_block(columns), PTX=has_ptx(), num_warps=_warps(columns), enable_fp_fusion=False,
+            smallest, NORM=input_norm, SQUARED=squared, SUMS=sums is not None,
+            ONCE=columns <= _block(columns), BLOCK=_block(columns), PTX=has_ptx(),
+            num_warps=_warps(columns), enable_fp_fusion=False,
         )  # fmt: skip
     return codes, scale, rstd
 

@@ -371,11 +371,13 @@ def _update_right(device: torch.device, tile: int) -> bool:
     direction, keys = torch.randn(shape, generator=generator), torch.tensor([[3, -7], [1 << 30, 5]]).int()
     active, step = torch.ones((2, 1, 1), dtype=torch.bool), torch.tensor(30.0)
     bits = random_reference.random_bits(keys, shape[1] * shape[2]).view(shape)
-    ours = _on(device, *state)
+    packed, accumulator = _on(device, *state)
     flips = update_reference.update(*state, direction, bits, active, step, **RULE)
     direction, keys, active, step = _on(device, direction, keys, active, step)
-    found = triton.update(*ours, direction, keys, active, step, **RULE, tile=tile)
-    return all(torch.equal(a.cpu(), b) for a, b in zip((*ours, found), (*state, flips), strict=True))
+    found = triton.update(packed, accumulator, direction, keys, active, step, **RULE, tile=tile)
+    return all(
+        torch.equal(a.cpu(), b) for a, b in zip((packed, accumulator, found), (*state, flips), strict=True)
+    )
 
 
 def _update_work(device: torch.device, tile: int) -> tuple[Callable[[], object], int]:

@@ -131,7 +131,9 @@ def test_state_update_of_some_rows_of_larger_matrices(transposed):
     assert torch.equal(accumulator.cpu(), expected[1])
 
 
-@each_shape
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (2, 3, 40), (1, 7, 161), (2, 5, 64), (1, 2, 33), (1, 70, 16)], ids=str
+)
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("by_row", [False, True])
 @pytest.mark.parametrize("group", [32, 16])
@@ -160,6 +162,26 @@ def test_momentum_equals_the_reference_over_several_steps(shape, bits, by_row, g
         assert torch.equal(found[0].cpu(), expected[0])
         assert torch.equal(found[1].cpu(), expected[1])
     guarded.check()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_every_tile_of_momentum_equals_the_reference(bits):
+    from arbitor.ops.momentum import reference, triton
+
+    torch.manual_seed(0)
+    n, rows, columns = shape = (2, 70, 75)
+    zeros = torch.zeros(shape, dtype=torch.int32)
+    codes, exponent = reference.encode(torch.randn(shape), zeros, bits)
+    gradient, stream, active = torch.randn(shape), keys(n), torch.ones(n, 1, 1, dtype=torch.bool)
+    expected = codes.clone(), exponent.clone()
+    random = random_bits(stream, rows * columns).view(shape)
+    direction = reference.fold(gradient, *expected, random, active, bits, 0.9, 0.95)
+    given, found = moved(gradient, stream, active), []
+    for tile in triton.TILES:
+        state = moved(codes.clone(), exponent.clone())
+        results = triton.fold(given[0], *state, *given[1:], bits, 0.9, 0.95, tile), *state
+        found.append([torch.equal(a.cpu(), b) for a, b in zip(results, (direction, *expected), strict=True)])
+    assert found == [[True] * 3] * len(triton.TILES)
 
 
 @each_shape

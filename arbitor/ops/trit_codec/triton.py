@@ -223,8 +223,7 @@ def decode_rows(packed: Tensor, exponent: Tensor, in_features: int) -> tuple[Ten
     Returns:
         int8 [..., O, I], and 2^exponent as fp32 [..., O]: NaN for a row with an illegal byte.
     """
-    trits, scale, _ = _decode_rows(packed, exponent, in_features, in_features)
-    return trits, scale
+    return _decode_rows(packed, exponent, in_features, in_features, None)
 
 
 def decode_integers(
@@ -242,24 +241,27 @@ def decode_integers(
         int8 [..., O, I]; the scale of a unit, fp32 [..., O], NaN for a row with an illegal byte; int32 [1],
         which is not 0 where the exponents of some row lie too far apart for that, by more than MAX_SHIFT.
     """
-    return _decode_rows(packed, exponent, in_features, group)
+    wide = torch.zeros(1, dtype=torch.int32, device=packed.device)
+    return *_decode_rows(packed, exponent, in_features, group, wide), wide
 
 
 def _decode_rows(
-    packed: Tensor, exponent: Tensor, in_features: int, group: int
-) -> tuple[Tensor, Tensor, Tensor]:
+    packed: Tensor, exponent: Tensor, in_features: int, group: int, wide: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Integers and scales; `wide` is for matrices with several exponents a row."""
     *leading_shape, width = packed.shape
     groups = exponent.shape[-1]
     trits = torch.empty((*leading_shape, in_features), dtype=torch.int8, device=packed.device)
     scale = torch.empty(leading_shape, dtype=torch.float32, device=packed.device)
-    wide = torch.zeros(1, dtype=torch.int32, device=packed.device) if groups > 1 else trits
+    assert groups == 1 or wide is not None
     if scale.numel():
         _decode_rows_kernel[(scale.numel(),)](
-            packed.contiguous(), exponent.contiguous(), trits, scale, wide, in_features, width, group, groups,
-            MAX_SHIFT=MAX_SHIFT, BLOCKS=min(MAX_BLOCKS, triton.next_power_of_2(width // PLANE)),
+            packed.contiguous(), exponent.contiguous(), trits, scale, scale if wide is None else wide,
+            in_features, width, group, groups, MAX_SHIFT=MAX_SHIFT,
+            BLOCKS=min(MAX_BLOCKS, triton.next_power_of_2(width // PLANE)),
             GROUPS=triton.next_power_of_2(groups), GROUPED=groups > 1, PTX=has_ptx(), num_warps=4,
         )  # fmt: skip
-    return trits, scale, wide
+    return trits, scale
 
 
 def decode(

@@ -60,9 +60,12 @@ def _columns(first, plane: tl.constexpr, BYTES: tl.constexpr):
 @triton.jit
 def _codes(codes, first, token, end, columns, plane: tl.constexpr, BYTES: tl.constexpr):
     """Codes [BYTES, TOKENS] of the columns of one plane."""
-    column = _columns(first, plane, BYTES)
-    used = (column < columns)[:, None] & (token < end)[None, :]
-    return tl.load(codes + token.to(tl.int64)[None, :] * columns + column[:, None], mask=used, other=0)
+    # Neighbours along a last but one dimension of their own, so that the compiler sees that they are.
+    block = tl.arange(0, BYTES // 32)[:, None, None] * 160
+    column = first // 32 * 160 + block + 32 * plane + tl.arange(0, 32)[None, :, None]
+    at = codes + token.to(tl.int64)[None, None, :] * columns + column
+    used = (column < columns) & (token < end)[None, None, :]
+    return tl.reshape(tl.load(at, mask=used, other=0), (BYTES, token.shape[0]))
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -249,6 +252,7 @@ def _few_rows_backward_kernel(
 def _decode_experts_kernel(
     packed, offsets, exponents, weights, scale, first, rows, all_rows, columns, width, group, groups,
     ROWS: tl.constexpr, BYTES: tl.constexpr, PACKED: tl.constexpr, INTEGERS: tl.constexpr,
+    BY_ROW: tl.constexpr,
 ):  # fmt: skip
     expert = tl.program_id(1)
     begin = tl.load(offsets + expert - 1, mask=expert > 0, other=0)
@@ -259,6 +263,7 @@ def _decode_experts_kernel(
     packed_row = expert.to(tl.int64) * all_rows + first + row
     weight_row = expert.to(tl.int64) * rows + row
     exponents_at = exponents + tl.where(inside, packed_row, 0)[:, None] * groups
+    by_row = exp2_int(tl.load(exponents_at).to(tl.int32))
     illegal = tl.zeros((ROWS, BYTES), dtype=tl.int8)
     for start in range(0, width, BYTES):
         byte = start + tl.arange(0, BYTES)
@@ -279,18 +284,23 @@ def _decode_experts_kernel(
                 trit = t3
             else:
                 trit = t4
-            at = weights + weight_row[:, None] * columns + column[None, :]
-            there = inside[:, None] & (column < columns)[None, :]
-            if INTEGERS:
-                tl.store(at, trit, mask=there)
-            else:
-                value = _weights(trit, illegal, exponents_at, column, columns, group, weights.dtype.element_ty)
-                tl.store(at, value, mask=there)
+            block = tl.arange(0, BYTES // 32)[None, :, None] * 160
+            place = start // 32 * 160 + block + 32 * plane + tl.arange(0, 32)[None, None, :]
+            at = weights + weight_row[:, None, None] * columns + place
+            there = inside[:, None, None] & (place < columns)
+            if not INTEGERS:
+                if BY_ROW:
+                    value = tl.where(illegal == 0, trit.to(tl.float32) * by_row, float("nan"))
+                    trit = value.to(weights.dtype.element_ty)
+                else:
+                    trit = _weights(
+                        trit, illegal, exponents_at, column, columns, group, weights.dtype.element_ty
+                    )
+            tl.store(at, tl.reshape(trit, (ROWS, BYTES // 32, 32)), mask=there)
     if INTEGERS:
-        exponent = tl.load(exponents + packed_row, mask=inside, other=0).to(tl.int32)
         # NaN, so that trits of an illegal byte can never pass for weights.
-        value = tl.where(tl.max(illegal.to(tl.int32), axis=1) == 0, exp2_int(exponent), float("nan"))
-        tl.store(scale + weight_row, value, mask=inside)
+        bad = tl.max(illegal.to(tl.int32), axis=1)[:, None]
+        tl.store(scale + weight_row[:, None], tl.where(bad == 0, by_row, float("nan")), mask=inside[:, None])
 
 
 @triton.jit(do_not_specialize=["tokens", "slots"])
@@ -468,7 +478,7 @@ def decode_experts(
     _decode_experts_kernel[(triton.cdiv(rows, 16), experts)](
         packed, offsets, exponent, weights, scale, first, rows, all_rows, columns, width, max(1, group),
         exponent.shape[-1], ROWS=16, BYTES=BYTES, PACKED=_has_ptx(), INTEGERS=dtype == torch.int8,
-        num_warps=4,
+        BY_ROW=exponent.shape[-1] == 1, num_warps=4,
     )  # fmt: skip
     return weights, scale
 

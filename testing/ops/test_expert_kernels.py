@@ -87,7 +87,7 @@ def test_every_tile_of_products_by_expert_equals_the_reference(few, monkeypatch)
     from arbitor.ops.expert_linear import triton
 
     monkeypatch.setattr(triton, "has_few_rows", lambda *_: few)
-    offsets, trits, packed, exponent, group, codes, scale = experts_case(([30, 31, 140], 150, 300, 170))
+    offsets, trits, packed, exponent, group, codes, scale = experts_case(([30, 31, 80], 90, 140, 170))
     expected = expected_product(offsets, trits, exponent, group, codes, scale)
     given = [t.to(DEVICE) for t in (codes, scale, offsets, packed, exponent)]
     name = "_few_tile" if few else "_many_tile"
@@ -130,6 +130,27 @@ def test_input_gradients_by_expert_are_within_rounding(case, few, group, monkeyp
     assert ((found - expected).abs() <= eps * magnitude).all()
     assert (found[int(offsets[-1]) :] == 0).all()
     guarded.check()
+
+
+@pytest.mark.parametrize("squared", [False, True])
+@pytest.mark.parametrize("input_norm", [False, True])
+def test_what_is_around_products_leaves_rows_behind_the_last_out(input_norm, squared):
+    from arbitor.ops.activations import triton
+
+    torch.manual_seed(0)
+    offsets = torch.tensor([2, 2, 5], dtype=torch.int32, device=DEVICE)
+    x, gradient = torch.randn(2, 8, 300, device=DEVICE)
+    codes, scale, rstd = triton.quantize(x[:5], input_norm, squared)
+    expected = triton.norm_backward(gradient[:5], x[:5], rstd, input_norm, squared)
+    x[5:] = gradient[5:] = torch.nan
+    found = triton.quantize(x, input_norm, squared, offsets)
+    for mine, theirs in zip(found, (codes, scale, rstd), strict=True):
+        assert torch.equal(mine[:5], theirs)
+    assert (found[1][5:] == 0).all()
+    assert (found[2][5:] == 0).all()
+    dx = triton.norm_backward(gradient, x, found[2], input_norm, squared, offsets=offsets)
+    assert torch.equal(dx[:5], expected)
+    assert (dx[5:] == 0).all()
 
 
 @pytest.mark.parametrize("few", [True, False], ids=["few", "many"])

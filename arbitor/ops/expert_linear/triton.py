@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from arbitor.ops import activations
+from arbitor.ops.activations import triton as activation_kernels
 from arbitor.ops.expert_linear import reference
 from arbitor.ops.int8_matmul import MAX_IN_FEATURES, has_int8_kernels
 from arbitor.ops.ternary_linear.triton import _trits
@@ -191,7 +192,7 @@ def _few_rows_backward_kernel(
     PACKED: tl.constexpr, BY_ROW: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     expert, first_token, end = _tile_of(offsets, tl.program_id(1), experts, tokens, TOKENS, EXPERTS)
-    if first_token >= end:
+    if (first_token >= end) | (expert == experts):
         return
     first_byte = tl.program_id(0) * BYTES
     byte = first_byte + tl.arange(0, BYTES)
@@ -204,8 +205,6 @@ def _few_rows_backward_kernel(
     illegal = tl.zeros((ROWS, BYTES), dtype=tl.int8)
     begin = tl.program_id(2) * rows_each
     stop = tl.minimum(begin + rows_each, rows)
-    if expert == experts:
-        stop = begin  # zeros
     for first in range(begin, stop, ROWS):
         row = first + tl.arange(0, ROWS)
         row_number = expert.to(tl.int64) * rows + row
@@ -386,7 +385,7 @@ def forward(
     squared: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `reference.forward` of x [M, I], fp32 or narrower, quantised."""
-    codes, scale, rstd = activations.normalize_and_quantize(x, input_norm, True, squared)
+    codes, scale, rstd = activation_kernels.quantize(x, input_norm, squared, offsets)
     return product(codes, scale, offsets, packed, exponent, group, out_dtype), codes, scale, rstd
 
 
@@ -501,13 +500,15 @@ def backward(
         dxn = _few_rows_gradient(dy, offsets, packed, exponent, x.shape[1], group)
     else:
         dxn = _many_rows_gradient(dy, x, offsets, packed, exponent, group)
-    return activations.input_gradient(dxn, x, rstd, input_norm, squared)
+    if input_norm or squared:
+        return activation_kernels.norm_backward(dxn, x, rstd, input_norm, squared, offsets=offsets)
+    return reference.clear_behind(dxn, offsets).to(x.dtype)
 
 
 def _few_rows_gradient(
     dy: Tensor, offsets: Tensor, packed: Tensor, exponent: Tensor, columns: int, group: int
 ) -> Tensor:
-    """dy [M, O] times each row's expert, fp32 [M, I]."""
+    """dy [M, O] times each row's expert, fp32 [M, I]; of rows behind the last expert's anything."""
     tokens, experts, rows, width = len(dy), *packed.shape
     if not dy.numel() or not columns:
         return torch.zeros((tokens, columns), dtype=torch.float32, device=dy.device)
@@ -530,7 +531,7 @@ def _few_rows_gradient(
 def _many_rows_gradient(
     dy: Tensor, x: Tensor, offsets: Tensor, packed: Tensor, exponent: Tensor, group: int
 ) -> Tensor:
-    """dy [M, O] times each row's expert, [M, I]: by the library's grouped product."""
+    """As `_few_rows_gradient`, in the dtype of dy or fp32, by the library's grouped product."""
     experts, rows, _ = packed.shape
     columns = x.shape[1]
     dxn: Tensor | None = None
@@ -540,7 +541,7 @@ def _many_rows_gradient(
         part = reference.grouped_matmul(part, weight, offsets)
         dxn = part if dxn is None else dxn.to(torch.float32).add_(part)
     assert dxn is not None, "an expert has at least one row"
-    return reference.clear_behind(dxn, offsets)
+    return dxn
 
 
 def clear_idle(gradient: Tensor, offsets: Tensor) -> Tensor:

@@ -161,12 +161,14 @@ class Permute(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        """x[index]."""
         ctx.save_for_backward(inverse)
         return x[index]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        """dy[inverse]."""
         (inverse,) = ctx.saved_tensors
         return dy[inverse], None, None
 

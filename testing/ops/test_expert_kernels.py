@@ -20,7 +20,7 @@ each_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
 def experts_case(case, group=None, seed=0):
-    """offsets, trits, packed, exponent, group, codes, scale, rows that experts have; bad values behind them."""
+    """offsets, trits, packed, exponent, group, codes, scale, which is NaN behind the rows of experts."""
     ends, count, rows, columns = case
     torch.manual_seed(seed)
     trits = torch.randint(-1, 2, (len(ends), rows, columns), dtype=torch.int8)

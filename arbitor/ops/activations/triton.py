@@ -30,7 +30,8 @@ def _quantize_kernel(
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     if COUNTED:
-        if token >= tl.load(offsets + last):
+        count = tl.load(offsets + last)
+        if token >= count:
             tl.store(scale + token, 0.0)
             tl.store(rstd + token, 0.0)
             return
@@ -82,7 +83,8 @@ def _norm_backward_kernel(
     token = tl.program_id(0).to(tl.int64)
     row = token * columns
     if COUNTED:
-        if token >= tl.load(offsets + last):
+        count = tl.load(offsets + last)
+        if token >= count:
             for first in range(0, columns, BLOCK):
                 column = first + tl.arange(0, BLOCK)
                 zeros = tl.zeros((BLOCK,), dtype=dx.dtype.element_ty)

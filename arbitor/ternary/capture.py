@@ -108,6 +108,11 @@ class MatrixCapture(Capture):
         return self._dense is None and not self._pairs
 
     @property
+    def num_tokens(self) -> int | None:
+        """Tokens in the pairs, which bound the gradient's rank; None if it is dense."""
+        return None if self._dense is not None else sum(len(a) for a, *_ in self._pairs)
+
+    @property
     def dense(self) -> Tensor | None:
         """dW, if it is kept in this form."""
         return self._dense
@@ -154,11 +159,6 @@ class GradientCapture(MatrixCapture):
         """Whether `add_linear` of these would form dW at once, of nothing but them."""
         size = self.rows * self.columns * output_gradient.element_size()
         return not self._pairs and activations.nbytes + output_gradient.nbytes >= size
-
-    @property
-    def num_tokens(self) -> int | None:
-        """Tokens in the pairs, which bound the gradient's rank; None if it is dense."""
-        return None if self._dense is not None else sum(len(a) for a, _ in self._pairs)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """All pairs as one: activations fp32 [N, I] and output gradients fp32 [N, O]."""

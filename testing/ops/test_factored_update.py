@@ -43,7 +43,14 @@ def expected_update(case, ok, constants):
         direction = left[first:last].t() @ right[first:last]
         bits = random_bits(skip(keys, expert * rows * columns), rows * columns).view(direction.shape)
         flips += state_update(
-            packed[expert], accumulator[expert], direction, bits, torch.tensor([[ok]]), 12.8, *constants, False
+            packed[expert],
+            accumulator[expert],
+            direction,
+            bits,
+            torch.tensor([[ok]]),
+            12.8,
+            *constants,
+            False,
         )
     return packed, accumulator, flips
 
@@ -61,7 +68,8 @@ def test_equals_state_update_of_the_product(case, ok, constants, monkeypatch):
 
 
 @pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="needs Triton, which the extra `test` installs on Linux"
+    importlib.util.find_spec("triton") is None,
+    reason="needs Triton, which the extra `test` installs on Linux",
 )
 @each_case
 @pytest.mark.parametrize("ok", [True, False])

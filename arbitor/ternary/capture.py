@@ -117,6 +117,15 @@ class MatrixCapture(Capture):
         """dW, if it is kept in this form."""
         return self._dense
 
+    @property
+    def plain_gradients(self) -> list[Tensor]:
+        """The output gradients where all else are int8 codes; empty otherwise.
+
+        127 times the sum of their magnitudes bounds every element of dW.
+        """
+        plain = self._dense is None and all(a.dtype == torch.int8 for a, *_ in self._pairs)
+        return [b for _, b, *_ in self._pairs] if plain else []
+
     def magnitudes(self) -> list[Tensor]:
         """Tensors that show whether the gradient is finite: where they are, it is.
 
@@ -161,16 +170,12 @@ class GradientCapture(MatrixCapture):
         return not self._pairs and activations.nbytes + output_gradient.nbytes >= size
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """All pairs as one: activations fp32 [N, I] and output gradients fp32 [N, O]."""
-        activations, output_gradient = self._joined()
-        return activations.to(torch.float32), output_gradient.to(torch.float32)
-
-    def _joined(self) -> tuple[Tensor, Tensor]:
+        """All pairs as one: activations [N, I], int8 codes or floats, and output gradients float [N, O]."""
         return _cat([a for a, _ in self._pairs]), _cat([b for _, b in self._pairs])
 
     def product(self) -> Tensor:
         """dW of all pairs, [O, I]."""
-        activations, output_gradient = self._joined()
+        activations, output_gradient = self.factors()
         with outside_autocast():
             return output_gradient.t() @ activations.to(output_gradient.dtype)
 

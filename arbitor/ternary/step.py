@@ -246,7 +246,7 @@ class Step:
         keys = self._keys(names, device).split([len(group.names) for group in groups])
         batches = [self._factored_batch(group, part) for group, part in zip(groups, keys, strict=True)]
         flips = update_factored(batches, self.ok.to(device), self.constants)
-        self.flips |= dict(zip(names, (f for part in flips for f in part), strict=True))
+        self.flips |= dict(zip(names, flips.unbind(), strict=True))
 
     def _factored_batch(self, group: "_Factored", keys: Tensor) -> FactoredBatch:
         first = group.modules[0]
@@ -261,8 +261,8 @@ class Step:
         else:
             captures = [m.capture for m in group.modules if isinstance(m.capture, GradientCapture)]
             factors = [capture.factors() for capture in captures]
-            left, right = _stack([b for _, b in factors]), _stack([a for a, _ in factors])
-            left, right = left.to(torch.float32), right.to(torch.float32)
+            left = _stack([b for _, b in factors]).to(torch.float32)
+            right = _stack([a for a, _ in factors]).to(torch.float32)
             exponent = _stack([t["E"].flatten() for t in tensors])
             offsets = torch.full((1,), group.tokens, dtype=torch.int32, device=group.device)
         return FactoredBatch(
@@ -323,7 +323,7 @@ class Step:
                     owner=None,
                     numbers=batch.numbers,
                 )
-                total += update_factored([factors], self.ok.to(device), self.constants)[0][0]
+                total += update_factored([factors], self.ok.to(device), self.constants)[0]
             else:
                 gradient = (b.t() @ a.to(b.dtype)).to(torch.float32)
                 total += self._update_formed(batch, gradient[None]).sum()

@@ -196,9 +196,7 @@ class FactoredBatch:
         self.left.mul_(scale[:, None] if self.owner is None else scale)
 
 
-def update_factored(
-    batches: Sequence[FactoredBatch], ok: Tensor, constants: VoteConstants
-) -> list[list[Tensor]]:
+def update_factored(batches: Sequence[FactoredBatch], ok: Tensor, constants: VoteConstants) -> Tensor:
     """A step without momentum, from gradients of few tokens that are not formed.
 
     For the rules of `FACTORED_RULES`.
@@ -209,7 +207,7 @@ def update_factored(
         constants: of the step.
 
     Returns:
-        For each batch its n flips, int64 scalars.
+        int64, the flips of all tensors, batch after batch.
     """
     for batch in batches:
         batch.weigh()
@@ -230,28 +228,32 @@ def update_factored(
         assert constants.rule == "row"
         for batch, gram, same in zip(batches, right_grams, sames, strict=True):
             rules.bring_rows_to_unit_rms(batch.left, gram, same, batch.right.shape[-1])
-    return [_vote_factored(batch, ok, constants) for batch in batches]
+    flips = torch.zeros(sum(len(batch.left) for batch in batches), dtype=torch.int64, device=ok.device)
+    _vote_factored(batches, flips, ok, constants)
+    return flips
 
 
-def _vote_factored(batch: FactoredBatch, ok: Tensor, constants: VoteConstants) -> list[Tensor]:
-    return [
-        factored_update(
-            packed,
-            accumulator,
-            left,
-            right,
-            batch.offsets,
-            keys,
-            ok,
-            batch.numbers.vote,
-            constants.span,
-            constants.threshold,
-            constants.rail,
-        )
-        for packed, accumulator, left, right, keys in zip(
-            batch.packed, batch.accumulator, batch.left, batch.right, batch.keys, strict=True
-        )
-    ]
+def _vote_factored(
+    batches: Sequence[FactoredBatch], flips: Tensor, ok: Tensor, constants: VoteConstants
+) -> None:
+    places = iter(flips.unbind())
+    for batch in batches:
+        matrices = zip(batch.packed, batch.accumulator, batch.left, batch.right, batch.keys, strict=True)
+        for packed, accumulator, left, right, keys in matrices:
+            factored_update(
+                packed,
+                accumulator,
+                left,
+                right,
+                batch.offsets,
+                keys,
+                ok,
+                next(places),
+                batch.numbers.vote,
+                constants.span,
+                constants.threshold,
+                constants.rail,
+            )
 
 
 def update_scales(batch: MatrixBatch, weighted: Tensor, active: Tensor, constants: VoteConstants) -> None:

@@ -61,7 +61,9 @@ def expected_update(case, ok, constants):
 def test_equals_state_update_of_the_product(case, ok, constants, monkeypatch):
     monkeypatch.setattr(reference, "WEIGHTS_AT_ONCE", 1000)  # several slices
     packed, accumulator, *rest = factored_case(case)
-    flips = factored_update(packed, accumulator, *rest, torch.tensor(ok), 12.8, *constants)
+    flips = torch.tensor(5)
+    factored_update(packed, accumulator, *rest, torch.tensor(ok), flips, 12.8, *constants)
+    flips -= 5
     expected = expected_update(case, ok, constants)
     for found, theirs in zip((packed, accumulator, flips), expected, strict=True):
         assert torch.equal(found, theirs)
@@ -82,7 +84,8 @@ def test_the_kernel_of_factored_updates_equals_the_reference(case, ok, constants
     packed, accumulator, left, right, offsets, keys = map(guarded, factored_case(case))
     left[case[0][-1] :] = torch.nan
     ok_there, step = torch.tensor(ok, device=DEVICE), torch.tensor(12.8, device=DEVICE)
-    flips = triton.update(packed, accumulator, left, right, offsets, keys, ok_there, step, *constants)
+    flips = guarded(torch.tensor(0))
+    triton.update(packed, accumulator, left, right, offsets, keys, ok_there, flips, step, *constants)
     expected = expected_update(case, ok, constants)
     for found, theirs in zip((packed, accumulator, flips), expected, strict=True):
         assert torch.equal(found.cpu(), theirs)
@@ -91,5 +94,5 @@ def test_the_kernel_of_factored_updates_equals_the_reference(case, ok, constants
 
 def test_opcheck():
     *tensors, keys = factored_case(CASES[2])
-    arguments = (*tensors, keys, torch.tensor(True), torch.tensor(12.8), 128, 64, 63)
+    arguments = (*tensors, keys, torch.tensor(True), torch.tensor(0), torch.tensor(12.8), 128, 64, 63)
     torch.library.opcheck(torch.ops.arbitor.factored_update, arguments)

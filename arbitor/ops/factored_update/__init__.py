@@ -3,7 +3,6 @@
 Shape letters: R rows of the factors (tokens, sorted by expert), O out, I in, E experts, P packed bytes a row.
 """
 
-import torch
 from torch import Tensor
 
 from arbitor.ops.backend import uses_triton
@@ -22,11 +21,12 @@ def factored_update(
     offsets: Tensor,
     keys: Tensor,
     ok: Tensor,
+    flips: Tensor,
     step: float | Tensor,
     span: int,
     threshold: int,
     rail: int,
-) -> Tensor:
+) -> None:
     """`state_update` of every expert that has rows, with the direction left^T right over its rows.
 
     Where kernels run, no tensor of a matrix's size is formed.
@@ -39,14 +39,12 @@ def factored_update(
         offsets: int32 [E], the end of each expert's rows; what is behind the last one's does not count.
         keys: int32 [2], the random stream whose element 0 belongs to the first weight of expert 0.
         ok: bool scalar; False keeps everything.
+        flips: int64 scalar, to which the flips are added.
         step: accumulator units for a direction of 1, a number or an fp32 scalar on the device.
         span, threshold, rail: as in `state_update`.
-
-    Returns:
-        int64 scalar: flips.
     """
     step = scalar(step, left.device)
-    return _update(packed, accumulator, left, right, offsets, keys, ok, step, span, threshold, rail)
+    _update(packed, accumulator, left, right, offsets, keys, ok, flips, step, span, threshold, rail)
 
 
 def _dispatch(
@@ -57,23 +55,24 @@ def _dispatch(
     offsets: Tensor,
     keys: Tensor,
     ok: Tensor,
+    flips: Tensor,
     step: Tensor,
     span: int,
     threshold: int,
     rail: int,
-) -> Tensor:
+) -> None:
     if uses_triton(packed):
         from arbitor.ops.factored_update import triton
 
         update = triton.update
     else:
         update = reference.update
-    return update(packed, accumulator, left, right, offsets, keys, ok, step, span, threshold, rail)
+    update(packed, accumulator, left, right, offsets, keys, ok, flips, step, span, threshold, rail)
 
 
 _update = register(
     "factored_update(Tensor(a!) packed, Tensor(b!) accumulator, Tensor left, Tensor right, Tensor offsets, "
-    "Tensor keys, Tensor ok, Tensor step, int span, int threshold, int rail) -> Tensor",
+    "Tensor keys, Tensor ok, Tensor(c!) flips, Tensor step, int span, int threshold, int rail) -> ()",
     _dispatch,
-    lambda packed, *_: packed.new_empty((), dtype=torch.int64),
+    lambda *_: None,
 )

@@ -20,14 +20,14 @@ def update(
     offsets: Tensor,
     keys: Tensor,
     ok: Tensor,
+    flips: Tensor,
     step: Tensor,
     span: int,
     threshold: int,
     rail: int,
-) -> Tensor:
+) -> None:
     """In place; see `arbitor.ops.factored_update.factored_update`."""
     _, rows, columns = accumulator.shape
-    flips = torch.zeros((), dtype=torch.int64, device=packed.device)
     size = max(1, WEIGHTS_AT_ONCE // max(1, columns))
     ends = offsets.tolist()
     for expert, (begin, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
@@ -43,4 +43,3 @@ def update(
                 packed[expert, part], accumulator[expert, part], direction, bits, ok, step, span, threshold,
                 rail, False,
             )  # fmt: skip
-    return flips

@@ -130,19 +130,19 @@ def update(
     offsets: Tensor,
     keys: Tensor,
     ok: Tensor,
+    flips: Tensor,
     step: Tensor,
     span: int,
     threshold: int,
     rail: int,
-) -> Tensor:
+) -> None:
     """As `reference.update`, with sums in order of the tokens, each product rounded first."""
     assert packed.is_contiguous()
     assert accumulator.is_contiguous()
     experts, rows, columns = accumulator.shape
     tokens, width = len(left), packed.shape[-1]
-    flips = torch.zeros((), dtype=torch.int64, device=packed.device)
     if not tokens or not accumulator.numel():
-        return flips
+        return
     patches = triton.cdiv(rows, ROWS) * triton.cdiv(width, BYTES)
     _factored_update_kernel[(patches, min(experts + 1, tokens))](
         packed, accumulator, left.contiguous(), right.contiguous(), offsets, keys, ok.view(torch.uint8),
@@ -151,4 +151,3 @@ def update(
         EXPERTS=triton.next_power_of_2(experts + 1), ROWS=ROWS, BLOCKS=BYTES // 32,
         enable_fp_fusion=False,
     )  # fmt: skip
-    return flips

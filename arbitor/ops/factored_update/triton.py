@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from arbitor.ops.expert_linear.triton import _tile_of
-from arbitor.ops.triton import digit, random_word, stochastic_floor
+from arbitor.ops.triton import digit, random_word, round_even
 
 ROWS = 16
 BYTES = 64  # two blocks of 160 trits
@@ -39,7 +39,10 @@ def _vote(
     column = _columns(first, plane, BLOCKS)
     used = (row < rows) & (column < columns)
     element = row * columns + column
-    votes = stochastic_floor(direction, factor, random_word(element + base, key_a, key_b))
+    # `stochastic_floor` of ops/state_update; `factor` is times 2^16 already.
+    fixed = tl.minimum(tl.maximum(direction * factor, -1073741824.0), 1073741824.0)
+    word = random_word(element + base, key_a, key_b)
+    votes = (round_even(fixed).to(tl.int32) + (word & 0xFFFF)) >> 16
     votes = tl.where(used, votes, 0)
     trit = digit(code, plane) - 1
     at = accumulator + element.to(tl.int64)

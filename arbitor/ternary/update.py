@@ -228,7 +228,9 @@ def update_factored(batches: Sequence[FactoredBatch], ok: Tensor, constants: Vot
         assert constants.rule == "row"
         for batch, gram, same in zip(batches, right_grams, sames, strict=True):
             rules.bring_rows_to_unit_rms(batch.left, gram, same, batch.right.shape[-1])
-    flips = torch.zeros(sum(len(batch.left) for batch in batches), dtype=torch.int64, device=ok.device)
+    count = sum(len(batch.left) for batch in batches)
+    # Two numbers a matrix, so that all lie alike in memory: kernels are compiled for how they do.
+    flips = torch.zeros((count, 2), dtype=torch.int64, device=ok.device)[:, 0]
     _vote_factored(batches, flips, ok, constants)
     return flips
 
@@ -238,7 +240,8 @@ def _vote_factored(
 ) -> None:
     places = iter(flips.unbind())
     for batch in batches:
-        matrices = zip(batch.packed, batch.accumulator, batch.left, batch.right, batch.keys, strict=True)
+        keys_n4 = nn.functional.pad(batch.keys, (0, 2))
+        matrices = zip(batch.packed, batch.accumulator, batch.left, batch.right, keys_n4, strict=True)
         for packed, accumulator, left, right, keys in matrices:
             factored_update(
                 packed,

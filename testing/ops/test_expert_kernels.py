@@ -24,8 +24,9 @@ def experts_case(case, group=None, seed=0):
     ends, count, rows, columns = case
     torch.manual_seed(seed)
     trits = torch.randint(-1, 2, (len(ends), rows, columns), dtype=torch.int8)
+    lowest = -3 if group else -9  # sums of what has several exponents a row must be exact in fp32
     group = min(group or columns, columns)
-    exponent = torch.randint(-9, 3, (len(ends), rows, -(-columns // group)), dtype=torch.int8)
+    exponent = torch.randint(lowest, 3, (len(ends), rows, -(-columns // group)), dtype=torch.int8)
     codes = torch.randint(-127, 128, (count, columns), dtype=torch.int8)
     scale = torch.rand(count, 1) * torch.exp2(torch.randint(-30, 30, (count, 1)).float())
     scale[ends[-1] :] = torch.nan
@@ -91,7 +92,7 @@ def test_every_tile_of_products_by_expert_equals_the_reference(few, monkeypatch)
     expected = expected_product(offsets, trits, exponent, group, codes, scale)
     given = [t.to(DEVICE) for t in (codes, scale, offsets, packed, exponent)]
     name = "_few_tile" if few else "_many_tile"
-    for sizes in ((1, 3, 70), (1 << 14, 3, 70), (1, 1024, 1 << 14), (1 << 14, 3, 1 << 14)):
+    for sizes in ((70,), (1 << 14,)) if few else ((1, 3, 70), (1 << 14, 3, 1 << 14)):
         tile = getattr(triton, name)(*sizes)
         monkeypatch.setattr(triton, name, lambda *_, tile=tile: tile)
         assert torch.equal(triton.product(*given, group, torch.float32).cpu(), expected)

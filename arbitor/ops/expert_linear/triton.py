@@ -25,7 +25,9 @@ from arbitor.ops.ternary_linear.triton import _trits
 from arbitor.ops.triton import exp2_int
 
 FEW_ROWS = 64  # altogether, or
-FEW_ROWS_EACH = 32  # for each expert on average, are multiplied by what is decoded on the way
+FEW_ROWS_EACH = 16  # for each expert on average, are multiplied by what is decoded on the way
+FEW_TOKENS = 16  # rows of a tile then, the fewest that tensor cores take
+MANY_ROWS = 4096  # output rows from which on such tiles are large
 BYTES = 64  # packed bytes of a row at a time: two blocks of 160 trits
 PROGRAMS = 1024  # about as many as keep a large GPU busy
 MIN_ROWS_EACH = 256  # least output rows of a part of a sum over them
@@ -408,10 +410,9 @@ def product(
     if not has_few_rows(codes, offsets):
         _many_rows(codes, scale, offsets, packed, exponent, y)
         return y
-    block_t, block_o, warps = _few_tile(tokens, experts, rows)
-    slots = _slots(tokens, experts, block_t)
-    grid = (triton.cdiv(rows, block_o), slots)
-    sizes = {"EXPERTS": _places(experts), "TOKENS": block_t, "ROWS": block_o, "BYTES": BYTES}
+    block_o, warps = _few_tile(rows)
+    grid = (triton.cdiv(rows, block_o), _slots(tokens, experts, FEW_TOKENS))
+    sizes = {"EXPERTS": _places(experts), "TOKENS": FEW_TOKENS, "ROWS": block_o, "BYTES": BYTES}
     if _has_integer_product(codes, exponent):
         _few_rows_kernel[grid](
             codes, offsets, packed, exponent, scale, y, experts, tokens, rows, columns, width, **sizes,
@@ -512,8 +513,7 @@ def _few_rows_gradient(
     tokens, experts, rows, width = len(dy), *packed.shape
     if not dy.numel() or not columns:
         return torch.zeros((tokens, columns), dtype=torch.float32, device=dy.device)
-    block_t = _tokens_of_tile(tokens, experts)
-    slots = _slots(tokens, experts, block_t)
+    slots = _slots(tokens, experts, FEW_TOKENS)
     tiles = triton.cdiv(width, BYTES)
     count = min(triton.cdiv(rows, MIN_ROWS_EACH), triton.cdiv(PROGRAMS, tiles * min(experts, tokens)))
     each = 64 * triton.cdiv(triton.cdiv(rows, count), 64)
@@ -521,7 +521,7 @@ def _few_rows_gradient(
     parts = torch.empty((count, tokens, columns), dtype=torch.float32, device=dy.device)
     _few_rows_backward_kernel[(tiles, slots, count)](
         dy, offsets, packed, exponent, parts, experts, tokens, rows, columns, width, group,
-        exponent.shape[-1], each, EXPERTS=_places(experts), TOKENS=block_t, ROWS=64, BYTES=BYTES,
+        exponent.shape[-1], each, EXPERTS=_places(experts), TOKENS=FEW_TOKENS, ROWS=64, BYTES=BYTES,
         PACKED=_has_ptx(), BY_ROW=exponent.shape[-1] == 1,
         DTYPE=tl.bfloat16 if dy.dtype == torch.bfloat16 else tl.float32, num_warps=4, num_stages=2,
     )  # fmt: skip
@@ -569,16 +569,9 @@ def _slots(tokens: int, experts: int, block: int) -> int:
     return groups + (tokens - groups) // block
 
 
-def _tokens_of_tile(tokens: int, experts: int) -> int:
-    return 16 if tokens <= 16 * experts else 32
-
-
-def _few_tile(tokens: int, experts: int, rows: int) -> tuple[int, int, int]:
-    """Tokens and output rows of a tile, and its warps: large tiles where there are enough for a large GPU."""
-    block_t = _tokens_of_tile(tokens, experts)
-    if rows * min(experts, tokens) >= 64 * PROGRAMS:
-        return block_t, 64, 4
-    return (16, 16, 1) if block_t == 16 else (32, 32, 4)
+def _few_tile(rows: int) -> tuple[int, int]:
+    """Output rows of a tile, and its warps: large tiles where there are enough for a large GPU."""
+    return (64, 4) if rows >= MANY_ROWS else (16, 1)
 
 
 def _many_tile(tokens: int, experts: int, rows: int) -> tuple[int, int, int, int, int]:

@@ -37,7 +37,8 @@ def factored_update(
         left: fp32 [R, O].
         right: fp32 [R, I].
         offsets: int32 [E], the end of each expert's rows; what is behind the last one's does not count.
-        keys: int32 [2], the random stream whose element 0 belongs to the first weight of expert 0.
+        keys: int32 [2 or more], of which the first two are the random stream whose element 0 belongs to the
+            first weight of expert 0.
         ok: bool scalar; False keeps everything.
         flips: int64 scalar, to which the flips are added.
         step: accumulator units for a direction of 1, a number or an fp32 scalar on the device.

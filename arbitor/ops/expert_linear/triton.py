@@ -408,6 +408,7 @@ def product(
         return y.zero_()
     packed, exponent = packed.contiguous(), exponent.contiguous()
     if not has_few_rows(codes, offsets):
+        assert _has_integer_product(codes, exponent)
         _many_rows(codes, scale, offsets, packed, exponent, y)
         return y
     block_o, warps = _few_tile(rows)

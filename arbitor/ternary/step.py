@@ -19,7 +19,7 @@ from torch import Tensor
 
 from arbitor.ops.backend import uses_triton
 from arbitor.ops.int8_table import int8_table_update
-from arbitor.ops.momentum import momentum_fold
+from arbitor.ops.momentum import momentum_fold, momentum_fold_drawn
 from arbitor.ops.random_bits import random_bits, skip, step_keys
 from arbitor.ops.rows import write_rows
 from arbitor.ternary.capture import ExpertCapture, GradientCapture, RowCapture
@@ -128,10 +128,15 @@ class Step:
         state = self.state[module.q]
         gradient = module.capture.gradient().to(torch.float32)
         active = gradient.any(dim=-1) & self.ok.to(gradient.device)
-        bits = random_bits(self._keys([name], gradient.device), module.numel()).view(gradient.shape)
-        direction = momentum_fold(
-            gradient, state["M"], state["M_exp"], bits, active[:, None], 8, beta, LOOKAHEAD
-        )
+        keys = self._keys([name], gradient.device)
+        bits = random_bits(keys, module.numel()).view(gradient.shape)
+        if uses_triton(gradient):  # the same bits, in one kernel
+            parts = (t[None] for t in (gradient, state["M"], state["M_exp"]))
+            direction = momentum_fold_drawn(*parts, keys, active[None, :, None], 8, beta, LOOKAHEAD)[0]
+        else:
+            direction = momentum_fold(
+                gradient, state["M"], state["M_exp"], bits, active[:, None], 8, beta, LOOKAHEAD
+            )
         step = self.numbers[gradient.device].table
         int8_table_update(module.q.view(gradient.shape), direction, step, bits, active)
 

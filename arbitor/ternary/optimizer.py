@@ -369,7 +369,8 @@ class VoteOptimizer(torch.optim.Optimizer):
         """The devices' part of the step that was prepared: captured gradients become votes, and are dropped.
 
         On a GPU it may be recorded into a CUDA graph, unless the host waits in it: where the experts of a
-        matrix are too large for the workspace and their tokens few, or a memory is on the host.
+        matrix are too large for the workspace, their tokens few and their gradients not factors (which they
+        are in lean state with the rules spectral and row), or a memory is on the host.
         """
         captured = {
             name: m for name, m in self._modules.items() if m.capture is not None and not m.capture.empty

@@ -78,7 +78,8 @@ def grouped_outer(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
     if a.dtype == torch.float64:
         return torch.stack([a[first:last].t() @ b[first:last] for first, last in _ranges(offsets)])
     rows, columns = a.shape[1], b.shape[1]
-    a, b = (F.pad(t, (0, -t.shape[1] % MULTIPLE)) for t in (a, b))
+    # Padding by nothing would copy.
+    a, b = (F.pad(t, (0, pad)) if (pad := -t.shape[1] % MULTIPLE) else t for t in (a, b))
     product = F.grouped_mm(a.t(), b, offs=offsets)[:, :rows, :columns]
     if uses_triton(a) and product.is_contiguous():
         from arbitor.ops.expert_linear import triton

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from arbitor.config import ModelConfig
 from arbitor.model.ffn import FeedForward
 from arbitor.model.graph import MotifGraph, Neighbours
-from arbitor.model.moe import MoE
+from arbitor.model.moe import MoE, Permute
 from arbitor.model.precision import sigmoid
 from arbitor.ops.rows import write_rows
 from arbitor.ternary import Int8Vector, TernaryLinear
+from arbitor.ternary.first_rows import on_first_rows
 
 DECAY_FRACTION_BITS = 5
 DECAY_CENTRE = 3.0
@@ -67,10 +68,13 @@ class HaltingUnit(nn.Module):
         self.linear = TernaryLinear(config.dim, 1, tscale=config.tscale, device=device)
         self.bias = Int8Vector(1, fraction_bits=HALT_FRACTION_BITS, value=HALT_START, device=device)
 
-    def forward(self, s_LD: Tensor, bias: Tensor) -> Tensor:
-        """[L, 1], at least fp32; `bias` is the value of `self.bias`, which all iterations share."""
+    def forward(self, s_LD: Tensor, bias: Tensor, count: Tensor | None = None) -> Tensor:
+        """[L, 1], at least fp32; `bias` is the value of `self.bias`, which all iterations share.
+
+        With `count`, int32 [1], only those of the first rows are wanted; see `on_first_rows`.
+        """
         with torch.autocast(s_LD.device.type, enabled=False):
-            return sigmoid(HALT_GAIN * self.linear(s_LD) + bias)
+            return sigmoid(HALT_GAIN * on_first_rows(self.linear, s_LD, count) + bias)
 
 
 class _Select(torch.autograd.Function):
@@ -116,6 +120,23 @@ class _WeightedSum(torch.autograd.Function):
         return tuple(gradients)
 
 
+def _marked_first(mark_M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The order in which marked rows come first, and all keep theirs otherwise.
+
+    Args:
+        mark_M: bool [M].
+
+    Returns:
+        int64 [M], the row at each new place, and int64 [M], the new place of each row; and int32 [1], how
+        many are marked.
+    """
+    upto_M = mark_M.cumsum(dim=0)
+    place_M = torch.arange(len(mark_M), device=mark_M.device)
+    inverse_M = torch.where(mark_M, upto_M - 1, upto_M[-1] + place_M - upto_M)
+    order_M = write_rows(torch.empty_like(place_M), inverse_M, place_M)
+    return order_M, inverse_M, upto_M[-1:].to(torch.int32)
+
+
 def _threes(tensors: Any) -> Any:
     return zip(tensors[0::3], tensors[1::3], tensors[2::3], strict=True)
 
@@ -135,8 +156,8 @@ class MoEGraph(nn.Module):
         device: where to make it.
 
     In training on a GPU they stay, so that no iteration waits for how many are left and a step can be
-    replayed from a graph: they are masked, routed to no expert, and weigh 0. Results are the same up to the
-    rounding of gradients; the time of everything but the routed experts is then that of all iterations.
+    replayed from a graph: those that go on are moved to the front and counted on the device, products are of
+    them alone, and the others weigh 0. Results are the same up to the rounding of gradients.
 
     Attributes:
         max_iters: most iterations of a position; may be lowered on a model that is there.
@@ -201,27 +222,28 @@ class MoEGraph(nn.Module):
         return h_MD.is_cuda and self.training and torch.is_grad_enabled()
 
     def _update(
-        self, s_LD: Tensor, neighbours: Neighbours | None, live_L1: Tensor | None = None
+        self, s_LD: Tensor, neighbours: Neighbours | None, count: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """One iteration without the injection of h, and the experts' load."""
+        """One iteration, of the first `count` rows, without the injection of h; and the experts' load."""
         load_E = None
+        counted = () if count is None else (count,)
         if self.moe is not None:
-            y_LD, load_E = self.moe(s_LD) if live_L1 is None else self.moe(s_LD, live_L1)
+            y_LD, load_E = self.moe(s_LD, *counted)
             s_LD = s_LD + y_LD
         elif self.ffn is not None:
-            s_LD = s_LD + self.ffn(s_LD)
+            s_LD = s_LD + self.ffn(s_LD, *counted)
         if self.graph is not None and neighbours is not None:
-            s_LD = s_LD + self.graph.messages(s_LD, neighbours)
+            s_LD = s_LD + self.graph.messages(s_LD, neighbours, count)
         return s_LD, load_E
 
     def _halt(
-        self, s_LD: Tensor, spent_L1: Tensor, halt_bias: Tensor, *, last: bool
+        self, s_LD: Tensor, spent_L1: Tensor, halt_bias: Tensor, *, last: bool, count: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The weight of a state, the remainder if its position halts; whether it does; the new sum of p."""
         rest_L1 = 1 - spent_L1
         if last:
             return rest_L1, torch.ones_like(rest_L1, dtype=torch.bool), spent_L1
-        p_L1 = self.halting(s_LD, halt_bias)
+        p_L1 = self.halting(s_LD, halt_bias, count)
         halts_L1 = spent_L1 + p_L1 >= self.threshold
         return torch.where(halts_L1, rest_L1, p_L1), halts_L1, spent_L1 + p_L1
 
@@ -262,27 +284,37 @@ class MoEGraph(nn.Module):
     def _masked_until_halted(
         self, h_MD: Tensor, neighbours: Neighbours | None
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """As `_until_halted`, with all rows in every iteration and no question to the device."""
+        """As `_until_halted`, with all rows in every iteration and no question to the device.
+
+        Rows that go on stand before those that have halted, in their order.
+        """
         decay_D, halt_bias = self.decay(), self.halting.bias()
         s_MD = h_MD
         spent_M1 = h_MD.new_zeros((len(h_MD), 1))
+        place_M = row_M = torch.arange(len(h_MD), device=h_MD.device)
         live_M1 = torch.ones_like(spent_M1, dtype=torch.bool)
-        total_MD: Tensor | None = None
+        count: Tensor | None = None
+        terms: list[Tensor] = []
         load_E: Tensor | None = None
         remainder = h_MD.new_zeros((), dtype=torch.float32)
-        num_uses = torch.zeros((), dtype=torch.int64, device=h_MD.device)
+        num_uses = torch.full((1,), len(h_MD), dtype=torch.int32, device=h_MD.device)
         for iteration in range(1, self.max_iters + 1):
             if iteration > 1:
                 s_MD = h_MD + decay_D * (s_MD - h_MD)
-            s_MD, load = self._update(s_MD, neighbours, None if iteration == 1 else live_M1)
+            s_MD, load = self._update(s_MD, neighbours, count)
             load_E = load if load_E is None or load is None else load_E + load
-            num_uses = num_uses + live_M1.sum()
             last = iteration == self.max_iters
-            weight_M1, halts_M1, spent_M1 = self._halt(s_MD, spent_M1, halt_bias, last=last)
-            part_MD = torch.where(live_M1, weight_M1, 0) * s_MD
-            total_MD = part_MD if total_MD is None else total_MD + part_MD
-            remainder = remainder + torch.where(halts_M1 & live_M1, weight_M1, 0).sum(dtype=torch.float32)
-            live_M1 = live_M1 & ~halts_M1
-        assert total_MD is not None
-        iterations = num_uses.to(torch.float32) / len(h_MD)
-        return total_MD, load_E, iterations + remainder / len(h_MD), iterations
+            weight_M1, halts_M1, spent_M1 = self._halt(s_MD, spent_M1, halt_bias, last=last, count=count)
+            weight_M1 = torch.where(live_M1, weight_M1, 0)
+            remainder = remainder + torch.where(halts_M1, weight_M1, 0).sum(dtype=torch.float32)
+            terms += [weight_M1, s_MD] if iteration == 1 else [weight_M1, s_MD, row_M]
+            if last:
+                break
+            order_M, inverse_M, count = _marked_first((live_M1 & ~halts_M1)[:, 0])
+            num_uses = num_uses + count
+            s_MD, h_MD, spent_M1 = (Permute.apply(t, order_M, inverse_M) for t in (s_MD, h_MD, spent_M1))
+            row_M = row_M[order_M]
+            neighbours = None if neighbours is None else neighbours.permuted(order_M, inverse_M)
+            live_M1 = (place_M < count)[:, None]
+        iterations = num_uses[0].to(torch.float32) / len(h_MD)
+        return _WeightedSum.apply(*terms), load_E, iterations + remainder / len(h_MD), iterations

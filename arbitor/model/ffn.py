@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from arbitor.config import ModelConfig
 from arbitor.ops.backend import uses_triton
 from arbitor.ternary import TernaryExperts, TernaryLinear
+from arbitor.ternary.first_rows import on_first_rows
 from arbitor.ternary.stream import read_stream
 
 
@@ -31,14 +32,14 @@ def squared_relu(x: Tensor) -> Tensor:
     return _SquaredReLU.apply(x)
 
 
-def after_squared_relu(linear: nn.Module, x: Tensor, *others: Tensor) -> Tensor:
-    """linear(relu(x)^2, *others), in one where that is faster.
+def after_squared_relu(linear: nn.Module, x: Tensor, *others: Tensor, **options: Tensor) -> Tensor:
+    """linear(relu(x)^2, *others, **options), in one where that is faster.
 
     On a GPU a linear's kernels take the square along. Elsewhere it is cheaper to keep it.
     """
     if type(linear) in (TernaryLinear, TernaryExperts) and uses_triton(x):
-        return linear(x, *others, squared=True)
-    return linear(squared_relu(x), *others)
+        return linear(x, *others, squared=True, **options)
+    return linear(squared_relu(x), *others, **options)
 
 
 class FeedForward(nn.Module):
@@ -58,9 +59,17 @@ class FeedForward(nn.Module):
         self.up = TernaryLinear(config.dim, hidden, tscale=config.tscale, device=device)
         self.down = TernaryLinear(hidden, config.dim, tscale=config.tscale, device=device)
 
-    def forward(self, h: Tensor) -> Tensor:
-        """Residual stream [..., D] -> what is added to it, [..., D]."""
-        return self.update(h)[1]
+    def forward(self, h: Tensor, count: Tensor | None = None) -> Tensor:
+        """Residual stream [..., D] -> what is added to it, [..., D].
+
+        With `count`, int32 [1], only of the first rows of a stream [N, D]; see `on_first_rows`.
+        """
+        if count is None:
+            return self.update(h)[1]
+        u = on_first_rows(self.up, h, count)
+        if type(self.down) is not TernaryLinear:
+            return after_squared_relu(self.down, u)
+        return after_squared_relu(self.down, u, count=count)
 
     def update(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """The residual stream, to go on with, and what is added to it."""

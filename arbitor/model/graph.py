@@ -17,9 +17,11 @@ from torch import Tensor
 
 from arbitor.config import ModelConfig
 from arbitor.errors import UserError
+from arbitor.model.moe import Permute
 from arbitor.ops.edge_list import MAX_SCORE, UNUSED, edge_list_look_up, edge_list_merge
 from arbitor.ternary import IntegerCounters, TernaryLinear
 from arbitor.ternary.counters import RandomBits
+from arbitor.ternary.first_rows import on_first_rows
 
 RATE_BITS = 4  # a batch counts 1/16 in the average
 _BUFFERS = ("src", "dst", "score")
@@ -41,6 +43,10 @@ class Neighbours(NamedTuple):
     def rows(self, index_M: Tensor) -> "Neighbours":
         """Those of some positions: int64 [M], numbers of positions with the batch flattened."""
         return Neighbours(*(tensor[index_M] for tensor in self))
+
+    def permuted(self, order_M: Tensor, inverse_M: Tensor) -> "Neighbours":
+        """Those of all positions in another order, int64 [M]; `inverse_M` leads back."""
+        return Neighbours(*(Permute.apply(tensor, order_M, inverse_M) for tensor in self))
 
 
 class MotifGraph(IntegerCounters):
@@ -94,7 +100,7 @@ class MotifGraph(IntegerCounters):
         )
         return Neighbours(code_vectors(neighbour_MK), _log_table(score_MK), score_MK > 0)
 
-    def messages(self, s_MD: Tensor, neighbours: Neighbours) -> Tensor:
+    def messages(self, s_MD: Tensor, neighbours: Neighbours, count: Tensor | None = None) -> Tensor:
         """What a position hears from the successors of its motif, weighed by what it asks for.
 
         Each head's query is a vector in the space of codes; a neighbour's weight is the softmax of
@@ -103,18 +109,20 @@ class MotifGraph(IntegerCounters):
         Args:
             s_MD: state of M positions.
             neighbours: those of the same positions.
+            count: int32 [1], how many of the first rows' messages are wanted; None are all. See
+                `on_first_rows`.
 
         Returns:
             [M, D], exactly 0 for a position without neighbours.
         """
-        query_MHC = self.query(s_MD).unflatten(-1, (self.num_heads, self.code_dim))
+        query_MHC = on_first_rows(self.query, s_MD, count).unflatten(-1, (self.num_heads, self.code_dim))
         code_MKC = neighbours.codes.to(query_MHC.dtype)
         logits_MHK = (query_MHC @ code_MKC.mT) * self.code_dim**-0.5 + neighbours.prior[:, None]
         missing_M1K = ~neighbours.valid[:, None]
         # Not -inf, which would make the softmax of a position without neighbours NaN.
         logits_MHK = logits_MHK.masked_fill(missing_M1K, torch.finfo(logits_MHK.dtype).min)
         share_MHK = logits_MHK.softmax(dim=-1).masked_fill(missing_M1K, 0)
-        return self.out((share_MHK.to(code_MKC.dtype) @ code_MKC).flatten(1))
+        return on_first_rows(self.out, (share_MHK.to(code_MKC.dtype) @ code_MKC).flatten(1), count)
 
     def advance(self, ok: Tensor, random_bits: RandomBits) -> None:
         """Merge the noted transitions into the list; with `ok` False it stays as it is."""

@@ -18,6 +18,7 @@ from arbitor.model.ffn import FeedForward, after_squared_relu
 from arbitor.model.precision import sigmoid
 from arbitor.ternary import IntegerCounters, TernaryExperts, TernaryLinear
 from arbitor.ternary.counters import RandomBits
+from arbitor.ternary.first_rows import on_first_rows
 
 BIAS_FRACTION_BITS = 10  # a step moves a bias by 2^-10, which is about the 0.001 of the source
 MAX_BIAS = (1 << 15) - 1
@@ -109,23 +110,24 @@ class Router(nn.Module):
         self.affinity = TernaryLinear(config.dim, config.num_experts, tscale=config.tscale, device=device)
         self.balance = BalanceBias(config.num_experts, device)
 
-    def forward(self, s_MD: Tensor, live_M1: Tensor | None = None) -> Routing:
+    def forward(self, s_MD: Tensor, count: Tensor | None = None) -> Routing:
         """The routing of some rows; notes the loads for the next step.
 
         Args:
             s_MD: state of M rows.
-            live_M1: bool, rows that use experts; None are all. The uses of the others come behind the last
-                expert's.
+            count: int32 [1], how many of the first rows use experts; None are all. The uses of the others
+                come behind the last expert's.
         """
         # In bf16, affinities of different experts would often be equal.
         with torch.autocast(s_MD.device.type, enabled=False):
-            affinity_ME = sigmoid(self.affinity(s_MD))
+            affinity_ME = sigmoid(on_first_rows(self.affinity, s_MD, count))
         with torch.no_grad():
             biased_ME = self.balance(affinity_ME)
             # A stable sort keeps equals in order, which topk does not promise.
             chosen_MK = biased_ME.sort(dim=-1, descending=True, stable=True).indices[:, : self.num_active]
-            if live_M1 is not None:
-                chosen_MK = torch.where(live_M1, chosen_MK, affinity_ME.shape[-1])
+            if count is not None:
+                uses_M = torch.arange(len(s_MD), device=s_MD.device) < count
+                chosen_MK = torch.where(uses_M[:, None], chosen_MK, affinity_ME.shape[-1])
             expert_R, order_R = chosen_MK.flatten().sort(stable=True)
             experts_E = torch.arange(affinity_ME.shape[-1], device=s_MD.device)
             offsets_E = torch.searchsorted(expert_R, experts_E, right=True, out_int32=True)
@@ -154,17 +156,19 @@ class _Dispatch(torch.autograd.Function):
         return dy_RD[place_R].unflatten(0, (ctx.rows, -1)).sum(dim=1), None, None
 
 
-class _Permute(torch.autograd.Function):
+class Permute(torch.autograd.Function):
     """y = x[index] for a permutation of the rows; `inverse` is the one that leads back."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        """x[index]."""
         ctx.save_for_backward(inverse)
         return x[index]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        """dy[inverse]."""
         (inverse,) = ctx.saved_tensors
         return dy[inverse], None, None
 
@@ -187,27 +191,20 @@ class MoE(nn.Module):
         self.down = TernaryExperts(experts, hidden, dim, tscale=tscale, device=device)
         self.shared = FeedForward(config, device, hidden)
 
-    def forward(self, s_MD: Tensor, live_M1: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, s_MD: Tensor, count: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """What the experts add to the state.
 
         Args:
             s_MD: state of M rows.
-            live_M1: bool, rows whose result is wanted; None are all. Those of the others come from the shared
-                expert alone, and have no gradient at the routed ones.
+            count: int32 [1], how many of the first rows' results are wanted; None are all. The others are 0
+                and have no gradient; see `on_first_rows`.
 
         Returns:
             [M, D], and the load of every expert, int32 [E].
         """
-        routing = self.router(s_MD, live_M1)
-        if live_M1 is None:
-            s_RD = _Dispatch.apply(s_MD, routing.order, routing.place)
-            y_RD = after_squared_relu(self.down, self.up(s_RD, routing.offsets), routing.offsets)
-        else:
-            # Products leave anything behind the last expert's uses, and it must not meet a weight of 0.
-            used_R1 = torch.arange(routing.gate.numel(), device=s_MD.device)[:, None] < routing.offsets[-1]
-            s_RD = _Dispatch.apply(torch.where(live_M1, s_MD, 0), routing.order, routing.place)
-            hidden_RH = torch.where(used_R1, self.up(s_RD, routing.offsets), 0)
-            y_RD = torch.where(used_R1, after_squared_relu(self.down, hidden_RH, routing.offsets), 0)
-        y_MKD = _Permute.apply(y_RD, routing.place, routing.order).unflatten(0, routing.gate.shape)
+        routing = self.router(s_MD, count)
+        s_RD = _Dispatch.apply(s_MD, routing.order, routing.place)
+        y_RD = after_squared_relu(self.down, self.up(s_RD, routing.offsets), routing.offsets)
+        y_MKD = Permute.apply(y_RD, routing.place, routing.order).unflatten(0, routing.gate.shape)
         gated_MKD = routing.gate[..., None] * y_MKD
-        return self.shared(s_MD) + gated_MKD.sum(dim=1), routing.load
+        return self.shared(s_MD, count) + gated_MKD.sum(dim=1), routing.load

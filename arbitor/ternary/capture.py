@@ -109,9 +109,23 @@ class MatrixCapture(Capture):
         return self._dense is None and not self._pairs
 
     @property
+    def num_tokens(self) -> int | None:
+        """Tokens in the pairs, which bound the gradient's rank; None if it is dense."""
+        return None if self._dense is not None else sum(len(a) for a, *_ in self._pairs)
+
+    @property
     def dense(self) -> Tensor | None:
         """dW, if it is kept in this form."""
         return self._dense
+
+    @property
+    def plain_gradients(self) -> list[Tensor]:
+        """The output gradients where all else are int8 codes; empty otherwise.
+
+        127 times the sum of their magnitudes bounds every element of dW.
+        """
+        plain = self._dense is None and all(a.dtype == torch.int8 for a, *_ in self._pairs)
+        return [b for _, b, *_ in self._pairs] if plain else []
 
     def magnitudes(self) -> list[Tensor]:
         """Tensors that show whether the gradient is finite: where they are, it is.
@@ -156,22 +170,13 @@ class GradientCapture(MatrixCapture):
         size = self.rows * self.columns * output_gradient.element_size()
         return not self._pairs and activations.nbytes + output_gradient.nbytes >= size
 
-    @property
-    def num_tokens(self) -> int | None:
-        """Tokens in the pairs, which bound the gradient's rank; None if it is dense."""
-        return None if self._dense is not None else sum(len(a) for a, _ in self._pairs)
-
     def factors(self) -> tuple[Tensor, Tensor]:
-        """All pairs as one: activations fp32 [N, I] and output gradients fp32 [N, O]."""
-        activations, output_gradient = self._joined()
-        return activations.to(torch.float32), output_gradient.to(torch.float32)
-
-    def _joined(self) -> tuple[Tensor, Tensor]:
+        """All pairs as one: activations [N, I], int8 codes or floats, and output gradients float [N, O]."""
         return _cat([a for a, _ in self._pairs]), _cat([b for _, b in self._pairs])
 
     def product(self) -> Tensor:
         """dW of all pairs, [O, I]."""
-        activations, output_gradient = self._joined()
+        activations, output_gradient = self.factors()
         with outside_autocast():
             return output_gradient.t() @ activations.to(output_gradient.dtype)
 

@@ -152,19 +152,27 @@ class TernaryLinear(NormedMatrix):
         )
         self.input_norm = input_norm
 
-    def forward(self, x: Tensor, quantize: bool = True, squared: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, quantize: bool = True, squared: bool = False, count: Tensor | None = None
+    ) -> Tensor:
         """Apply to x.
 
         Args:
             x: float [..., I].
             quantize: int8 activations per token; False keeps them float.
             squared: apply to relu(x)^2 in place of x.
+            count: int32 [1] on the device of x [N, I]: only so many rows are multiplied, and the results of
+                the others are 0, as the gradient that comes back for them must be.
 
         Returns:
             [..., O] in autocast's dtype where autocast is on, else in the dtype of x.
         """
         if x.shape[-1] != self.in_features:
             raise ValueError(f"expected a last dimension of {self.in_features}, got {tuple(x.shape)}")
+        if count is not None:
+            from arbitor.ternary.first_rows import first_rows_matmul
+
+            return first_rows_matmul(self, x, count, quantize, squared)
         return ternary_matmul(self, x, quantize, squared)
 
 

@@ -14,11 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from arbitor.errors import UserError
-from arbitor.ops.backend import requested_backend
+from arbitor.ops.backend import requested_backend, uses_triton
 from arbitor.ops.momentum import GROUP
 from arbitor.ops.state_update import MAX_SCALE_EXPONENT, MIN_SCALE_EXPONENT
 from arbitor.ops.trit_codec import trit_unpack
-from arbitor.ternary.capture import Capture, ExpertCapture, GradientCapture, RowCapture, outside_autocast
+from arbitor.ternary.capture import (
+    ROUNDING_MARGIN,
+    Capture,
+    ExpertCapture,
+    GradientCapture,
+    MatrixCapture,
+    RowCapture,
+    outside_autocast,
+)
 from arbitor.ternary.counters import named_counters
 from arbitor.ternary.layers import Int8Weights, TernaryEmbeddingTable
 from arbitor.ternary.rules import get_rule
@@ -363,7 +371,8 @@ class VoteOptimizer(torch.optim.Optimizer):
         """The devices' part of the step that was prepared: captured gradients become votes, and are dropped.
 
         On a GPU it may be recorded into a CUDA graph, unless the host waits in it: where the experts of a
-        matrix are too large for the workspace and their tokens few, or a memory is on the host.
+        matrix are too large for the workspace, their tokens few and their gradients not factors (which they
+        are in lean state with the rules spectral and row), or a memory is on the host.
         """
         captured = {
             name: m for name, m in self._modules.items() if m.capture is not None and not m.capture.empty
@@ -385,13 +394,22 @@ class VoteOptimizer(torch.optim.Optimizer):
     def _all_finite(self, modules: Iterable[IntegerModule]) -> Tensor:
         """One flag on the device: the noted loss and every captured gradient are finite."""
         tensors: dict[torch.device, list[Tensor]] = defaultdict(list)
+        plain: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
         for module in modules:
-            if module.capture is not None:
-                for tensor in module.capture.magnitudes():
+            capture = module.capture
+            if isinstance(capture, MatrixCapture) and uses_triton(module.stored) and capture.plain_gradients:
+                for tensor in capture.plain_gradients:
+                    plain[tensor.device, tensor.dtype].append(tensor)
+            elif capture is not None:
+                for tensor in capture.magnitudes():
                     tensors[tensor.device].append(tensor)
         ok = torch.ones_like(self._last_ok)
         if self._loss_ok is not None:
             ok = ok & self._loss_ok.to(ok.device)
+        for group in plain.values():
+            # One bound for all, in a few launches: no sum of products can be larger.
+            sums = torch.stack(torch._foreach_norm(group, 1, dtype=torch.float32))
+            ok = ok & torch.isfinite(sums.sum() * (127 * ROUNDING_MARGIN)).to(ok.device)
         for group in tensors.values():
             largest = torch.stack([n.to(torch.float32) for n in torch._foreach_norm(group, float("inf"))])
             ok = ok & torch.isfinite(largest).all().to(ok.device)

@@ -16,6 +16,7 @@ _TINY = 1e-30
 _NEWTON_SCHULZ_STEPS = 5
 _NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _SINKHORN_ROUNDS = 3
+_COLUMNS_AT_ONCE = 1 << 20  # numbers of factors that are fp64 at a time
 
 
 def spectral(n: Tensor) -> Tensor:
@@ -48,34 +49,56 @@ def spectral(n: Tensor) -> Tensor:
     return x.to(n.dtype).reshape(n.shape) * max(rows, columns) ** 0.5
 
 
-def spectral_factors(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """`spectral` of N = left^T right without forming it: for gradients of few tokens.
+def gram(x: Tensor) -> Tensor:
+    """x x^T in fp64 of x fp32 [n, R, C], some columns at a time."""
+    n, rows, columns = x.shape
+    total = x.new_zeros((n, rows, rows), dtype=torch.float64)
+    for part in x.split(max(1, _COLUMNS_AT_ONCE // max(1, n * rows)), dim=-1) if columns else ():
+        wide = part.to(torch.float64)
+        total.baddbmm_(wide, wide.mT)
+    return total
+
+
+def spectral_coefficients(left_gram: Tensor, right_gram: Tensor, same: Tensor) -> Tensor:
+    """`spectral` of N = left^T right, up to its scale, without forming it: for gradients of few tokens.
 
     The same iteration on X = left^T C right, of which only the R x R matrix C changes: with
     K = C (right right^T) C^T (left left^T), C becomes a C + (b K + c K^2) C. In fp64, since Gram matrices
-    square the condition number; R is small.
+    square the condition number; R is small. Tokens of several matrices are blocks of C.
 
     Args:
-        left: fp32 [..., R, O].
-        right: fp32 [..., R, I].
+        left_gram, right_gram: fp64 [n, R, R], left left^T and right right^T.
+        same: fp64, broadcasts to [n, R, R]: 1 where two tokens belong to the same matrix, else 0.
 
     Returns:
-        right' [..., R, I] fp32, so that the direction is left^T right'; and whether N has any element that
-        is not 0, bool [...].
+        C fp64 [n, R, R]: the direction is left^T C right; 0 where a matrix is zero.
     """
-    left_gram = left.to(torch.float64)
-    left_gram = left_gram @ left_gram.mT
-    right_gram = right.to(torch.float64)
-    right_gram = right_gram @ right_gram.mT
-    square = (left_gram * right_gram).sum(dim=(-2, -1), keepdim=True)
-    identity = torch.eye(left.shape[-2], dtype=torch.float64, device=left.device)
-    coefficients = identity * torch.where(square > 0, square.rsqrt(), 0)
+    left_gram, right_gram = left_gram * same, right_gram * same
+    square = same @ (left_gram * right_gram).sum(dim=-1, keepdim=True)
+    coefficients = torch.diag_embed(torch.where(square > 0, square.rsqrt(), 0)[..., 0])
     a, b, c = _NEWTON_SCHULZ_COEFFICIENTS
     for _ in range(_NEWTON_SCHULZ_STEPS):
         k = coefficients @ right_gram @ coefficients.mT @ left_gram
-        coefficients = a * coefficients + (b * k + c * (k @ k)) @ coefficients
-    scale = max(left.shape[-1], right.shape[-1]) ** 0.5
-    return (coefficients * scale).to(torch.float32) @ right, square[..., 0, 0] > 0
+        polynomial = torch.baddbmm(k, k, k, beta=b, alpha=c)
+        coefficients = torch.baddbmm(coefficients, polynomial, coefficients, beta=a)
+    return coefficients
+
+
+def bring_rows_to_unit_rms(left: Tensor, right_gram: Tensor, same: Tensor, columns: int) -> None:
+    """`row` of N = left^T right without forming it: scales `left` in place.
+
+    Args:
+        left: fp32 [n, R, O].
+        right_gram: fp64 [n, R, R], right right^T.
+        same: as in `spectral_coefficients`.
+        columns: I.
+    """
+    n, rows, _ = left.shape
+    right_gram = right_gram * same
+    for part in left.split(max(1, _COLUMNS_AT_ONCE // max(1, n * rows)), dim=-1):
+        wide = part.to(torch.float64)
+        square = same @ torch.mul(right_gram @ wide, wide)
+        part.mul_(torch.where(square > 0, (square / columns).rsqrt(), 0))
 
 
 def sinkhorn(n: Tensor) -> Tensor:

@@ -11,13 +11,13 @@ import dataclasses
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from arbitor.ops.expert_linear import busy_experts
+from arbitor.ops.backend import uses_triton
 from arbitor.ops.int8_table import int8_table_step
 from arbitor.ops.random_bits import random_bits, skip, step_keys
 from arbitor.ops.rows import write_rows
@@ -28,6 +28,7 @@ from arbitor.ternary.tensor import IntegerModule, TernaryScaleTensor
 from arbitor.ternary.update import (
     FACTORED_RULES,
     LOOKAHEAD,
+    FactoredBatch,
     MatrixBatch,
     StepNumbers,
     VoteConstants,
@@ -35,8 +36,34 @@ from arbitor.ternary.update import (
     update_factored,
 )
 
+MOST_FACTORED_TOKENS = 1024  # of experts together, where kernels run: the product of their pairs is small
 ROWS_AT_ONCE = (1 << 16) - 1  # as many matrices as the second or third axis of a GPU's grid takes
 _MATRIX_STATE = ("T_accum", "E_accum", "M", "M_exp")
+
+
+@dataclass(frozen=True)
+class _Factored:
+    """Matrices of one shape, or those of experts, whose gradients stay factors of so many tokens."""
+
+    names: list[str]
+    modules: list[TernaryScaleTensor]
+    tokens: int
+
+    @property
+    def device(self) -> torch.device:
+        return self.modules[0].T_packed.device
+
+    @property
+    def numbers(self) -> int:
+        return _numbers(self.modules[0], self.tokens) * len(self.modules)
+
+    def belongs_with(self, other: "_Factored") -> bool:
+        return (self.tokens, self.device) == (other.tokens, other.device)
+
+
+def _numbers(module: TernaryScaleTensor, tokens: int) -> int:
+    """Numbers of both factors of a matrix's gradient."""
+    return tokens * (module.out_features + module.in_features)
 
 
 class Step:
@@ -74,17 +101,26 @@ class Step:
     def update_matrices(self, captured: Mapping[str, IntegerModule]) -> None:
         """Every captured module that is not int8."""
         singles: dict[str, TernaryScaleTensor] = {}
+        factored: list[_Factored] = []
         for name, module in captured.items():
             if not isinstance(module, TernaryScaleTensor):
                 continue
             if isinstance(module.capture, GradientCapture):
                 singles[name] = module
             elif isinstance(module.capture, ExpertCapture):
-                self.flips[name] = self._update_experts(name, module, module.capture)
+                if (tokens := self._factored_tokens(module, module.capture)) is not None:
+                    factored.append(_Factored([name], [module], tokens))
+                else:
+                    self.flips[name] = self._update_experts(name, module, module.capture)
             elif isinstance(module.capture, RowCapture):
                 self.flips[name] = self._update_table_rows(name, module, module.capture)
-        for names, stays_factored in self._groups(singles):
-            self._update_group({name: singles[name] for name in names}, stays_factored)
+        for names, tokens in self._groups(singles):
+            if tokens is None:
+                self._update_group({name: singles[name] for name in names})
+            else:
+                factored.append(_Factored(names, [singles[name] for name in names], tokens))
+        for together in self._chunks(factored):
+            self._update_factored(together)
 
     def update_int8(self, name: str, module: Int8Weights, beta: float) -> None:
         """A byte table, or a vector as a table of one row: steps against the sign."""
@@ -108,8 +144,8 @@ class Step:
 
     # -- single matrices ------------------------------------------------------------------------------------
 
-    def _groups(self, modules: Mapping[str, TernaryScaleTensor]) -> Iterable[tuple[list[str], bool]]:
-        """Names of equal shape, as many as the workspace holds; True: the gradient stays factored."""
+    def _groups(self, modules: Mapping[str, TernaryScaleTensor]) -> Iterable[tuple[list[str], int | None]]:
+        """Names of equal shape, as many as the workspace holds; and how many tokens factors have."""
         shapes: dict[tuple[Any, ...], list[str]] = defaultdict(list)
         for name, module in modules.items():
             assert isinstance(module.capture, GradientCapture)
@@ -119,8 +155,10 @@ class Step:
             shapes[type(module), *size, tokens if factored else None].append(name)
         for (*_, tokens), names in shapes.items():
             count = self._batch_size(modules[names[0]])
+            if tokens is not None:
+                count = max(1, self._most_numbers // _numbers(modules[names[0]], tokens))
             for start in range(0, len(names), count):
-                yield names[start : start + count], tokens is not None
+                yield names[start : start + count], tokens
 
     def _batch_size(self, module: TernaryScaleTensor) -> int:
         """Matrices of this shape that the workspace holds, at least one."""
@@ -128,17 +166,21 @@ class Step:
 
     def _may_stay_factored(self, module: TernaryScaleTensor, tokens: int) -> bool:
         """Whether the direction of a gradient of so few tokens comes from two thin matrices."""
+        few = 2 * tokens < min(module.out_features, module.in_features)
+        return few and self._may_be_factored(module)
+
+    def _may_be_factored(self, module: TernaryScaleTensor) -> bool:
+        """Whether the direction of a gradient can come from two thin matrices."""
         constants = self.constants
         return (
-            2 * tokens < min(module.out_features, module.in_features)
-            and constants.rule in FACTORED_RULES
+            constants.rule in FACTORED_RULES
             and constants.momentum_bits == 0
             and not constants.votes_on_scales
             and module.E.shape[-1] == 1
             and not isinstance(module, TernaryEmbeddingTable)
         )
 
-    def _update_group(self, group: Mapping[str, TernaryScaleTensor], stays_factored: bool) -> None:
+    def _update_group(self, group: Mapping[str, TernaryScaleTensor]) -> None:
         modules = list(group.values())
         device = modules[0].T_packed.device
         tensors = [self._tensors(module) for module in modules]
@@ -146,14 +188,9 @@ class Step:
         keys, scale_keys = self._matrix_keys(list(group), device)
         batch = _batch(parts, modules[0].group, keys, scale_keys, self.numbers[device])
         captures = [m.capture for m in modules if isinstance(m.capture, GradientCapture)]
-        if stays_factored:
-            factors = [capture.factors() for capture in captures]
-            a, b = _stack([a for a, _ in factors]), _stack([b for _, b in factors])
-            flips = update_factored(batch, a, b, self.ok.to(device), self.constants)
-        else:
-            gradient = _stack([capture.gradient().to(torch.float32) for capture in captures])
-            by_row = isinstance(modules[0], TernaryEmbeddingTable)
-            flips = self._update_formed(batch, gradient, by_row=by_row)
+        gradient = _stack([capture.gradient().to(torch.float32) for capture in captures])
+        by_row = isinstance(modules[0], TernaryEmbeddingTable)
+        flips = self._update_formed(batch, gradient, by_row=by_row)
         for key, part in parts.items():
             if len(modules) > 1:
                 torch._foreach_copy_([t[key] for t in tensors], list(part.unbind(0)))
@@ -164,6 +201,79 @@ class Step:
         if not by_row:
             active = active.any(dim=-2, keepdim=True)
         return update_dense(batch, gradient, active, self.constants, by_row=by_row)
+
+    # -- gradients that stay factors ------------------------------------------------------------------------
+
+    @property
+    def _most_numbers(self) -> int:
+        """Numbers of factors that may be worked on at once; each takes about 10 bytes."""
+        return 4 * self.constants.workspace_weights
+
+    def _factored_tokens(self, module: TernaryScaleTensor, capture: ExpertCapture) -> int | None:
+        """Tokens of experts whose gradients stay factors; None if they are formed.
+
+        Where kernels run, a direction that is never stored costs little even if one expert has all tokens,
+        and the host need not know how many each has.
+        """
+        tokens = capture.num_tokens
+        if tokens is None or not self._may_be_factored(module):
+            return None
+        if uses_triton(module.T_packed):
+            fits = _numbers(module, tokens) <= self._most_numbers and tokens <= MOST_FACTORED_TOKENS
+        else:
+            fits = self._may_stay_factored(module, tokens)
+        return tokens if fits else None
+
+    def _chunks(self, groups: Iterable["_Factored"]) -> Iterator[list["_Factored"]]:
+        """Groups of equal numbers of tokens on a device, as many as the workspace holds."""
+        together: list[_Factored] = []
+        size = 0
+        for group in sorted(groups, key=lambda group: (group.tokens, str(group.device))):
+            fits = size + group.numbers <= self._most_numbers
+            if together and not (fits and together[0].belongs_with(group)):
+                yield together
+                together, size = [], 0
+            together.append(group)
+            size += group.numbers
+        if together:
+            yield together
+
+    def _update_factored(self, groups: list["_Factored"]) -> None:
+        device = groups[0].device
+        names = [name for group in groups for name in group.names]
+        keys = self._keys(names, device).split([len(group.names) for group in groups])
+        batches = [self._factored_batch(group, part) for group, part in zip(groups, keys, strict=True)]
+        flips = update_factored(batches, self.ok.to(device), self.constants)
+        self.flips |= dict(zip(names, flips.unbind(), strict=True))
+
+    def _factored_batch(self, group: "_Factored", keys: Tensor) -> FactoredBatch:
+        first = group.modules[0]
+        tensors = [self._expert_tensors(module) for module in group.modules]
+        owner = None
+        if isinstance(first.capture, ExpertCapture):
+            a, b, offsets = first.capture.sorted_rows()
+            left, right = b.to(torch.float32)[None], a.to(torch.float32)[None]
+            places = torch.arange(group.tokens, device=group.device)
+            owner = torch.searchsorted(offsets, places, right=True)
+            exponent = tensors[0]["E"].flatten(1)[owner.clamp(max=len(offsets) - 1)]
+        else:
+            captures = [m.capture for m in group.modules if isinstance(m.capture, GradientCapture)]
+            factors = [capture.factors() for capture in captures]
+            left = _stack([b for _, b in factors]).to(torch.float32)
+            right = _stack([a for a, _ in factors]).to(torch.float32)
+            exponent = _stack([t["E"].flatten() for t in tensors])
+            offsets = torch.full((1,), group.tokens, dtype=torch.int32, device=group.device)
+        return FactoredBatch(
+            packed=[t["T_packed"] for t in tensors],
+            accumulator=[t["T_accum"] for t in tensors],
+            exponent=exponent,
+            left=left,
+            right=right,
+            offsets=offsets,
+            keys=keys,
+            owner=owner,
+            numbers=self.numbers[group.device],
+        )
 
     # -- experts --------------------------------------------------------------------------------------------
 
@@ -180,21 +290,12 @@ class Step:
                 total += self._update_formed(batch, gradient).sum()
             return total
         activations, gradients, offsets = capture.sorted_rows()
-        tokens = len(activations)
-        if device.type == "cuda" and capture.experts <= size and not self._may_stay_factored(module, tokens):
+        if device.type == "cuda" and capture.experts <= size:
             # All at once, those without tokens as zeros: no question to the device.
             gradient = capture.product().to(torch.float32)
             batch = self._of_experts(name, module, slice(0, capture.experts))
             return self._update_formed(batch, gradient).sum()
-        if not self._may_stay_factored(module, tokens):
-            return self._update_busy_experts(name, module, activations, gradients, offsets)
-        owner = torch.searchsorted(offsets, torch.arange(tokens, device=device), right=True)
-        for experts in busy_experts(offsets, tokens)[0].split(size):
-            mine = (owner == experts[:, None])[..., None]
-            a, b = (mine * rows.to(torch.float32) for rows in (activations, gradients))
-            with self._of_some_experts(name, module, experts) as batch:
-                total += update_factored(batch, a, b, self.ok.to(device), self.constants).sum()
-        return total
+        return self._update_busy_experts(name, module, activations, gradients, offsets)
 
     def _update_busy_experts(
         self, name: str, module: TernaryScaleTensor, activations: Tensor, gradients: Tensor, offsets: Tensor
@@ -209,8 +310,18 @@ class Step:
             a, b = activations[first:last], gradients[first:last]
             batch = self._of_experts(name, module, slice(expert, expert + 1))
             if self._may_stay_factored(module, last - first):
-                factors = a.to(torch.float32)[None], b.to(torch.float32)[None]
-                total += update_factored(batch, *factors, self.ok.to(device), self.constants).sum()
+                factors = FactoredBatch(
+                    packed=[batch.packed],
+                    accumulator=[batch.accumulator],
+                    exponent=batch.exponent.flatten(1),
+                    left=b.to(torch.float32)[None],
+                    right=a.to(torch.float32)[None],
+                    offsets=torch.full((1,), last - first, dtype=torch.int32, device=device),
+                    keys=batch.keys,
+                    owner=None,
+                    numbers=batch.numbers,
+                )
+                total += update_factored([factors], self.ok.to(device), self.constants)[0]
             else:
                 gradient = (b.t() @ a.to(b.dtype)).to(torch.float32)
                 total += self._update_formed(batch, gradient[None]).sum()
@@ -222,20 +333,12 @@ class Step:
         numbers = torch.arange(experts.start, experts.stop, device=module.T_packed.device)
         return self._expert_batch(name, module, {k: t[experts] for k, t in tensors.items()}, numbers)
 
-    @contextmanager
-    def _of_some_experts(
-        self, name: str, module: TernaryScaleTensor, experts: Tensor
-    ) -> Iterator[MatrixBatch]:
-        """The matrices of `experts`, int64 [n], with their state; written back at the end."""
-        tensors = self._expert_tensors(module)
-        parts = {key: tensor.index_select(0, experts) for key, tensor in tensors.items()}
-        yield self._expert_batch(name, module, parts, experts)
-        for key, tensor in tensors.items():
-            write_rows(tensor, experts, parts[key])
-
     def _expert_tensors(self, module: TernaryScaleTensor) -> dict[str, Tensor]:
-        """Weights and state by key, the leading dimensions as one."""
-        return {key: tensor.flatten(0, -3) for key, tensor in self._tensors(module).items()}
+        """Weights and state by key, the leading dimensions as one, of size 1 for a single matrix."""
+        return {
+            key: tensor[None] if tensor.dim() == 2 else tensor.flatten(0, -3)
+            for key, tensor in self._tensors(module).items()
+        }
 
     def _expert_batch(
         self, name: str, module: TernaryScaleTensor, parts: Mapping[str, Tensor], numbers: Tensor

@@ -7,13 +7,14 @@ Shape letters: O out, I in, P packed bytes a row, C momentum bytes a row, H mome
 groups, R rows of a factor (tokens).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from arbitor.ops.exponent import exp2_int
+from arbitor.ops.factored_update import factored_update
 from arbitor.ops.momentum import momentum_fold_drawn
 from arbitor.ops.random_bits import random_bits, skip
 from arbitor.ops.state_update import scale_update, state_update_drawn
@@ -152,38 +153,110 @@ def update_dense(
     return flips
 
 
-def update_factored(
-    batch: MatrixBatch, activations: Tensor, output_gradient: Tensor, ok: Tensor, constants: VoteConstants
-) -> Tensor:
-    """A step without momentum, from gradients of few tokens of which only some rows are formed at a time.
+@dataclass(kw_only=True)
+class FactoredBatch:
+    """Matrices of one shape, or those of experts, with gradients of few tokens, left^T right.
+
+    Attributes:
+        packed: n tensors uint8 [E, O, P], changed; E is 1 but for experts.
+        accumulator: n tensors int8 [E, O, I], changed.
+        exponent: int8 [n, O], or for experts [R, O], those of each token's expert.
+        left: fp32 [n, R, O], output gradients; overwritten.
+        right: fp32 [n, R, I], activations.
+        offsets: int32 [E], the end of each expert's tokens.
+        keys: int32 [n, 2], random stream of each of the n tensors.
+        owner: int64 [R], each token's expert, E if it has none; None where E is 1.
+        numbers: of the step.
+    """
+
+    packed: list[Tensor]
+    accumulator: list[Tensor]
+    exponent: Tensor
+    left: Tensor
+    right: Tensor
+    offsets: Tensor
+    keys: Tensor
+    owner: Tensor | None
+    numbers: StepNumbers
+
+    def same(self) -> Tensor:
+        """fp64 [1, R, R]: 1 where two tokens belong to the same matrix."""
+        tokens = self.left.shape[1]
+        if self.owner is None:
+            return self.left.new_ones((1, tokens, tokens), dtype=torch.float64)
+        has_one = self.owner < len(self.offsets)
+        return ((self.owner[:, None] == self.owner) & has_one)[None].to(torch.float64)
+
+    def weigh(self) -> None:
+        """Multiply output gradients by 2^(E - max E of the matrix)."""
+        if self.exponent.shape[-1] == 1:  # of one row, where it is 1
+            return
+        exponent = self.exponent.to(torch.int32)
+        scale = exp2_int(exponent - exponent.amax(dim=-1, keepdim=True))
+        self.left.mul_(scale[:, None] if self.owner is None else scale)
+
+
+def update_factored(batches: Sequence[FactoredBatch], ok: Tensor, constants: VoteConstants) -> Tensor:
+    """A step without momentum, from gradients of few tokens that are not formed.
 
     For the rules of `FACTORED_RULES`.
 
     Args:
-        batch: what moves; one exponent a row.
-        activations: fp32 [n, R, I].
-        output_gradient: fp32 [n, R, O]; overwritten. dW = output_gradient^T activations.
+        batches: what moves, with one exponent a row; all of the same number of tokens R.
         ok: bool scalar; False keeps everything.
         constants: of the step.
 
     Returns:
-        int64 [n]: flips.
+        int64, the flips of all tensors, batch after batch.
     """
-    relative = relative_scale(batch.exponent, batch.group, batch.in_features)
-    if relative is not None:
-        output_gradient.mul_(relative.mT)
-    right, active = activations, ok.expand(len(activations))
+    for batch in batches:
+        batch.weigh()
+    right_grams = [rules.gram(batch.right) for batch in batches]
+    sames = [batch.same() for batch in batches]
     if constants.rule == "spectral":
-        right, nonzero = rules.spectral_factors(output_gradient, activations)
-        active = nonzero & ok
-    active = active[:, None, None]
-    flips = torch.zeros(len(right), dtype=torch.int64, device=right.device)
-    for rows in batch.slices(constants.workspace_weights):
-        direction = output_gradient[:, :, rows].mT @ right
-        if constants.rule == "row":  # a row without a gradient has no direction, so it does not vote
-            direction = rules.row(direction)
-        flips += _vote(batch, direction, rows, active, constants)
+        counts = [len(batch.left) for batch in batches]
+        coefficients = rules.spectral_coefficients(
+            torch.cat([rules.gram(batch.left) for batch in batches]),
+            torch.cat(right_grams),
+            torch.cat([same.expand(n, -1, -1) for same, n in zip(sames, counts, strict=True)]),
+        ).to(torch.float32)
+        for batch, part in zip(batches, coefficients.split(counts), strict=True):
+            scale = max(batch.left.shape[-1], batch.right.shape[-1]) ** 0.5
+            right = batch.right
+            batch.right = torch.baddbmm(right, part, right, beta=0, alpha=scale)
+    else:
+        assert constants.rule == "row"
+        for batch, gram, same in zip(batches, right_grams, sames, strict=True):
+            rules.bring_rows_to_unit_rms(batch.left, gram, same, batch.right.shape[-1])
+    count = sum(len(batch.left) for batch in batches)
+    # Two numbers a matrix, so that all lie alike in memory: kernels are compiled for how they do.
+    flips = torch.zeros((count, 2), dtype=torch.int64, device=ok.device)[:, 0]
+    _vote_factored(batches, flips, ok, constants)
     return flips
+
+
+def _vote_factored(
+    batches: Sequence[FactoredBatch], flips: Tensor, ok: Tensor, constants: VoteConstants
+) -> None:
+    places = iter(flips.unbind())
+    for batch in batches:
+        keys_n4 = nn.functional.pad(batch.keys, (0, 2))
+        matrices = zip(batch.packed, batch.accumulator, batch.left, batch.right, keys_n4, strict=True)
+        for packed, accumulator, left, right, keys in matrices:
+            factored_update(
+                packed,
+                accumulator,
+                left,
+                right,
+                batch.offsets,
+                keys,
+                ok,
+                next(places),
+                batch.numbers.vote,
+                constants.span,
+                constants.threshold,
+                constants.rail,
+            )
 
 
 def update_scales(batch: MatrixBatch, weighted: Tensor, active: Tensor, constants: VoteConstants) -> None:

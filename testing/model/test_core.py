@@ -6,7 +6,7 @@ from torch import nn
 
 from arbitor.config import ModelConfig
 from arbitor.model.core import MoEGraph, StateDecay
-from arbitor.ternary import VoteOptimizer, named_ternary
+from arbitor.ternary import TernaryExperts, TernaryLinear, VoteOptimizer, named_ternary
 from testing.model import core_oracles as oracles
 
 DIM, CODE_DIM, TRITS = 24, 5, 3
@@ -160,6 +160,51 @@ def test_masked_rows_are_as_if_they_were_left_out(part, bias):
         torch.testing.assert_close(gradient, left_gradients[name], rtol=1e-4, atol=1e-5)
     same = [name for name in state if torch.equal(state[name], left_state[name])]
     assert {name for name in state if name.endswith(("balance.bias", "graph.score"))} <= set(same)
+
+
+@each_part
+@pytest.mark.parametrize("masks", [True, False])
+def test_products_are_of_rows_that_go_on(part, masks, monkeypatch):
+    """Whether those that have halted are left out or stand behind; none of them has a gradient there."""
+    core = make(part)
+    core.masks = masks
+    bias_to(core, 0.0)
+    VoteOptimizer(core)
+    seen = {}
+
+    def note(name):
+        def hook(_, args, options, y):
+            # Of the experts, the first rows are the uses of those that go on.
+            count = options.get("count", args[1][-1:] if len(args) > 1 else None)
+            count = len(y) if count is None else int(count)
+            assert not y[count:].any()
+            y.register_hook(lambda dy: seen.setdefault(name, []).append((count, bool(dy[count:].any()))))
+
+        return hook
+
+    for name, module in core.named_modules():
+        if isinstance(module, TernaryLinear | TernaryExperts):
+            module.register_forward_hook(note(name), with_kwargs=True)
+    output = core(stream().requires_grad_(), motifs(), code_vectors)
+    (output.state.sum() + output.ponder).backward()
+    left = []
+    monkeypatch.setattr(core, "masks", False)
+    monkeypatch.setattr(core, "_halt", noting_rows(core._halt, left))
+    core(stream(), motifs(), code_vectors)
+    assert len(set(left)) > 2, "some go on longer than others"
+    assert {"graph": "graph.out", "experts": "moe.down", "both": "moe.shared.up"}[part] in seen
+    for name, uses in seen.items():
+        rows = left[:-1] if name == "halting.linear" and len(left) == core.max_iters else left
+        each = 2 if name in ("moe.up", "moe.down") else 1
+        assert sorted(uses, reverse=True) == [(each * count, False) for count in rows], name
+
+
+def noting_rows(halt, rows):
+    def halt_and_note(s, *args, **options):
+        rows.append(len(s))
+        return halt(s, *args, **options)
+
+    return halt_and_note
 
 
 def captured(capture):

@@ -655,6 +655,25 @@ def test_a_model_trains_as_on_the_reference(triton_backend, monkeypatch):
     assert losses[0][2] != losses[0][0]
 
 
+@pytest.mark.parametrize("size", [(9, 40), (1, 33)], ids=str)
+def test_bytes_step_as_on_the_reference(size, monkeypatch):
+    from arbitor.ternary import Int8Embedding
+
+    gradients = torch.randn(3, *size, device=DEVICE)
+    gradients[1, 0] = 0
+    results = []
+    for backend in ("torch", "triton"):
+        monkeypatch.setenv("ARB_TERNARY_BACKEND", backend)
+        torch.manual_seed(0)
+        table = Int8Embedding(*size).to(DEVICE)
+        optimizer = VoteOptimizer(table, lr=0.07, seed=5)
+        for gradient in gradients:
+            table.capture.add_dense(gradient.clone())
+            optimizer.step()
+        results.append([table.q, *optimizer.named_state().values()])
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(*results, strict=True))
+
+
 def test_the_kernels_are_what_runs(triton_backend, monkeypatch):
     from arbitor.ops.state_update import triton
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from arbitor.ops.backend import has_triton
 from arbitor.ternary import TernaryExperts, TernaryLinear, VoteOptimizer
 from arbitor.ternary import step as step_module
 from testing.small_net import each_rule, each_state
@@ -225,23 +226,49 @@ def momentum_of(optimizer):
     return optimizer.kind.momentum_bits, optimizer.kind.beta, 0.95
 
 
-def test_few_tokens_vote_like_the_gradient_that_is_formed():
-    # With few tokens lean state orthogonalises two thin factors; the direction is the same up to rounding.
+@pytest.mark.parametrize("rule", ["spectral", "row"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("ends", [[2, 2, 5, 6, 8], [11, 11, 30, 30, 40]], ids=["few", "more"])
+def test_few_tokens_vote_like_the_gradient_that_is_formed(rule, backend, ends, monkeypatch):
+    # With few tokens lean state votes by two thin factors; the direction is the same up to rounding.
+    if backend == "triton" and not has_triton():
+        pytest.skip("needs Triton, which the extra `test` installs on Linux")
+    monkeypatch.setenv("ARB_TERNARY_BACKEND", backend)
     results = []
     for formed in (False, True):
         layer = experts()
-        optimizer = VoteOptimizer(layer, state="lean", seed=3)
-        for seed in range(6):
-            backward(layer, seed, [2, 2, 5, 6, 8])
+        optimizer = VoteOptimizer(layer, state="lean", rule=rule, seed=3)
+        before = optimizer.named_state()[".T_accum"].clone()
+        for seed in range(3 if backend == "torch" else 1):
+            backward(layer, seed, ends)
+            a, b, _ = layer.capture.sorted_rows()
+            layer.capture.clear()
             if formed:
-                a, b, ends = layer.capture.sorted_rows()
-                layer.capture.clear()
-                layer.capture.add_dense(form(a, b, ends.tolist()))
+                layer.capture.add_dense(form(a, b, ends))
+            else:  # behind the last expert's, rows that belong to none
+                a, b = (torch.cat([t, torch.full_like(t[:3], 7)]) for t in (a, b))
+                layer.capture._pairs.append((a, b, offsets(ends)))
             optimizer.step()
         results.append(optimizer.named_state()[".T_accum"].int())
+        assert torch.equal(results[-1][1], before[1].int()), "no tokens, no votes"
     difference = (results[0] - results[1]).abs()
     assert (results[0] != 0).float().mean() > 0.5
     assert (difference > 0).float().mean() < 0.02, "votes differ only where rounding did"
+
+
+@pytest.mark.parametrize("rule", ["spectral", "row"])
+def test_kernels_form_no_gradient_of_few_tokens(rule, monkeypatch):
+    if not has_triton():
+        pytest.skip("needs Triton, which the extra `test` installs on Linux")
+    monkeypatch.setenv("ARB_TERNARY_BACKEND", "triton")
+    monkeypatch.setattr(step_module, "update_dense", None)
+    layer = experts()
+    optimizer = VoteOptimizer(layer, state="lean", rule=rule)
+    monkeypatch.setattr(step_module.Step, "_batch_size", lambda *_: 1)  # no workspace holds two experts
+    backward(layer, 0, [2, 2, 5, 6, 11])
+    optimizer.step()
+    assert optimizer.named_state()[".T_accum"].any()
+    assert optimizer.last_step_applied
 
 
 def test_a_dropped_step_keeps_every_bit():

@@ -33,12 +33,19 @@ def _input(x, column, columns, SQUARED: tl.constexpr):
     return value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["last"])
 def _quantize_kernel(
-    x, codes, scale, rstd, sums, columns, eps, code_scale, smallest, NORM: tl.constexpr,
-    SQUARED: tl.constexpr, SUMS: tl.constexpr, ONCE: tl.constexpr, BLOCK: tl.constexpr, PTX: tl.constexpr,
+    x, codes, scale, rstd, sums, offsets, last, columns, eps, code_scale, smallest, NORM: tl.constexpr,
+    SQUARED: tl.constexpr, SUMS: tl.constexpr, COUNTED: tl.constexpr, ONCE: tl.constexpr,
+    BLOCK: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
+    if COUNTED:
+        count = tl.load(offsets + last)
+        if token >= count:
+            tl.store(scale + token, 0.0)
+            tl.store(rstd + token, 0.0)
+            return
     x += token * columns
     codes += token * columns
     column = tl.arange(0, BLOCK)
@@ -86,13 +93,21 @@ def _gradient(dxn, more, at, used, MORE: tl.constexpr):
     return gradient
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["last"])
 def _norm_backward_kernel(
-    dxn, more, x, rstd, beside, dx, columns, NORM: tl.constexpr, SQUARED: tl.constexpr, MORE: tl.constexpr,
-    BESIDE: tl.constexpr, BLOCK: tl.constexpr,
+    dxn, more, x, rstd, beside, dx, offsets, last, columns, NORM: tl.constexpr, SQUARED: tl.constexpr,
+    MORE: tl.constexpr, BESIDE: tl.constexpr, COUNTED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     row = token * columns
+    if COUNTED:
+        count = tl.load(offsets + last)
+        if token >= count:
+            for first in range(0, columns, BLOCK):
+                column = first + tl.arange(0, BLOCK)
+                zeros = tl.zeros((BLOCK,), dtype=dx.dtype.element_ty)
+                tl.store(dx + row + column, zeros, mask=column < columns)
+            return
     inverse = tl.load(rstd + token)
     coefficient = 0.0
     if NORM:
@@ -145,11 +160,17 @@ def _scale_kernel(x, scale, y, tokens, columns, TOKENS: tl.constexpr, BLOCK: tl.
 
 
 def quantize(
-    x: Tensor, input_norm: bool, squared: bool = False, *, sums: Tensor | None = None
+    x: Tensor,
+    input_norm: bool,
+    squared: bool = False,
+    *,
+    sums: Tensor | None = None,
+    offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.normalize_and_quantize` of x [N, I] in fp32 or bf16; the codes are int8.
 
-    `sums`, int32 [N, 1], are overwritten with the sums of each token's codes.
+    `sums`, int32 [N, 1], are overwritten with the sums of each token's codes. With `offsets`, int32 [E], rows
+    behind the last of them are left out: their scale and rstd are 0, and their codes and sums anything.
     """
     tokens, columns = x.shape
     codes = torch.empty((tokens, columns), dtype=torch.int8, device=x.device)
@@ -157,9 +178,9 @@ def quantize(
     if tokens:
         smallest = torch.finfo(torch.float32).tiny * CODE_SCALE
         _quantize_kernel[(tokens,)](
-            x.contiguous(), codes, scale, rstd, codes if sums is None else sums, columns, RMS_EPS, CODE_SCALE,
-            smallest, NORM=input_norm, SQUARED=squared, SUMS=sums is not None,
-            ONCE=columns <= _block(columns), BLOCK=_block(columns), PTX=has_ptx(),
+            x.contiguous(), codes, scale, rstd, codes if sums is None else sums, *_counted(x, offsets),
+            columns, RMS_EPS, CODE_SCALE, smallest, NORM=input_norm, SQUARED=squared, SUMS=sums is not None,
+            COUNTED=offsets is not None, ONCE=columns <= _block(columns), BLOCK=_block(columns), PTX=has_ptx(),
             num_warps=_warps(columns), enable_fp_fusion=False,
         )  # fmt: skip
     return codes, scale, rstd
@@ -174,6 +195,7 @@ def norm_backward(
     *,
     more: Tensor | None = None,
     beside: Tensor | None = None,
+    offsets: Tensor | None = None,
 ) -> Tensor:
     """Gradient [N, I] of x, in its dtype, from that of u * rstd(u), u = x or relu(x)^2.
 
@@ -185,15 +207,16 @@ def norm_backward(
         squared: u is relu(x)^2.
         more: of the dtype of dxn, a second gradient to be added to it.
         beside: [N, I], a gradient of x itself, to be added to the result.
+        offsets: int32 [E]; the gradient of rows behind the last of them is 0.
     """
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     tokens, columns = x.shape
     if tokens:
         _norm_backward_kernel[(tokens,)](
             dxn.contiguous(), dxn if more is None else more.contiguous(), x.contiguous(), rstd,
-            x if beside is None else beside.contiguous(), dx, columns, NORM=input_norm, SQUARED=squared,
-            MORE=more is not None, BESIDE=beside is not None, BLOCK=_block(columns),
-            num_warps=_warps(columns),
+            x if beside is None else beside.contiguous(), dx, *_counted(x, offsets), columns,
+            NORM=input_norm, SQUARED=squared, MORE=more is not None, BESIDE=beside is not None,
+            COUNTED=offsets is not None, BLOCK=_block(columns), num_warps=_warps(columns),
         )  # fmt: skip
     return dx
 
@@ -216,6 +239,11 @@ def scale_tokens(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         grid, block = _patches(*x.shape)
         _scale_kernel[grid](x.contiguous(), scale, y, *x.shape, **block, num_warps=4)
     return y
+
+
+def _counted(x: Tensor, offsets: Tensor | None) -> tuple[Tensor, int]:
+    """Where the number of rows stands, and the place of the last offset there."""
+    return (x, 0) if offsets is None else (offsets, len(offsets) - 1)
 
 
 def _patches(tokens: int, columns: int) -> tuple[tuple[int, int], dict[str, int]]:

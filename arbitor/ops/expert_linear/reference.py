@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arbitor.ops import activations, trit_codec
+from arbitor.ops.backend import uses_triton
 
 WORKSPACE_BYTES = 16 << 20  # of decoded weights, or as many as the activations take, if that is more
 MULTIPLE = 8  # elements that the library's grouped matmul wants rows to be a multiple of (16 bytes in bf16)
@@ -38,16 +39,18 @@ def busy_experts(offsets: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     return order, offsets[order]
 
 
-def slices(x: Tensor, out_features: int, experts: int, element_size: int) -> Iterator[tuple[int, int]]:
+def slices(
+    beside: Tensor, in_features: int, out_features: int, experts: int, element_size: int
+) -> Iterator[tuple[int, int]]:
     """Ranges of output rows whose decoded weights fit into the workspace, in multiples of 16.
 
     Args:
-        x: [M, I], the activations.
-        out_features: O.
+        beside: a tensor of rows that is there in any case; as large may the workspace be.
+        in_features, out_features: I and O.
         experts: A, that are decoded.
         element_size: bytes of a decoded weight.
     """
-    rows = max(WORKSPACE_BYTES, x.nbytes) // max(1, experts * x.shape[1] * element_size)
+    rows = max(WORKSPACE_BYTES, beside.nbytes) // max(1, experts * in_features * element_size)
     rows = max(16, rows // 16 * 16)
     for first in range(0, out_features, rows):
         yield first, min(first + rows, out_features)
@@ -75,10 +78,23 @@ def grouped_outer(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
     if a.dtype == torch.float64:
         return torch.stack([a[first:last].t() @ b[first:last] for first, last in _ranges(offsets)])
     rows, columns = a.shape[1], b.shape[1]
-    a, b = (F.pad(t, (0, -t.shape[1] % MULTIPLE)) for t in (a, b))
+    # Padding by nothing would copy.
+    a, b = (F.pad(t, (0, pad)) if (pad := -t.shape[1] % MULTIPLE) else t for t in (a, b))
     product = F.grouped_mm(a.t(), b, offs=offsets)[:, :rows, :columns]
-    used = torch.diff(offsets, prepend=offsets.new_zeros(1)) > 0
-    return torch.where(used[:, None, None], product, 0)
+    if uses_triton(a) and product.is_contiguous():
+        from arbitor.ops.expert_linear import triton
+
+        return triton.clear_idle(product, offsets)
+    idle = torch.diff(offsets, prepend=offsets.new_zeros(1)) == 0
+    return product.masked_fill_(idle[:, None, None], 0)
+
+
+def clear_behind(rows: Tensor, offsets: Tensor) -> Tensor:
+    """rows [M, ...], in place, with zeros behind the last expert's."""
+    if rows.device.type == "cpu":
+        rows[int(offsets[-1]) :] = 0
+        return rows
+    return rows.masked_fill_(torch.arange(len(rows), device=rows.device)[:, None] >= offsets[-1], 0)
 
 
 def _ranges(offsets: Tensor) -> list[tuple[int, int]]:
@@ -105,7 +121,7 @@ def forward(
     experts, ends = busy_experts(offsets, x.shape[0])
     out_features = packed.shape[1]
     y: Tensor | None = None
-    for first, last in slices(x, out_features, len(experts), dtype.itemsize):
+    for first, last in slices(x, x.shape[1], out_features, len(experts), dtype.itemsize):
         weight = trit_codec.decode(
             packed[experts, first:last], exponent[experts, first:last], x.shape[1], group, dtype
         )
@@ -116,7 +132,7 @@ def forward(
             y = x.new_empty((x.shape[0], out_features), dtype=out_dtype) if y is None else y
             y[:, first:last] = part
     assert y is not None, "an expert has at least one row"
-    return y, saved, scale, rstd
+    return clear_behind(y, offsets), saved, scale, rstd
 
 
 def backward(
@@ -135,11 +151,11 @@ def backward(
     dy = dy.to(dtype)
     experts, ends = busy_experts(offsets, x.shape[0])
     dxn: Tensor | None = None
-    for first, last in slices(x, packed.shape[1], len(experts), dtype.itemsize):
+    for first, last in slices(x, x.shape[1], packed.shape[1], len(experts), dtype.itemsize):
         weight = trit_codec.decode(
             packed[experts, first:last], exponent[experts, first:last], x.shape[1], group, dtype
         )
         part = grouped_matmul(dy[:, first:last].contiguous(), weight, ends)
         dxn = part if dxn is None else dxn.to(activations.compute_dtype(x)).add_(part)
     assert dxn is not None, "an expert has at least one row"
-    return activations.input_gradient(dxn, x, rstd, input_norm, squared)
+    return activations.input_gradient(clear_behind(dxn, offsets), x, rstd, input_norm, squared)

@@ -212,7 +212,7 @@ def few_tokens(
 
 
 def _tile(tokens: int, rows: int, small: int = DEFAULTS["small_tile_rows"]) -> Tile:
-    """The tile for some tokens and rows: a large one above `small` rows, where there are enough for a large GPU."""
+    """The tile for some tokens and rows: large ones above `small` rows, enough for a large GPU."""
     width = 8 if tokens <= 8 else 16 if tokens <= 16 else 32
     if rows > small:
         return next(tile for tile in LARGE_TILES if tile.tokens == width)

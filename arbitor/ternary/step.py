@@ -24,6 +24,7 @@ from arbitor.ops.random_bits import random_bits, skip, step_keys
 from arbitor.ops.rows import write_rows
 from arbitor.ternary.capture import ExpertCapture, GradientCapture, RowCapture
 from arbitor.ternary.counters import IntegerCounters
+from arbitor.ternary.joined import may_join, update_joined
 from arbitor.ternary.layers import Int8Weights, TernaryEmbeddingTable
 from arbitor.ternary.tensor import IntegerModule, TernaryScaleTensor
 from arbitor.ternary.update import (
@@ -83,6 +84,8 @@ class Step:
                 self.flips[name] = self._update_experts(name, module, module.capture)
             elif isinstance(module.capture, RowCapture):
                 self.flips[name] = self._update_table_rows(name, module, module.capture)
+        for names in self._joined(singles):
+            self._update_joined({name: singles.pop(name) for name in names})
         for names, stays_factored in self._groups(singles):
             self._update_group({name: singles[name] for name in names}, stays_factored)
 
@@ -109,6 +112,42 @@ class Step:
         counters.advance(self.ok.to(device), bits)
 
     # -- single matrices ------------------------------------------------------------------------------------
+
+    def _joined(self, modules: Mapping[str, TernaryScaleTensor]) -> list[list[str]]:
+        """Names of those that move as one list of blocks, equal shapes together, as the workspace holds."""
+        shapes: dict[tuple[int, ...], list[str]] = defaultdict(list)
+        for name, module in modules.items():
+            assert isinstance(module.capture, GradientCapture)
+            tokens = module.capture.num_tokens
+            factored = tokens is not None and self._may_stay_factored(module, tokens)
+            alone = factored or isinstance(module, TernaryEmbeddingTable)
+            if not alone and self._batch_size(module) > 1 and may_join(module, self.constants):
+                shapes[module.out_features, module.in_features, module.group].append(name)
+        batches: list[list[str]] = []
+        room = 0
+        for names in shapes.values():
+            for name in names:
+                weights = modules[name].numel()
+                if weights > room:
+                    batches.append([])
+                    room = self.constants.workspace_weights
+                batches[-1].append(name)
+                room -= weights
+        return batches
+
+    def _update_joined(self, group: Mapping[str, TernaryScaleTensor]) -> None:
+        modules = list(group.values())
+        gradients = [m.capture.gradient() for m in modules if isinstance(m.capture, GradientCapture)]
+        device = modules[0].T_packed.device
+        flips = update_joined(
+            [self._tensors(module) for module in modules],
+            gradients,
+            [module.group for module in modules],
+            self._keys(list(group), device),
+            self.numbers[device],
+            self.constants,
+        )
+        self.flips |= dict(zip(group, flips, strict=True))
 
     def _groups(self, modules: Mapping[str, TernaryScaleTensor]) -> Iterable[tuple[list[str], bool]]:
         """Names of equal shape, as many as the workspace holds; True: the gradient stays factored."""

@@ -3,6 +3,9 @@
 import io
 import json
 import math
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -198,3 +201,27 @@ def test_progress_of_what_has_no_steps(monkeypatch):
         display.progress("measuring: window", 1, 4)
     assert "measuring: window 1/4" in terminal.file.getvalue()
     assert "25 %" in terminal.file.getvalue()
+
+
+FAULTS = """
+import resource, torch
+from arbitor.train.device import keep_freed_memory
+{call}
+for _ in range(20):
+    [torch.zeros(5 << 18) for _ in range(10)]
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    [torch.zeros(5 << 18) for _ in range(10)]
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+def test_freed_memory_is_kept_for_the_next_tensors():
+    def faults(call):
+        done = subprocess.run(
+            [sys.executable, "-c", FAULTS.format(call=call)], capture_output=True, text=True, check=True
+        )
+        return int(done.stdout)
+
+    assert faults("keep_freed_memory()") < 100 < faults("")

@@ -3,6 +3,8 @@
 Shape letters: N tokens, I in, O out.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -90,8 +92,10 @@ def norm_backward(dxn: Tensor, x: Tensor, rstd: Tensor) -> Tensor:
     return dxn.mul_(rstd).addcmul_(x, coefficient, value=-1)
 
 
-def _no_autocast(x: Tensor) -> torch.autocast:
+def _no_autocast(x: Tensor) -> AbstractContextManager[None]:
     """Autocast would reach into an op and round an exact product; the caller has chosen the dtypes."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return nullcontext()
     return torch.autocast(x.device.type, enabled=False)
 
 

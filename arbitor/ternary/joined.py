@@ -1,7 +1,7 @@
 """A step of many matrices on a CPU, whatever their shapes: as one list of blocks of 160 weights.
 
-Where a row is a whole number of blocks, momentum, votes, flips and packing go through blocks without regard to
-whose they are, so that all matrices cost as many operations as one. Only the direction needs their shapes.
+Where a row is a whole number of blocks, momentum, votes, flips and packing go through blocks without regard
+to whose they are, so that all matrices cost as many operations as one. Only the direction needs their shapes.
 The integers are those of `arbitor.ternary.update`.
 
 Shape letters: n matrices of one shape, O out, I in, N blocks.

@@ -118,9 +118,7 @@ class _TernaryMatmul(torch.autograd.Function):
             if trits is not None:
                 dx = cpu.backward(dy_NO, x_NI, rstd, cpu.Decoded(trits, row_scale), norm, squared)
             else:
-                dx = ternary_linear_backward(
-                    dy_NO, x_NI, rstd, packed, exponent, module.group, norm, squared
-                )
+                dx = ternary_linear_backward(dy_NO, x_NI, rstd, packed, exponent, module.group, norm, squared)
             dx = dx.view(x.shape)
         return None, dx, None, None, None, None
 

@@ -600,7 +600,8 @@ def _surely_finite(tensors: list[Tensor]) -> bool:
 
     What is finite may have a square that is not.
     """
-    return bool(torch.isfinite(torch.stack([n.to(torch.float32) for n in torch._foreach_norm(tensors)])).all())
+    norms = torch.stack([norm.to(torch.float32) for norm in torch._foreach_norm(tensors)])
+    return bool(torch.isfinite(norms).all())
 
 
 def _unpacked(module: TernaryScaleTensor) -> Tensor:

@@ -159,18 +159,21 @@ def deterministic(seed: int, device: torch.device) -> Iterator[None]:
         torch_deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory() -> bool:
     """Let this process keep the memory of freed tensors for the next ones.
 
     glibc gives blocks of megabytes back to the system again and again, which then has to find and clear each
-    page of the next tensor: of `tiny` 10,000 pages a step. Where the C library is another, nothing changes.
+    page of the next tensor: of `tiny` 10,000 pages a step.
+
+    Returns:
+        Whether it will; where the C library is another, nothing changes.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):
-        return
-    for option, value in ((_M_MMAP_THRESHOLD, 32 << 20), (_M_TRIM_THRESHOLD, (1 << 31) - 1)):
-        mallopt(option, value)
+        return False
+    settings = (_M_MMAP_THRESHOLD, 32 << 20), (_M_TRIM_THRESHOLD, (1 << 31) - 1)
+    return all([mallopt(option, value) == 1 for option, value in settings])
 
 
 @contextlib.contextmanager

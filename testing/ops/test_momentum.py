@@ -6,8 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arbitor.ops.momentum import GROUP, code_max, momentum_fold
-from arbitor.ops.momentum import cpu
+from arbitor.ops.momentum import GROUP, code_max, cpu, momentum_fold
 from arbitor.ops.momentum.reference import (
     decode,
     encode,

@@ -5,8 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arbitor.ops.state_update import scale_update, state_update
-from arbitor.ops.state_update import cpu, reference
+from arbitor.ops.state_update import cpu, reference, scale_update, state_update
 from arbitor.ops.state_update.reference import stochastic_floor
 from arbitor.ops.trit_codec import trit_pack, trit_unpack
 from testing import oracles

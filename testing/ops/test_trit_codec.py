@@ -10,13 +10,14 @@ from arbitor.ops.trit_codec import (
     BLOCK,
     ILLEGAL,
     PLANE,
+    cpu,
     legal_bytes,
     packed_width,
+    reference,
     ternary_decode,
     trit_pack,
     trit_unpack,
 )
-from arbitor.ops.trit_codec import cpu, reference
 from testing import oracles
 
 FLOATS = [torch.float64, torch.float32, torch.bfloat16]

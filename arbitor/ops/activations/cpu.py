@@ -1,7 +1,7 @@
 """The passes around a linear's products on a CPU: the bits of the reference, some tokens at a time.
 
-What lies between two passes over a few tokens stays in a core's cache, and no tensor of all tokens is made for
-it. For fp32.
+What lies between two passes over a few tokens stays in a core's cache, and no tensor of all tokens is made
+for it. For fp32.
 
 Shape letters: N tokens, I in, O out.
 """
@@ -52,9 +52,7 @@ def round_scaled(dy: Tensor, scale: Tensor) -> Tensor:
     return rounded
 
 
-def input_gradient(
-    dxn: Tensor, x: Tensor, rstd: Tensor, input_norm: bool, squared: bool = False
-) -> Tensor:
+def input_gradient(dxn: Tensor, x: Tensor, rstd: Tensor, input_norm: bool, squared: bool = False) -> Tensor:
     """See `reference.input_gradient`; dxn [N, I] of fp32 or bf16 is kept."""
     dx = torch.empty_like(x)
     for part in token_parts(x):

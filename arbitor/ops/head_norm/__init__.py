@@ -49,9 +49,9 @@ def keys_and_values(up_BNHU: Tensor, shared_BNR: Tensor, plain: int) -> tuple[Te
 
 
 def _fused(x: Tensor) -> bool:
-    """Whether kernels run, or on a CPU closed gradients; where torch compiles the model, it fuses the reference.
+    """Whether kernels run or, on a CPU, closed gradients, which take half of autograd's passes.
 
-    Closed gradients take half of autograd's passes.
+    Where torch compiles the model, it fuses the reference itself.
     """
     if torch.compiler.is_compiling() or x.dtype == torch.float64:
         return False

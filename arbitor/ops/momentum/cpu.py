@@ -1,4 +1,4 @@
-"""Momentum on a CPU: the integers and floats of the reference in fewer passes, for what is active throughout."""
+"""Momentum on a CPU: the bits of the reference in fewer passes, for what is active throughout."""
 
 import torch
 from torch import Tensor

@@ -1,7 +1,7 @@
 """Votes and flips on a CPU: the integers of the reference by sums of bytes, for what is active throughout.
 
-torch's comparisons take an order of magnitude longer than its sums and limits of small integers, so conditions
-are written as those.
+torch's comparisons take an order of magnitude longer than its sums and limits of small integers, so
+conditions are written as those.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """Linear on packed trits on a CPU, the product in integers: the bits of the reference in fewer operations.
 
-Called straight by the layers: what goes through torch's dispatcher to Python costs a small model more than its
-norms do. The forward hands its decoded trits to the backward.
+Called straight by the layers, without torch's dispatcher to Python. The forward hands its decoded trits to
+the backward.
 
 Shape letters: N tokens, I in, O out, P packed bytes a row.
 """

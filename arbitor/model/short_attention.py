@@ -53,5 +53,5 @@ class _ShortAttention(torch.autograd.Function):
         dscore_SNN = dscore_SNN.mul_(ctx.scale).to(torch.bfloat16)
         dquery_SNK = torch.bmm(dscore_SNN, key_SNK)
         dkey_SNK = torch.bmm(dscore_SNN.mT, query_SNK)
-        gradients = (t.to(torch.float32).view(dy.shape) for t in (dquery_SNK, dkey_SNK, dvalue_SNK))
-        return *gradients, None
+        dquery, dkey, dvalue = (t.float().view(dy.shape) for t in (dquery_SNK, dkey_SNK, dvalue_SNK))
+        return dquery, dkey, dvalue, None

@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 
 from arbitor.ops.backend import uses_triton
+from arbitor.ops.int8_table import reference as int8_table
+from arbitor.ops.momentum import GROUP
 from arbitor.ops.momentum import cpu as momentum
 from arbitor.ops.random_bits import random_bits, skip
+from arbitor.ops.rows import write_rows
 from arbitor.ops.state_update import cpu as state_update
 from arbitor.ops.trit_codec import BLOCK
 from arbitor.ternary import rules
@@ -30,6 +33,11 @@ def may_join(module: TernaryScaleTensor, constants: VoteConstants) -> bool:
     packed = module.T_packed
     on_cpu = packed.device.type == "cpu" and not uses_triton(packed)
     return on_cpu and module.in_features % BLOCK == 0 and not constants.votes_on_scales
+
+
+def may_step_table(q: Tensor) -> bool:
+    """Whether an int8 table [rows, columns] may step by `update_table`."""
+    return q.device.type == "cpu" and not uses_triton(q) and q.dim() == 2 and q.shape[1] % GROUP == 0
 
 
 def update_joined(
@@ -104,6 +112,44 @@ def update_joined(
     for i, part in zip(active, torch.cat(moved).split(sizes), strict=True):
         flips[i] = part.sum(dtype=torch.int64)
     return flips
+
+
+def update_table(
+    q: Tensor,
+    momenta: Tensor,
+    exponents: Tensor,
+    gradient: Tensor,
+    keys: Tensor,
+    numbers: StepNumbers,
+    beta: float,
+) -> None:
+    """A step of an int8 table; rows whose gradient is all zero stay as they are.
+
+    Args:
+        q: int8 [rows, columns], columns a multiple of 32; changed.
+        momenta, exponents: its momentum, int8 and int16; changed.
+        gradient: fp32 [rows, columns], finite; changed.
+        keys: int32 [1, 2], its random stream.
+        numbers: of the step.
+        beta: of the momentum.
+    """
+    bits = random_bits(keys, q.numel()).view(q.shape)
+    norms = torch.linalg.vector_norm(gradient, dim=-1)
+    active = norms.nonzero()[:, 0]
+    if len(active) < len(q):
+        active = gradient.any(dim=-1).nonzero()[:, 0]
+    if not len(active):
+        return
+    rows = [q, momenta, exponents]
+    moved = rows
+    if len(active) < len(q):
+        moved = [tensor[active] for tensor in rows]
+        gradient, bits = gradient[active], bits[active]
+    momentum.fold(gradient, moved[1], moved[2], bits, 8, beta, LOOKAHEAD)
+    int8_table.update(moved[0], gradient, numbers.table, bits, None)
+    if moved is not rows:
+        for tensor, part in zip(rows, moved, strict=True):
+            write_rows(tensor, active, part)
 
 
 def _direct(

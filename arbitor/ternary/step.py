@@ -24,7 +24,7 @@ from arbitor.ops.random_bits import random_bits, skip, step_keys
 from arbitor.ops.rows import write_rows
 from arbitor.ternary.capture import ExpertCapture, GradientCapture, RowCapture
 from arbitor.ternary.counters import IntegerCounters
-from arbitor.ternary.joined import may_join, update_joined
+from arbitor.ternary.joined import may_join, may_step_table, update_joined, update_table
 from arbitor.ternary.layers import Int8Weights, TernaryEmbeddingTable
 from arbitor.ternary.tensor import IntegerModule, TernaryScaleTensor
 from arbitor.ternary.update import (
@@ -93,6 +93,12 @@ class Step:
         """A byte table, or a vector as a table of one row: steps against the sign."""
         assert isinstance(module.capture, GradientCapture)
         state = self.state[module.q]
+        if may_step_table(module.q):
+            gradient = module.capture.gradient().to(torch.float32, copy=True)
+            keys = self._keys([name], gradient.device)
+            numbers = self.numbers[gradient.device]
+            update_table(module.q.data, state["M"], state["M_exp"], gradient, keys, numbers, beta)
+            return
         gradient = module.capture.gradient().to(torch.float32)
         active = gradient.any(dim=-1) & self.ok.to(gradient.device)
         bits = random_bits(self._keys([name], gradient.device), module.numel()).view(gradient.shape)

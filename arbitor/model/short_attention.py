@@ -40,7 +40,7 @@ class _ShortAttention(torch.autograd.Function):
         ctx.scale = scale
         kept = (t.to(torch.bfloat16) for t in (query_SNK, key_SNK, value_SNK))
         ctx.save_for_backward(weight_SNN, *kept)
-        return torch.bmm(weight_SNN, value_SNK).view(value.shape)
+        return torch.ops.aten._unsafe_view(torch.bmm(weight_SNN, value_SNK), value.shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -102,7 +102,8 @@ class _TernaryMatmul(torch.autograd.Function):
         # Kept for the backward where they take less than what is kept of the tokens.
         kept = decoded if decoded is not None and len(y) >= len(packed) else (None, None)
         ctx.save_for_backward(x, rstd, packed, exponent, saved_codes, scale, *kept)
-        return y.view(*x.shape[:-1], module.out_features)
+        # No view in autograd's sense: a view that is made in here could not be changed in place.
+        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], module.out_features))
 
     @staticmethod
     @torch.autograd.function.once_differentiable

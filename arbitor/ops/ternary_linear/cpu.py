@@ -13,6 +13,7 @@ from torch import Tensor
 
 from arbitor.ops import activations
 from arbitor.ops.activations import cpu as passes
+from arbitor.ops.backend import uses_triton
 from arbitor.ops.exponent import exp2_int
 from arbitor.ops.int8_matmul import cpu as int8_matmul
 from arbitor.ops.int8_matmul import integers_pay
@@ -34,7 +35,7 @@ class Decoded(NamedTuple):
 
 def applies(x: Tensor, exponent: Tensor, quantize: bool) -> bool:
     """Whether `forward` may take the place of the library op, for x [N, I] and exponents [O, G]."""
-    plain = type(x) is Tensor and not torch.compiler.is_compiling()
+    plain = type(x) is Tensor and not torch.compiler.is_compiling() and not uses_triton(x)
     return plain and quantize and exponent.shape[-1] == 1 and integers_pay(x)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from arbitor.config import ModelConfig
 from arbitor.model.ledger import LayerLedger
 from arbitor.model.rotary import Rotation
+from arbitor.model.short_attention import is_short, short_attention
 from arbitor.ops.head_norm import keys_and_values, norm_and_rotate
 from arbitor.ternary import TernaryLinear
 from arbitor.ternary.stream import read_stream
@@ -101,6 +102,8 @@ class LatentAttention(nn.Module):
             value_BHMV = F.pad(value_BHMV, (0, K - V))
         whole = self.window == 0 or self.window >= M
         causal = whole and N == M
+        if causal and is_short(query_BHNK, key_BHMK, value_BHMV):
+            return short_attention(query_BHNK, key_BHMK, value_BHMV, K**-0.5)[..., :V]
         mask_NM = None
         if not causal and N > 1:
             distance_NM = self._distance(N, M, query_BHNK.device)

@@ -35,9 +35,11 @@ def squared_relu(x: Tensor) -> Tensor:
 def after_squared_relu(linear: nn.Module, x: Tensor, *others: Tensor, **options: Tensor) -> Tensor:
     """linear(relu(x)^2, *others, **options), in one where that is faster.
 
-    On a GPU a linear's kernels take the square along. Elsewhere it is cheaper to keep it.
+    On a GPU a linear's kernels take the square along, and on a CPU the passes over a few tokens at a time do.
+    Elsewhere it is cheaper to keep it.
     """
-    if type(linear) in (TernaryLinear, TernaryExperts) and uses_triton(x):
+    in_passes = type(linear) is TernaryLinear and x.device.type == "cpu" and x.dtype == torch.float32
+    if in_passes or (type(linear) in (TernaryLinear, TernaryExperts) and uses_triton(x)):
         return linear(x, *others, squared=True, **options)
     return linear(squared_relu(x), *others, **options)
 

@@ -14,7 +14,7 @@ from arbitor.errors import UserError
 from arbitor.ops.activations import scale_tokens
 from arbitor.ops.backend import rounds_gradients, uses_triton
 from arbitor.ops.int8_table import Q_MAX, int8_gather, int8_linear, int8_linear_backward
-from arbitor.ops.ternary_linear import ternary_linear, ternary_linear_backward
+from arbitor.ops.ternary_linear import cpu, ternary_linear, ternary_linear_backward
 from arbitor.ops.trit_gather import ternary_gather
 from arbitor.ternary.capture import (
     GradientCapture,
@@ -74,7 +74,7 @@ def capture_linear(capture: GradientCapture, codes: Tensor, scale: Tensor, dy: T
 
 
 class _TernaryMatmul(torch.autograd.Function):
-    """Forward and input gradient of a ternary linear on x [N, I]."""
+    """Forward and input gradient of a ternary linear on x [..., I]."""
 
     @staticmethod
     def forward(
@@ -87,27 +87,40 @@ class _TernaryMatmul(torch.autograd.Function):
         squared: bool,
     ) -> Tensor:
         packed, exponent = module.T_packed, module.E
-        y, codes, scale, rstd = ternary_linear(
-            x, packed, exponent, module.group, module.input_norm, quantize, out_dtype, squared
-        )
+        x_NI = x.reshape(-1, module.in_features)
+        decoded = None
+        if cpu.applies(x_NI, exponent, quantize):
+            decoded = cpu.decode(packed, exponent, module.in_features)
+            y, codes, scale, rstd = cpu.forward(x_NI, decoded, module.input_norm, out_dtype, squared)
+        else:
+            y, codes, scale, rstd = ternary_linear(
+                x_NI, packed, exponent, module.group, module.input_norm, quantize, out_dtype, squared
+            )
         ctx.module = module
         ctx.squared = squared
         saved_codes = codes if module.capture is not None else None
-        ctx.save_for_backward(x, rstd, packed, exponent, saved_codes, scale)
-        return y
+        # Kept for the backward where they take less than what is kept of the tokens.
+        kept = decoded if decoded is not None and len(y) >= len(packed) else (None, None)
+        ctx.save_for_backward(x, rstd, packed, exponent, saved_codes, scale, *kept)
+        # No view in autograd's sense: a view that is made in here could not be changed in place.
+        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], module.out_features))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, rstd, packed, exponent, codes, scale = ctx.saved_tensors
+        x, rstd, packed, exponent, codes, scale, trits, row_scale = ctx.saved_tensors
         module = ctx.module
+        dy_NO, x_NI = dy.reshape(-1, module.out_features), x.reshape(-1, module.in_features)
         if module.capture is not None and codes is not None and wants_weights(ctx):
-            capture_linear(module.capture, codes, scale, dy)
+            capture_linear(module.capture, codes, scale, dy_NO)
         dx = None
         if ctx.needs_input_grad[1]:
-            dx = ternary_linear_backward(
-                dy, x, rstd, packed, exponent, module.group, module.input_norm, ctx.squared
-            )
+            norm, squared = module.input_norm, ctx.squared
+            if trits is not None:
+                dx = cpu.backward(dy_NO, x_NI, rstd, cpu.Decoded(trits, row_scale), norm, squared)
+            else:
+                dx = ternary_linear_backward(dy_NO, x_NI, rstd, packed, exponent, module.group, norm, squared)
+            dx = dx.view(x.shape)
         return None, dx, None, None, None, None
 
 
@@ -178,9 +191,7 @@ class TernaryLinear(NormedMatrix):
 
 def ternary_matmul(module: "NormedMatrix", x: Tensor, quantize: bool, squared: bool = False) -> Tensor:
     """x float [..., I] times the matrix of `module`, [..., O]; captured, as `TernaryLinear.forward` says."""
-    x_NI = x.reshape(-1, module.in_features)
-    y_NO = _TernaryMatmul.apply(root_of(module), x_NI, module, quantize, output_dtype(x), squared)
-    return y_NO.view(*x.shape[:-1], module.out_features)
+    return _TernaryMatmul.apply(root_of(module), x, module, quantize, output_dtype(x), squared)
 
 
 def _row_ids(ids: Tensor, rows: int) -> Tensor:

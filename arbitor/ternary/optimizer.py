@@ -410,7 +410,9 @@ class VoteOptimizer(torch.optim.Optimizer):
             # One bound for all, in a few launches: no sum of products can be larger.
             sums = torch.stack(torch._foreach_norm(group, 1, dtype=torch.float32))
             ok = ok & torch.isfinite(sums.sum() * (127 * ROUNDING_MARGIN)).to(ok.device)
-        for group in tensors.values():
+        for device, group in tensors.items():
+            if device.type == "cpu" and _surely_finite(group):
+                continue
             largest = torch.stack([n.to(torch.float32) for n in torch._foreach_norm(group, float("inf"))])
             ok = ok & torch.isfinite(largest).all().to(ok.device)
         return ok
@@ -611,6 +613,15 @@ def _refuse_bad_thresholds(accum_threshold: int, e_accum_threshold: int) -> None
         raise UserError(f"accum_threshold must be between 2 and 127, got {accum_threshold}")
     if not 1 <= e_accum_threshold <= 127:
         raise UserError(f"e_accum_threshold must be between 1 and 127, got {e_accum_threshold}")
+
+
+def _surely_finite(tensors: list[Tensor]) -> bool:
+    """Whether their 2-norms, which a CPU finds much faster than their largest elements, are all finite.
+
+    What is finite may have a square that is not.
+    """
+    norms = torch.stack([norm.to(torch.float32) for norm in torch._foreach_norm(tensors)])
+    return bool(torch.isfinite(norms).all())
 
 
 def _unpacked(module: TernaryScaleTensor) -> Tensor:

@@ -33,7 +33,7 @@ def spectral(n: Tensor) -> Tensor:
     """
     rows, columns = n.shape[-2:]
     x = n / n.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(_TINY)
-    x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp_min(_TINY)
+    x.div_(torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp_min_(_TINY))
     x = x.flatten(0, -3) if n.dim() > 2 else x[None]
     if n.is_cuda or rounds_gradients(n):
         x = x.to(torch.bfloat16)
@@ -46,7 +46,7 @@ def spectral(n: Tensor) -> Tensor:
         x = torch.baddbmm(x, polynomial, x, beta=a)
     if rows > columns:
         x = x.mT
-    return x.to(n.dtype).reshape(n.shape) * max(rows, columns) ** 0.5
+    return x.to(n.dtype, copy=True).reshape(n.shape).mul_(max(rows, columns) ** 0.5)
 
 
 def gram(x: Tensor) -> Tensor:

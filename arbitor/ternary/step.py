@@ -23,6 +23,7 @@ from arbitor.ops.random_bits import random_bits, skip, step_keys
 from arbitor.ops.rows import write_rows
 from arbitor.ternary.capture import ExpertCapture, GradientCapture, RowCapture
 from arbitor.ternary.counters import IntegerCounters
+from arbitor.ternary.joined import may_join, may_step_table, update_joined, update_table
 from arbitor.ternary.layers import Int8Weights, TernaryEmbeddingTable
 from arbitor.ternary.tensor import IntegerModule, TernaryScaleTensor
 from arbitor.ternary.update import (
@@ -114,6 +115,8 @@ class Step:
                     self.flips[name] = self._update_experts(name, module, module.capture)
             elif isinstance(module.capture, RowCapture):
                 self.flips[name] = self._update_table_rows(name, module, module.capture)
+        for names in self._joined(singles):
+            self._update_joined({name: singles.pop(name) for name in names})
         for names, tokens in self._groups(singles):
             if tokens is None:
                 self._update_group({name: singles[name] for name in names})
@@ -126,6 +129,12 @@ class Step:
         """A byte table, or a vector as a table of one row: steps against the sign."""
         assert isinstance(module.capture, GradientCapture)
         state = self.state[module.q]
+        if may_step_table(module.q):
+            gradient = module.capture.gradient().to(torch.float32, copy=True)
+            keys = self._keys([name], gradient.device)
+            numbers = self.numbers[gradient.device]
+            update_table(module.q.data, state["M"], state["M_exp"], gradient, keys, numbers, beta)
+            return
         gradient = module.capture.gradient().to(torch.float32)
         active = gradient.any(dim=-1) & self.ok.to(gradient.device)
         int8_table_step(
@@ -143,6 +152,42 @@ class Step:
         counters.advance(self.ok.to(device), bits)
 
     # -- single matrices ------------------------------------------------------------------------------------
+
+    def _joined(self, modules: Mapping[str, TernaryScaleTensor]) -> list[list[str]]:
+        """Names of those that move as one list of blocks, equal shapes together, as the workspace holds."""
+        shapes: dict[tuple[int, ...], list[str]] = defaultdict(list)
+        for name, module in modules.items():
+            assert isinstance(module.capture, GradientCapture)
+            tokens = module.capture.num_tokens
+            factored = tokens is not None and self._may_stay_factored(module, tokens)
+            alone = factored or isinstance(module, TernaryEmbeddingTable)
+            if not alone and self._batch_size(module) > 1 and may_join(module, self.constants):
+                shapes[module.out_features, module.in_features, module.group].append(name)
+        batches: list[list[str]] = []
+        room = 0
+        for names in shapes.values():
+            for name in names:
+                weights = modules[name].numel()
+                if weights > room:
+                    batches.append([])
+                    room = self.constants.workspace_weights
+                batches[-1].append(name)
+                room -= weights
+        return batches
+
+    def _update_joined(self, group: Mapping[str, TernaryScaleTensor]) -> None:
+        modules = list(group.values())
+        gradients = [m.capture.gradient() for m in modules if isinstance(m.capture, GradientCapture)]
+        device = modules[0].T_packed.device
+        flips = update_joined(
+            [self._tensors(module) for module in modules],
+            gradients,
+            [module.group for module in modules],
+            self._keys(list(group), device),
+            self.numbers[device],
+            self.constants,
+        )
+        self.flips |= dict(zip(group, flips, strict=True))
 
     def _groups(self, modules: Mapping[str, TernaryScaleTensor]) -> Iterable[tuple[list[str], int | None]]:
         """Names of equal shape, as many as the workspace holds; and how many tokens factors have."""

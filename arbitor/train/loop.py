@@ -20,7 +20,7 @@ from arbitor.evaluate import Evaluation
 from arbitor.model import ARBModel
 from arbitor.ternary import VoteOptimizer
 from arbitor.train.checkpoint import Checkpoint, save_checkpoint
-from arbitor.train.device import Device, gradient_products
+from arbitor.train.device import Device, gradient_products, keep_freed_memory
 from arbitor.train.display import Display, Reading
 from arbitor.train.growth import graft_state, graft_weights
 from arbitor.train.metrics import FIGURES, STEP_KEYS, MetricsLog, evaluation_keys, seconds_so_far
@@ -67,6 +67,8 @@ class Trainer:
         checkpoint: Checkpoint | None = None,
         base: Checkpoint | None = None,
     ) -> None:
+        if not device.is_cuda:
+            keep_freed_memory()
         self.config = config
         self.task = task_of(config, corpus)
         self.device = device

@@ -6,10 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arbitor.ops.momentum import GROUP, code_max, momentum_fold
+from arbitor.ops.momentum import GROUP, code_max, cpu, momentum_fold
 from arbitor.ops.momentum.reference import (
     decode,
     encode,
+    fold,
     group_exponent,
     group_of,
     pack_nibbles,
@@ -268,3 +269,21 @@ def test_opcheck(bits):
     active = torch.tensor([True, False])[:, None, None]
     arguments = (gaussian(2, 3, 33), codes, exponent, words(2, 3, 33), active, bits, 0.9, 0.95)
     torch.library.opcheck(torch.ops.arbitor.momentum_fold, arguments)
+
+
+@both_widths
+@pytest.mark.parametrize("group", [32, 16])
+@pytest.mark.parametrize("scale", [1.0, 1e-20, 1e-38, 1e25, 1e38, 0.0])
+def test_the_fold_of_a_cpu_equals_the_reference_over_several_steps(bits, group, scale):
+    codes, _ = new_state((7,), 160, bits)
+    exponent = torch.zeros(7, 160 // group, dtype=torch.int16)
+    expected_codes, expected_exponent = codes.clone(), exponent.clone()
+    everywhere = torch.ones((), dtype=torch.bool)
+    for step in range(4):
+        gradient, random = gaussian(7, 160, seed=step) * scale, words(7, 160, seed=step)
+        state = expected_codes, expected_exponent
+        expected = fold(gradient, *state, random, everywhere, bits, 0.9, 0.95)
+        cpu.fold(gradient, codes, exponent, random, bits, 0.9, 0.95)
+        assert torch.equal(gradient, expected)
+        assert torch.equal(codes, expected_codes)
+        assert torch.equal(exponent, expected_exponent)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arbitor.ops.state_update import scale_update, state_update
+from arbitor.ops.state_update import cpu, reference, scale_update, state_update
 from arbitor.ops.state_update.reference import stochastic_floor
 from arbitor.ops.trit_codec import trit_pack, trit_unpack
 from testing import oracles
@@ -265,3 +265,20 @@ def test_opcheck_scale_update():
         32,
     )
     torch.library.opcheck(torch.ops.arbitor.scale_update, arguments)
+
+
+@each_constants
+@pytest.mark.parametrize("step", [1.0, torch.tensor(0.37)], ids=["whole votes", "rounded votes"])
+def test_the_sums_of_a_cpu_equal_the_comparisons_in_every_state(constants, step):
+    blocks = [t.reshape(-1) for t in every_state(VOTES)]
+    trits, accumulator, direction = (t[: len(t) // 160 * 160].view(-1, 160) for t in blocks)
+    bits = random_words(*trits.shape)
+    packed, expected_packed = trit_pack(trits), trit_pack(trits)
+    expected = accumulator.clone()
+    flips = cpu.update(packed, accumulator, direction, bits, step, *astuple(constants))
+    everywhere = torch.ones((), dtype=torch.bool)
+    rows = expected_packed[:, None], expected[:, None], direction[:, None], bits[:, None]
+    expected_flips = reference.update(*rows, everywhere, step, *astuple(constants))
+    assert torch.equal(flips.to(torch.int64), expected_flips)
+    assert torch.equal(accumulator, expected)
+    assert torch.equal(packed, expected_packed)

@@ -4,7 +4,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arbitor.ops.activations import CODE_SCALE
+from arbitor.ops.activations import CODE_SCALE, input_gradient, normalize_and_quantize, scale_tokens
+from arbitor.ops.activations import cpu as passes
+from arbitor.ops.activations import reference as activations
 from arbitor.ops.int8_matmul import cpu
 from arbitor.ops.ternary_linear import ternary_linear, ternary_linear_backward
 from arbitor.ops.trit_codec import ternary_decode, trit_pack
@@ -241,3 +243,49 @@ def test_a_token_whose_norm_overflows_never_passes_for_zero(value):
     y, *_ = ternary_linear(x, packed, torch.zeros(2, 1, dtype=torch.int8), 40, True, True, torch.float32)
     assert y[1].isnan().all()
     assert y[[0, 2]].isfinite().all()
+
+
+@pytest.fixture(params=[70, 1 << 20], ids=["a token at a time", "at once"])
+def at_once(request, monkeypatch):
+    monkeypatch.setattr(passes, "ELEMENTS_AT_ONCE", request.param)
+
+
+def difficult_tokens(squared):
+    """Ordinary ones, zeros, and the smallest and largest that there are."""
+    x = tokens(7, 70)
+    x[1] = 0
+    x[2] *= 1e-38
+    x[3] *= 1e18 if squared else 1e36
+    x[4, 5:] = 0
+    return x
+
+
+@pytest.mark.parametrize("input_norm", [True, False], ids=["norm", "no-norm"])
+@pytest.mark.parametrize("squared", [True, False], ids=["squared", "plain"])
+def test_codes_of_some_tokens_at_a_time_equal_the_reference(input_norm, squared, at_once):
+    x = difficult_tokens(squared)
+    codes, *factors = passes.quantize(x, input_norm, squared)
+    expected, *expected_factors = normalize_and_quantize(x, input_norm, True, squared)
+    assert torch.equal(codes.to(torch.float32), expected)
+    # One token's square is too large, so its factors are NaN.
+    torch.testing.assert_close(factors, expected_factors, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("input_norm", [True, False], ids=["norm", "no-norm"])
+@pytest.mark.parametrize("squared", [True, False], ids=["squared", "plain"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_of_some_tokens_at_a_time_equal_the_reference(input_norm, squared, dtype, at_once):
+    x, dxn = tokens(7, 70), tokens(7, 70, seed=2, dtype=dtype)
+    rstd = normalize_and_quantize(x, input_norm, True, squared)[2]
+    normed = activations.squared_relu(x) if squared else x
+    expected = dxn.to(torch.float32, copy=True)
+    if input_norm:
+        expected = activations.norm_backward(expected, normed, rstd)
+    if squared:
+        expected = activations.squared_relu_backward(expected, x)
+    assert torch.equal(input_gradient(dxn, x, rstd, input_norm, squared), expected)
+
+
+def test_scaled_tokens_are_rounded_once(at_once):
+    x, scale = tokens(7, 70), tokens(7, 1, seed=2)
+    assert torch.equal(scale_tokens(x, scale, torch.bfloat16), (x * scale).to(torch.bfloat16))

@@ -10,8 +10,10 @@ from arbitor.ops.trit_codec import (
     BLOCK,
     ILLEGAL,
     PLANE,
+    cpu,
     legal_bytes,
     packed_width,
+    reference,
     ternary_decode,
     trit_pack,
     trit_unpack,
@@ -181,3 +183,20 @@ def zip_groups(trits, exponents, group):
 )
 def test_opcheck(op, arguments):
     torch.library.opcheck(op, arguments)
+
+
+@pytest.mark.parametrize("width", ROUGH_SIZES)
+@pytest.mark.parametrize("at_once", [PLANE, 1 << 18], ids=["a block at a time", "at once"])
+def test_the_arithmetic_of_a_cpu_equals_the_look_ups(width, at_once, monkeypatch):
+    monkeypatch.setattr(cpu, "BYTES_AT_ONCE", at_once)
+    trits = random_trits(2, 5, width)
+    packed = reference.pack(trits)
+    assert torch.equal(cpu.pack(trits), packed)
+    assert torch.equal(cpu.unpack(packed, width), trits)
+
+
+def test_a_cpu_knows_each_illegal_byte():
+    for byte in range(256):
+        block = torch.full((1, PLANE), byte, dtype=torch.uint8)
+        assert cpu.all_legal(block) == (byte in LEGAL), byte
+        assert torch.equal(cpu.unpack(block, BLOCK), reference.unpack(block, BLOCK))

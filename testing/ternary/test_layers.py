@@ -253,3 +253,12 @@ def test_double_backward_is_refused():
     (dx,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dx.sum().backward()
+
+
+@pytest.mark.parametrize("shape", [(3, 33), (2, 3, 33)], ids=str)
+def test_an_output_may_be_changed_in_place(shape):
+    layer = linear()
+    VoteOptimizer(layer)
+    x = inputs(*shape)
+    expected = torch.autograd.grad(layer(x).relu().sum(), x)
+    assert torch.equal(torch.autograd.grad(layer(x).relu_().sum(), x)[0], expected[0])

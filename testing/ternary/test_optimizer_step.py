@@ -1,5 +1,6 @@
 """One step, element by element: votes, flips, momentum, tables, scale exponents, and what stays still."""
 
+import dataclasses
 import zlib
 
 import pytest
@@ -11,6 +12,7 @@ from arbitor.ops.momentum import momentum_fold
 from arbitor.ops.random_bits import random_bits, stream_keys
 from arbitor.ternary import Int8Embedding, TernaryEmbeddingTable, TernaryLinear, VoteOptimizer
 from arbitor.ternary import optimizer as optimizer_module
+from arbitor.ternary import step as step_module
 from arbitor.ternary.rules import get_rule
 from testing import oracles
 from testing.small_net import batch, changed, each_rule, each_state, make, snapshot, train
@@ -361,3 +363,45 @@ def test_waiting_steps_of_exponents_never_leave_their_range(exponent, threshold)
     rest = [value - threshold * step for value, step in zip(waiting.tolist(), steps, strict=True)]
     assert accumulator.flatten().tolist() == rest
     assert moved == sum(value != exponent for value in expected)
+
+
+class Shapes(nn.Module):
+    """Matrices that a CPU moves together, some of one shape, and one whose rows are no whole blocks."""
+
+    def __init__(self):
+        super().__init__()
+        sizes = [(160, 7), (160, 32), (320, 32), (160, 32), (160, 2), (70, 32)]
+        self.layers = nn.ModuleList(TernaryLinear(columns, rows) for columns, rows in sizes)
+
+
+def steps_of_shapes(monkeypatch, *, joined, workspace=None, **options):
+    """Weights and state after some steps in which a matrix in turn has no gradient."""
+    if not joined:
+        monkeypatch.setattr(step_module, "may_join", lambda *_: False)
+    torch.manual_seed(5)
+    model = Shapes()
+    model.layers[1].E.copy_(torch.randint(-9, -3, model.layers[1].E.shape))
+    optimizer = VoteOptimizer(model, lr=0.3, seed=3, **options)
+    if workspace is not None:
+        optimizer.kind = dataclasses.replace(optimizer.kind, workspace_bytes=workspace)
+    rates = []
+    for step in range(6):
+        for number, layer in enumerate(model.layers):
+            gradient = gaussian(layer.out_features, layer.in_features, seed=10 * step + number)
+            layer.capture.add_dense(gradient.to(torch.bfloat16) * (number != step))
+        optimizer.step()
+        metrics = optimizer.layer_metrics()
+        rates.append([metrics[f"layers.{number}"]["flip_rate"] for number in range(len(model.layers))])
+        assert rates[-1][step] == 0
+    return snapshot(model, optimizer), rates
+
+
+@each_rule
+@each_state
+@pytest.mark.parametrize("workspace", [None, 40 * 160 * 70], ids=["together", "some matrices at a time"])
+def test_matrices_move_together_as_they_do_by_shape(rule, state, workspace, monkeypatch):
+    together = steps_of_shapes(monkeypatch, joined=True, workspace=workspace, rule=rule, state=state)
+    by_shape = steps_of_shapes(monkeypatch, joined=False, rule=rule, state=state)
+    assert not changed(together[0], by_shape[0])
+    assert together[1] == by_shape[1]
+    assert all(sum(rates) > 0 for rates in together[1])

@@ -1,8 +1,12 @@
 """Schedule, metrics file, picture, device, display formats."""
 
+import ctypes
 import io
 import json
 import math
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,7 +15,13 @@ from rich.console import Console
 
 from arbitor.errors import UserError
 from arbitor.train import device as device_module
-from arbitor.train.device import deterministic, process_memory, resolve_device, thread_count
+from arbitor.train.device import (
+    deterministic,
+    keep_freed_memory,
+    process_memory,
+    resolve_device,
+    thread_count,
+)
 from arbitor.train.display import Display, format_bytes, format_seconds, printable
 from arbitor.train.metrics import MetricsLog, read_metrics, seconds_so_far
 from arbitor.train.plot import _round_step, plot_loss
@@ -229,3 +239,14 @@ def test_progress_of_what_has_no_steps(monkeypatch):
         display.progress("measuring: window", 1, 4)
     assert "measuring: window 1/4" in terminal.file.getvalue()
     assert "25 %" in terminal.file.getvalue()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+def test_the_c_library_takes_the_settings_that_keep_freed_memory():
+    code = "from arbitor.train.device import keep_freed_memory as keep; raise SystemExit(not keep())"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_another_c_library_keeps_its_ways(monkeypatch):
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: object())
+    assert not keep_freed_memory()

@@ -3,6 +3,8 @@
 Shape letters: N tokens, I in, O out.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -57,10 +59,7 @@ def normalize_and_quantize(
     if squared:
         x = squared_relu(x)
     if input_norm:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
-        mean_square = norm.square_().div_(x.shape[-1]).add_(RMS_EPS)
-        # The difference is 0, or NaN where the square overflowed: rsqrt alone would make such a token 0.
-        rstd = mean_square.rsqrt().add_(mean_square - mean_square)
+        rstd = rstd_of(torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype), x.shape[-1])
     else:
         rstd = x.new_ones((x.shape[0], 1), dtype=dtype)
     if not quantize:
@@ -69,6 +68,13 @@ def normalize_and_quantize(
     absmax = x.abs().amax(dim=-1, keepdim=True).to(dtype).clamp_min_(smallest)
     codes = (x * (CODE_SCALE / absmax)).round_()
     return codes, absmax * rstd / CODE_SCALE, rstd
+
+
+def rstd_of(norm: Tensor, in_features: int) -> Tensor:
+    """1 / rms of tokens of `in_features` numbers from their 2-norms [N, 1], which are overwritten."""
+    mean_square = norm.square_().div_(in_features).add_(RMS_EPS)
+    # The difference is 0, or NaN where the square overflowed: rsqrt alone would make such a token 0.
+    return mean_square.rsqrt().add_(mean_square - mean_square)
 
 
 def norm_backward(dxn: Tensor, x: Tensor, rstd: Tensor) -> Tensor:
@@ -86,8 +92,10 @@ def norm_backward(dxn: Tensor, x: Tensor, rstd: Tensor) -> Tensor:
     return dxn.mul_(rstd).addcmul_(x, coefficient, value=-1)
 
 
-def _no_autocast(x: Tensor) -> torch.autocast:
+def _no_autocast(x: Tensor) -> AbstractContextManager[None]:
     """Autocast would reach into an op and round an exact product; the caller has chosen the dtypes."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return nullcontext()
     return torch.autocast(x.device.type, enabled=False)
 
 
@@ -160,14 +168,15 @@ def integer_linear(
     """`linear` with quantised activations on weights that are still integers; equal to the last bit.
 
     Args:
-        x: float [N, I].
+        x: fp32 [N, I] on a CPU.
         weight: int8 [O, I].
         row_scale: fp32 [O], a power of two that a unit of the row is worth, or NaN.
         input_norm, out_dtype, squared: as in `linear`.
     """
-    codes, scale, rstd = normalize_and_quantize(x, input_norm, True, squared)
-    saved = codes.to(torch.int8)
-    return int8_matmul(saved, weight, scale, row_scale, out_dtype), saved, scale, rstd
+    from arbitor.ops.activations import cpu
+
+    codes, scale, rstd = cpu.quantize(x, input_norm, squared)
+    return int8_matmul(codes, weight, scale, row_scale, out_dtype), codes, scale, rstd
 
 
 def scale_tokens(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -176,6 +185,10 @@ def scale_tokens(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         from arbitor.ops.activations import triton
 
         return triton.scale_tokens(x, scale, dtype)
+    if x.device.type == "cpu" and x.dtype == scale.dtype == torch.float32 and dtype == torch.bfloat16:
+        from arbitor.ops.activations import cpu
+
+        return cpu.round_scaled(x, scale)
     return torch.mul(x, scale, out=torch.empty_like(x, dtype=dtype))
 
 
@@ -212,6 +225,10 @@ def input_gradient(dxn: Tensor, x: Tensor, rstd: Tensor, input_norm: bool, squar
         from arbitor.ops.activations import triton
 
         return triton.norm_backward(dxn, x, rstd, input_norm, squared)
+    if x.device.type == "cpu" and x.dtype == torch.float32:
+        from arbitor.ops.activations import cpu
+
+        return cpu.input_gradient(dxn, x, rstd, input_norm, squared)
     normed = squared_relu(x) if squared else x
     dx = norm_backward(dxn.to(compute_dtype(x)), normed, rstd) if input_norm else dxn
     return squared_relu_backward(dx.to(x.dtype), x) if squared else dx.to(x.dtype)

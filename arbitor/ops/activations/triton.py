@@ -180,8 +180,8 @@ def quantize(
         _quantize_kernel[(tokens,)](
             x.contiguous(), codes, scale, rstd, codes if sums is None else sums, *_counted(x, offsets),
             columns, RMS_EPS, CODE_SCALE, smallest, NORM=input_norm, SQUARED=squared, SUMS=sums is not None,
-            COUNTED=offsets is not None, ONCE=columns <= _block(columns), BLOCK=_block(columns), PTX=has_ptx(),
-            num_warps=_warps(columns), enable_fp_fusion=False,
+            COUNTED=offsets is not None, ONCE=columns <= _block(columns), BLOCK=_block(columns),
+            PTX=has_ptx(), num_warps=_warps(columns), enable_fp_fusion=False,
         )  # fmt: skip
     return codes, scale, rstd
 

@@ -387,7 +387,7 @@ def forward(
     squared: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `reference.forward` of x [M, I], fp32 or narrower, quantised."""
-    codes, scale, rstd = activation_kernels.quantize(x, input_norm, squared, offsets)
+    codes, scale, rstd = activation_kernels.quantize(x, input_norm, squared, offsets=offsets)
     return product(codes, scale, offsets, packed, exponent, group, out_dtype), codes, scale, rstd
 
 

@@ -42,7 +42,7 @@ def linear_backward(dy: Tensor, x: Tensor, rstd: Tensor, q: Tensor, exponent: Te
     return activations.linear_backward(dy, x, rstd, weight, input_norm=True)
 
 
-def update(q: Tensor, direction: Tensor, step: Tensor, bits: Tensor, active: Tensor) -> None:
+def update(q: Tensor, direction: Tensor, step: Tensor, bits: Tensor, active: Tensor | None) -> None:
     """q += floor(-step * sign(direction) + uniform[0, 1)), clamped to +-Q_MAX, in place.
 
     Args:
@@ -50,9 +50,10 @@ def update(q: Tensor, direction: Tensor, step: Tensor, bits: Tensor, active: Ten
         direction: float [V, D]; only its sign counts, and 0 moves nothing.
         step: fp32 scalar, length of a step in units of q.
         bits: int32 [V, D]; the low 16 bits round.
-        active: bool [V]; other rows stay.
+        active: bool [V]; other rows stay. None is all.
     """
     whole = (step * 65536).round().to(torch.int32)
     moves = (direction.sign().to(torch.int32).mul_(-whole) + (bits & 0xFFFF)) >> 16
-    moves = moves.masked_fill_(~active[:, None], 0)
+    if active is not None:
+        moves = moves.masked_fill_(~active[:, None], 0)
     q.copy_((q + moves).clamp_(-Q_MAX, Q_MAX))

@@ -1,11 +1,13 @@
 """Packing and decoding of trits: `trit_pack`, `trit_unpack`, `ternary_decode`."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from arbitor.ops.backend import uses_triton
 from arbitor.ops.registry import register
-from arbitor.ops.trit_codec import reference
+from arbitor.ops.trit_codec import cpu, reference
 from arbitor.ops.trit_codec.reference import BLOCK, ILLEGAL, PLANE, legal_bytes, packed_width
 
 __all__ = [
@@ -47,14 +49,19 @@ def decode(packed: Tensor, exponent: Tensor, in_features: int, group: int, dtype
     return reference.decode(packed, exponent, in_features, group, dtype)
 
 
+def _implementation(x: Tensor) -> Any:
+    """The module whose `pack` and `unpack` compute for x."""
+    return cpu if x.device.type == "cpu" else reference
+
+
 _pack = register(
     "trit_pack(Tensor trits) -> Tensor",
-    reference.pack,
+    lambda trits: _implementation(trits).pack(trits),
     lambda trits: trits.new_empty((*trits.shape[:-1], packed_width(trits.shape[-1])), dtype=torch.uint8),
 )
 _unpack = register(
     "trit_unpack(Tensor packed, int in_features) -> Tensor",
-    reference.unpack,
+    lambda packed, in_features: _implementation(packed).unpack(packed, in_features),
     lambda packed, in_features: packed.new_empty((*packed.shape[:-1], in_features), dtype=torch.int8),
 )
 _decode = register(

@@ -157,7 +157,9 @@ class CodecTask(AudioTask):
         every = torch.cat(bands)
         of_median = float((every - every.median(dim=0).values).abs().mean())
         distance = float(torch.cat(distances).mean())
-        extra = {"log_mel_distance_of_median": of_median, "share_of_median": distance / of_median}
+        extra = {"log_mel_distance_of_median": of_median}
+        if of_median:  # 0 of silence and of single windows
+            extra["share_of_median"] = distance / of_median
         return Evaluation(distance, 2 * held_out.num_samples, len(held_out), extra=extra)
 
     @torch.no_grad()

@@ -27,6 +27,7 @@ from arbitor.config import did_you_mean
 from arbitor.data.contents import BadLineError, opened, parse_line
 from arbitor.data.holding_out import numbered_split, spelled_number, told
 from arbitor.data.hub import CAPTION_FIELDS, HubExamples, is_hub
+from arbitor.data.hub_media import HubMedia, SkippedError
 from arbitor.data.images import WORDS
 from arbitor.data.media import (
     UnusableTextError,
@@ -109,6 +110,22 @@ class Recordings:
         return ByteStream(parts).fingerprint()
 
 
+Recording = tuple[bytes, np.ndarray]  # label, and samples int16 [N]
+
+
+@dataclass(frozen=True, slots=True)
+class RecordingStream:
+    """Recordings of a data set of the hub, which are read while they are learnt from.
+
+    Attributes:
+        rate: samples a second, of all.
+        media: where they are from.
+    """
+
+    rate: int
+    media: HubMedia[Recording]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AudioCorpus:
     """What a run learns from and what it is measured on.
@@ -119,6 +136,20 @@ class AudioCorpus:
     """
 
     train: Recordings
+    held_out: Recordings
+    description: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StreamedAudio:
+    """The same of a data set of the hub, which is read while it is learnt from.
+
+    Attributes:
+        train: where recordings come from.
+        held_out, description: see `AudioCorpus`.
+    """
+
+    train: RecordingStream
     held_out: Recordings
     description: str
 
@@ -205,6 +236,46 @@ def open_audio(data: Sequence[str], held_out: str | None, rate: int) -> AudioCor
         description=f"{name}: {len(train):,} recordings to train on ({minutes:.1f} minutes at {rate:,} Hz), "
         f"{len(test):,} held out ({rule}){reasons}",
     )
+
+
+def open_training_audio(data: Sequence[str], held_out: str | None, rate: int) -> AudioCorpus | StreamedAudio:
+    """As `open_audio`, but a data set of the hub, of which that takes the first `MAX_MEDIA`, is a stream.
+
+    Of that, `held_out` is a path, a share of its first examples, or how many of the first ones.
+    """
+    if not any(map(is_hub, data)):
+        return open_audio(data, held_out, rate)
+    if len(data) > 1:
+        raise UserError("a data set of the hub stands alone: give one, or files without it")
+    if held_out is not None and held_out.startswith(SPEAKER):
+        raise UserError(f"--held-out {held_out}: the speakers of a data set of the hub are not known")
+    path = held_out if held_out is not None and spelled_number(held_out) is None else None
+
+    def load(content: bytes, label: bytes) -> Recording:
+        try:
+            return label, codes_of(usable_wave(*load_content(content), rate))
+        except UnusableError as error:
+            raise SkippedError(str(error)) from error
+
+    media: HubMedia[Recording] = HubMedia(
+        data[0], "Audio", load, lambda item: item[1].nbytes, MAX_LABEL_BYTES, "0" if path else held_out
+    )
+    description = media.description
+    if path is not None:
+        apart = _find([path], rate)
+        test = apart.recordings()
+        description += f"; {len(test):,} held out ({path}){told(apart.skipped)}"
+    else:
+        test = recordings_of(media.held_out, rate)
+    if not len(test):
+        raise UserError(f"{description}: no recording that is held out can be used; give another --held-out")
+    return StreamedAudio(train=RecordingStream(rate, media), held_out=test, description=description)
+
+
+def recordings_of(items: Sequence[Recording], rate: int) -> Recordings:
+    """Labels and samples of a stream; their speakers are not known."""
+    waves, labels = [wave for _, wave in items], [label for label, _ in items]
+    return Recordings(rate, waves, labels, [""] * len(items))
 
 
 def default_rate(data: Sequence[str]) -> int:

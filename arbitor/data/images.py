@@ -30,6 +30,7 @@ import numpy as np
 from arbitor.data.contents import BadLineError, opened, parse_line
 from arbitor.data.holding_out import numbered_split, spelled_number, told
 from arbitor.data.hub import CAPTION_FIELDS, HubExamples, is_hub
+from arbitor.data.hub_media import HubMedia, SkippedError
 from arbitor.data.media import (
     UnusableTextError,
     cleaned,
@@ -135,6 +136,22 @@ class CaptionedImages:
         return ByteStream([text, *rows]).fingerprint()
 
 
+CaptionedImage = tuple[bytes, np.ndarray]  # caption, and pixels uint8 [C, S, S]
+
+
+@dataclass(frozen=True, slots=True)
+class ImageStream:
+    """Images with captions of a data set of the hub, which are read while they are learnt from.
+
+    Attributes:
+        geometry: of all.
+        media: where they are from.
+    """
+
+    geometry: Geometry
+    media: HubMedia[CaptionedImage]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageCorpus:
     """What a run learns from and what it is measured on.
@@ -145,6 +162,20 @@ class ImageCorpus:
     """
 
     train: CaptionedImages
+    held_out: CaptionedImages
+    description: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StreamedImages:
+    """The same of a data set of the hub, which is read while it is learnt from.
+
+    Attributes:
+        train: where images come from.
+        held_out, description: see `ImageCorpus`.
+    """
+
+    train: ImageStream
     held_out: CaptionedImages
     description: str
 
@@ -235,6 +266,43 @@ def open_images(
         description=f"{found.name}: {len(train):,} images to train on, {len(test):,} held out ({rule})"
         f"{reasons}{cache}",
     )
+
+
+def open_training_images(
+    data: Sequence[str], held_out: str | None, geometry: Geometry, text_field: str | None = None
+) -> ImageCorpus | StreamedImages:
+    """As `open_images`, but a data set of the hub, of which that takes the first `MAX_MEDIA`, is a stream.
+
+    Of that, `held_out` is a path, a share of its first examples, or how many of the first ones.
+    """
+    if not any(map(is_hub, data)):
+        return open_images(data, held_out, geometry, text_field)
+    if len(data) > 1:
+        raise UserError("a data set of the hub stands alone: give one, or files without it")
+    path = held_out if held_out is not None and spelled_number(held_out) is None else None
+
+    def load(content: bytes, caption: bytes) -> CaptionedImage:
+        pixels, why = _load(content, geometry)
+        if pixels is None:
+            raise SkippedError(why)
+        return caption, pixels
+
+    media: HubMedia[CaptionedImage] = HubMedia(
+        data[0], "Image", load, lambda item: item[1].nbytes, MAX_CAPTION_BYTES, "0" if path else held_out
+    )
+    description = media.description
+    if path is not None:
+        apart = _find([path], None)
+        test = _decoded(apart, geometry, Store())
+        description += f"; {len(test):,} held out ({path}){told(apart.skipped)}"
+    else:
+        rows = [b"\1" + pixels.tobytes() for _, pixels in media.held_out]
+        pixels = np.frombuffer(b"".join(rows), dtype=np.uint8).reshape(-1, 1 + geometry.bytes)
+        captions = [caption for caption, _ in media.held_out]
+        test = CaptionedImages(geometry, captions, pixels, np.arange(len(captions)))
+    if not len(test):
+        raise UserError(f"{description}: no image that is held out can be used; give another --held-out")
+    return StreamedImages(train=ImageStream(geometry, media), held_out=test, description=description)
 
 
 def fit(image: Any, geometry: Geometry) -> np.ndarray:

@@ -40,6 +40,7 @@ from arbitor.data.media import (
     listed,
     real_path,
     text_beside,
+    why_no_file,
 )
 from arbitor.data.sources import reason
 from arbitor.data.store import MappedBytes, Store
@@ -279,6 +280,8 @@ def open_training_images(
         return open_images(data, held_out, geometry, text_field)
     if len(data) > 1:
         raise UserError("a data set of the hub stands alone: give one, or files without it")
+    if text_field is not None:
+        raise UserError(f"--field {text_field} is for files; of the hub: {data[0]}:SPLIT:{text_field}")
     path = held_out if held_out is not None and spelled_number(held_out) is None else None
 
     def load(content: bytes, caption: bytes) -> CaptionedImage:
@@ -516,7 +519,7 @@ def _add_file(image: Path, caption: bytes, found: _Found) -> None:
         found.skipped["not readable"] += 1
         return
     if status is None:
-        found.skipped["missing"] += 1
+        found.skipped[why_no_file(image)] += 1
         return
     found.add(caption, (real_path(image), status.st_size, status.st_mtime_ns), image)
 

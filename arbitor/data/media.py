@@ -90,6 +90,11 @@ def file_status(path: Path) -> os.stat_result | None:
     return status if stat.S_ISREG(status.st_mode) else None
 
 
+def why_no_file(path: Path) -> str:
+    """What is said where `file_status` is None, in words that follow "skipped 3" and "is"."""
+    return "no regular file" if os.path.exists(path) else "missing"
+
+
 def text_beside(path: Path, limit: int) -> bytes | None:
     """The text of the `.txt` beside a file, as by `cleaned`; None if there is none.
 

@@ -33,6 +33,7 @@ from arbitor.data.media import (
     listed,
     real_path,
     text_beside,
+    why_no_file,
 )
 from arbitor.data.stream import ByteStream
 from arbitor.errors import UserError
@@ -313,7 +314,7 @@ def load_video(path: Path, geometry: ClipGeometry) -> tuple[np.ndarray | None, s
     times: list[float] = []
     try:
         if file_status(path) is None:
-            return None, "missing"
+            return None, why_no_file(path)
         with open(path, "rb"):
             pass
     except OSError:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from arbitor.data.media import file_status, why_no_file
 from arbitor.data.sources import reason
 from arbitor.errors import UserError
 
@@ -125,9 +126,10 @@ def resample(samples: np.ndarray, rate: int, wanted: int) -> np.ndarray:
 def load_file(path: Path) -> tuple[np.ndarray, int]:
     """As `load_content`, of a file."""
     try:
-        if not path.is_file():
-            raise UnusableError("missing")
-        if path.stat().st_size > MAX_FILE_BYTES:
+        status = file_status(path)
+        if status is None:
+            raise UnusableError(why_no_file(path))
+        if status.st_size > MAX_FILE_BYTES:
             raise UnusableError("too large")
         return load_content(path.read_bytes())
     except (OSError, ValueError) as error:

@@ -176,6 +176,12 @@ def test_streams_that_cannot_be_used_are_one_line(data, held_out, count, why, hu
         assert "\n" not in str(caught.value)
 
 
+def test_the_field_of_a_stream_stands_in_its_name(hub):
+    hub(rows_of(30))
+    with pytest.raises(UserError, match="--field body is for files; of the hub: hf:some/media:SPLIT:body"):
+        open_training_images(["hf:some/media"], None, GREY, "body")
+
+
 def test_speakers_of_a_stream_are_not_known(hub):
     hub(rows_of(30))
     with pytest.raises(UserError, match="speakers of a data set of the hub are not known"):

@@ -1,4 +1,4 @@
-"""Adapters beside the PEFT library itself: it loads ours, ours loads what it saved, and both give the same."""
+"""Adapters beside the PEFT library itself: it loads ours, we load what it saved, both give the same."""
 
 import json
 import warnings

@@ -359,7 +359,9 @@ def test_a_tar_cut_inside_a_header_is_no_shorter_tar(good, tmp_path):
     archive = tmp_path / "all.tar"
     with tarfile.open(archive, "w") as file:
         file.add(good("audio"), "words")
+    with tarfile.open(archive) as file:
         last = file.getmembers()[-1]
+    assert last.offset
     archive.write_bytes(archive.read_bytes()[: last.offset + 300])
     with pytest.raises(UserError, match="damaged or cut short"):
         opened("audio", archive)

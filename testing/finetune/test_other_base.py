@@ -1,12 +1,16 @@
-"""An adapter beside a base that is not its own: every verb that takes one refuses it in one line."""
+"""Adapters that do not belong to a base, or are computed otherwise, are refused in one line."""
 
 import io
+import json
 import shutil
 import sys
 
 import pytest
 
 from arbitor.cli import main
+from arbitor.errors import UserError
+from arbitor.finetune.adapter import read_adapter, write_adapter
+from arbitor.finetune.lora import Adapter, adapter_parameters, attach, fingerprint
 
 
 @pytest.mark.parametrize("verb", ["generate", "chat"])
@@ -29,3 +33,26 @@ def test_an_adapter_of_another_base_is_refused_in_one_line(verb, finetune, workp
     shutil.copytree("runs/other/best", "runs/base/best")
     assert main([verb, "tuned", *more]) == 2
     assert "is an adapter for another base" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("init_lora_weights", "pissa"),
+        ("init_lora_weights", "olora"),
+        ("alora_invocation_tokens", [3, 4]),
+        ("layer_replication", [[0, 1]]),
+        ("use_qalora", True),
+    ],
+)
+def test_settings_of_peft_that_compute_otherwise_are_refused(name, value, make_model, tmp_path):
+    model = make_model()
+    adapter = Adapter(rank=2, alpha=4.0, modules=("head",))
+    attach(model, adapter)
+    write_adapter(tmp_path, adapter, adapter_parameters(model), "", fingerprint(model))
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"use_bdlora": None}))
+    assert read_adapter(tmp_path).adapter == adapter
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {name: value}))
+    with pytest.raises(UserError, match=f"{name} is .*, which is not supported"):
+        read_adapter(tmp_path)

@@ -59,7 +59,7 @@ def test_a_stream_that_breaks_off_ends_the_run_with_all_saved(name, tmp_path, mo
     install(monkeypatch, rows())
     assert command([*given, "--run", "whole"]) == 0
     stream = install(monkeypatch, rows())
-    stream.failing = failing_at(32, 99, ConnectionError("network is down"))
+    stream.failing = failing_at(34, 99, ConnectionError("network is down"))
     capsys.readouterr()
     assert command([*given, "--run", "parts"]) == 2
     error = capsys.readouterr().err
@@ -67,7 +67,7 @@ def test_a_stream_that_breaks_off_ends_the_run_with_all_saved(name, tmp_path, mo
     assert steps == [*range(1, steps[-1] + 1)]
     assert 1 <= steps[-1] < 8
     assert error.strip().splitlines()[-1:] == [
-        f"arbitor: error: stopped at step {steps[-1]} of 8: cannot read example 32 of the data set "
+        f"arbitor: error: stopped at step {steps[-1]} of 8: cannot read example 34 of the data set "
         "hf:some/media:train: network is down (tried 6 times); saved runs/parts/latest, go on with --resume "
         "--run parts"
     ]
@@ -82,10 +82,10 @@ def test_a_stream_that_comes_back_is_told_and_changes_nothing(tmp_path, monkeypa
     install(monkeypatch, rows())
     assert command([*given, *SMALL, "--run", "whole"]) == 0
     stream = install(monkeypatch, rows())
-    stream.failing = failing_at(32, 2, ConnectionError("network is down"))
+    stream.failing = failing_at(34, 2, ConnectionError("network is down"))
     capsys.readouterr()
     assert command([*given, *SMALL, "--run", "again"]) == 0
-    assert "hf:some/media:train: example 32 was read after 2 failures" in capsys.readouterr().out
+    assert "hf:some/media:train: example 34 was read after 2 failures" in capsys.readouterr().out
     assert files("again") == files("whole")
 
 
@@ -101,7 +101,7 @@ def test_a_stream_that_cannot_be_opened_leaves_no_run(tmp_path, monkeypatch, cap
 def test_without_saving_the_line_says_so(tmp_path, monkeypatch, capsys):
     command, given = COMMANDS["vision"]
     stream = install(monkeypatch, rows())
-    stream.failing = failing_at(32, 99, ConnectionError("network is down"))
+    stream.failing = failing_at(34, 99, ConnectionError("network is down"))
     assert command([*given, *SMALL, "--no-save", "--run", "lost"]) == 2
     assert "nothing was saved (--no-save)" in capsys.readouterr().err
 

@@ -27,7 +27,18 @@ from arbitor.config import did_you_mean
 from arbitor.data.contents import BadLineError, opened, parse_line
 from arbitor.data.holding_out import numbered_split, spelled_number, told
 from arbitor.data.hub import CAPTION_FIELDS, HubExamples, is_hub
+from arbitor.data.hub_media import HubMedia, SkippedError
 from arbitor.data.images import WORDS
+from arbitor.data.media import (
+    UnusableTextError,
+    cleaned,
+    existing,
+    is_lines,
+    is_unicode,
+    listed,
+    real_path,
+    text_beside,
+)
 from arbitor.data.sources import reason
 from arbitor.data.stream import ByteStream
 from arbitor.data.waves import (
@@ -99,6 +110,22 @@ class Recordings:
         return ByteStream(parts).fingerprint()
 
 
+Recording = tuple[bytes, np.ndarray]  # label, and samples int16 [N]
+
+
+@dataclass(frozen=True, slots=True)
+class RecordingStream:
+    """Recordings of a data set of the hub, which are read while they are learnt from.
+
+    Attributes:
+        rate: samples a second, of all.
+        media: where they are from.
+    """
+
+    rate: int
+    media: HubMedia[Recording]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AudioCorpus:
     """What a run learns from and what it is measured on.
@@ -109,6 +136,20 @@ class AudioCorpus:
     """
 
     train: Recordings
+    held_out: Recordings
+    description: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StreamedAudio:
+    """The same of a data set of the hub, which is read while it is learnt from.
+
+    Attributes:
+        train: where recordings come from.
+        held_out, description: see `AudioCorpus`.
+    """
+
+    train: RecordingStream
     held_out: Recordings
     description: str
 
@@ -170,7 +211,7 @@ def open_audio(data: Sequence[str], held_out: str | None, rate: int) -> AudioCor
     whole = found.recordings()
     speaker = held_out.removeprefix(SPEAKER) if held_out and held_out.startswith(SPEAKER) else None
     if held_out is None or speaker is not None or spelled_number(held_out) is not None:
-        out, rule = _split(whole, speaker, held_out)
+        out, rule = _split(whole, speaker, held_out) if len(whole) else (set[int](), "")
         train = whole.part([n for n in range(len(whole)) if n not in out])
         test = whole.part(sorted(out))
     else:
@@ -195,6 +236,46 @@ def open_audio(data: Sequence[str], held_out: str | None, rate: int) -> AudioCor
         description=f"{name}: {len(train):,} recordings to train on ({minutes:.1f} minutes at {rate:,} Hz), "
         f"{len(test):,} held out ({rule}){reasons}",
     )
+
+
+def open_training_audio(data: Sequence[str], held_out: str | None, rate: int) -> AudioCorpus | StreamedAudio:
+    """As `open_audio`, but a data set of the hub, of which that takes the first `MAX_MEDIA`, is a stream.
+
+    Of that, `held_out` is a path, a share of its first examples, or how many of the first ones.
+    """
+    if not any(map(is_hub, data)):
+        return open_audio(data, held_out, rate)
+    if len(data) > 1:
+        raise UserError("a data set of the hub stands alone: give one, or files without it")
+    if held_out is not None and held_out.startswith(SPEAKER):
+        raise UserError(f"--held-out {held_out}: the speakers of a data set of the hub are not known")
+    path = held_out if held_out is not None and spelled_number(held_out) is None else None
+
+    def load(content: bytes, label: bytes) -> Recording:
+        try:
+            return label, codes_of(usable_wave(*load_content(content), rate))
+        except UnusableError as error:
+            raise SkippedError(str(error)) from error
+
+    media: HubMedia[Recording] = HubMedia(
+        data[0], "Audio", load, lambda item: item[1].nbytes, MAX_LABEL_BYTES, "0" if path else held_out
+    )
+    description = media.description
+    if path is not None:
+        apart = _find([path], rate)
+        test = apart.recordings()
+        description += f"; {len(test):,} held out ({path}){told(apart.skipped)}"
+    else:
+        test = recordings_of(media.held_out, rate)
+    if not len(test):
+        raise UserError(f"{description}: no recording that is held out can be used; give another --held-out")
+    return StreamedAudio(train=RecordingStream(rate, media), held_out=test, description=description)
+
+
+def recordings_of(items: Sequence[Recording], rate: int) -> Recordings:
+    """Labels and samples of a stream; their speakers are not known."""
+    waves, labels = [wave for _, wave in items], [label for label, _ in items]
+    return Recordings(rate, waves, labels, [""] * len(items))
 
 
 def default_rate(data: Sequence[str]) -> int:
@@ -255,24 +336,28 @@ def _listed(data: Sequence[str], skipped: Counter[str]) -> Iterator[_Entry]:
         if is_hub(item):
             yield from _of_hub(item)
             continue
-        path = Path(item).expanduser()
-        if not os.path.lexists(path):
-            names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-            raise UserError(f"no such file or folder: {item!r}{did_you_mean(path.name, names)}")
+        path = existing(item)
         name = path.name.lower()
         if path.is_dir():
-            yield from _of_folder(path, skipped)
+            entries = _of_folder(path, skipped)
         elif name.endswith(TAR_SUFFIXES):
-            yield from _of_tar(path, skipped)
-        elif name.endswith((".jsonl", ".jsonl.gz")):
-            yield from _of_lines(path)
+            entries = _of_tar(path, skipped)
+        elif is_lines(path):
+            entries = _of_lines(path)
         elif name.endswith(SUFFIXES):
-            yield _of_file(path)
+            entries = iter([_of_file(path)])
         else:
             raise UserError(
                 f"{item!r} is no data of sounds: give a folder or .tar of recordings, a .jsonl of audio and "
                 f"text, or one of {', '.join(SUFFIXES)}"
             )
+        before = skipped.total()
+        count = 0
+        for entry in entries:
+            count += 1
+            yield entry
+        if not count and skipped.total() == before:
+            raise UserError(f"no recordings in {item!r}")
 
 
 def _of_hub(item: str) -> Iterator[_Entry]:
@@ -286,36 +371,32 @@ def _of_hub(item: str) -> Iterator[_Entry]:
 
 def _of_file(path: Path, label: bytes | None = None, speaker: str | None = None) -> _Entry:
     named, named_speaker = label_of(path.name)
+    why = ""
     if label is None:
         try:
-            with open(path.with_suffix(".txt"), "rb") as file:
-                label = file.read(MAX_LABEL_BYTES).removeprefix(b"\xef\xbb\xbf").strip()
-        except OSError:
-            label = named
-    return (
-        lambda: load_file(path),
-        label or named,
-        named_speaker if speaker is None else speaker,
-        os.path.realpath(path),
-    )
+            label = text_beside(path, MAX_LABEL_BYTES)
+        except UnusableTextError as error:
+            why = str(error)
+    if not label and not is_unicode(path.name):
+        why = why or "with a name that is not UTF-8"
+
+    def load() -> tuple[np.ndarray, int]:
+        if why:
+            raise UnusableError(why)
+        return load_file(path)
+
+    return load, label or named, named_speaker if speaker is None else speaker, real_path(path)
 
 
 def _of_folder(folder: Path, skipped: Counter[str]) -> Iterator[_Entry]:
-    listed: set[str] = set()
-    paths: list[Path] = []
-    for root, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            if name.startswith("."):
-                skipped["hidden"] += 1
-            elif name.lower().endswith((".jsonl", ".jsonl.gz")):
-                for entry in _of_lines(Path(root, name)):
-                    listed.add(entry[3])
-                    yield entry
-            elif name.lower().endswith(SUFFIXES):
-                paths.append(Path(root, name))
+    lines, paths = listed(folder, SUFFIXES, skipped)
+    named: set[str] = set()
+    for path in lines:
+        for entry in _of_lines(path):
+            named.add(entry[3])
+            yield entry
     for path in paths:
-        if os.path.realpath(path) not in listed:
+        if real_path(path) not in named:
             yield _of_file(path)
 
 
@@ -333,8 +414,9 @@ def _of_lines(path: Path) -> Iterator[_Entry]:
             audio, text, speaker = (fields.get(key) for key in ("audio", "text", "speaker"))
             if not isinstance(audio, str) or not isinstance(text, str) or not _is_text(audio, text):
                 raise UserError(f'{where}: an object {{"audio": path, "text": label}} is needed')
-            label = text.strip().encode("utf-8", "replace")[:MAX_LABEL_BYTES]
-            yield _of_file(path.parent / audio, label, speaker if isinstance(speaker, str) else None)
+            label = cleaned(text.encode("utf-8", "replace"), MAX_LABEL_BYTES)
+            spoken = str(speaker) if isinstance(speaker, str | int) else None
+            yield _of_file(path.parent / audio, label, spoken)
 
 
 def _is_text(*values: str) -> bool:
@@ -347,6 +429,7 @@ def _of_tar(path: Path, skipped: Counter[str]) -> Iterator[_Entry]:
     try:
         with tarfile.open(path) as archive:
             members = sorted((m for m in archive.getmembers() if m.isfile()), key=lambda m: m.name)
+            _refuse_cut_short(archive)
             texts = {m.name: m for m in members if m.name.lower().endswith(".txt")}
             for member in members:
                 name = PurePosixPath(member.name)
@@ -357,10 +440,19 @@ def _of_tar(path: Path, skipped: Counter[str]) -> Iterator[_Entry]:
                     continue
                 label, speaker = label_of(name.name)
                 beside = texts.get(str(name.with_suffix(".txt")))
-                if beside is not None and (text := _member(archive, beside, MAX_LABEL_BYTES).strip()):
-                    label = text.removeprefix(b"\xef\xbb\xbf")
+                text, why = b"", ""
+                try:
+                    if beside is not None:
+                        text = cleaned(_member(archive, beside, MAX_LABEL_BYTES + 1), MAX_LABEL_BYTES)
+                except UnusableTextError as error:
+                    why = str(error)
+                if not text and not is_unicode(name.name):
+                    why = why or "with a name that is not UTF-8"
+                label = text or label
 
-                def load(member: tarfile.TarInfo = member) -> tuple[np.ndarray, int]:
+                def load(member: tarfile.TarInfo = member, why: str = why) -> tuple[np.ndarray, int]:
+                    if why:
+                        raise UnusableError(why)
                     if member.size > MAX_FILE_BYTES:
                         raise UnusableError("too large")
                     return load_content(_member(archive, member, MAX_FILE_BYTES))
@@ -372,6 +464,14 @@ def _of_tar(path: Path, skipped: Counter[str]) -> Iterator[_Entry]:
         ) from error
     except OSError as error:
         raise UserError(f"cannot read {str(path)!r}: {reason(error)}") from error
+
+
+def _refuse_cut_short(archive: tarfile.TarFile) -> None:
+    """Raise ReadError unless an archive, all of whose members were listed, ends behind one of them."""
+    assert archive.fileobj is not None
+    archive.fileobj.seek(archive.offset)
+    if archive.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
+        raise tarfile.ReadError("cut short")
 
 
 def _member(archive: tarfile.TarFile, member: tarfile.TarInfo, size: int) -> bytes:

@@ -109,6 +109,8 @@ def opened(path: Path) -> Iterator[IO[bytes] | gzip.GzipFile]:
         UserError: on opening or inside, for a file that cannot be read or is no whole gzip file.
     """
     try:
+        if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would wait for a writer
+            raise UserError(f"{str(path)!r} is not a regular file; copy its content to one first")
         with gzip.open(path, "rb") if path.name.lower().endswith(".gz") else open(path, "rb") as file:
             yield file
     except EOFError as error:

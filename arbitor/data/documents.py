@@ -140,6 +140,10 @@ class HubDocuments:
         """See `Documents`."""
         return self._fingerprint
 
+    def news(self) -> list[str]:
+        """Lines for the user about what happened to the data since they were last asked for."""
+        return self._examples.news()
+
     def _open(self, number: int) -> None:
         if self._count is None:
             place = number
@@ -228,6 +232,10 @@ class DocumentSampler:
                 "to train on other data)"
             )
         self._numbers, self._places, self._next_number = list(numbers), list(places), following
+
+    def news(self) -> list[str]:
+        """Lines for the user about what happened to the data since they were last asked for."""
+        return self._documents.news() if isinstance(self._documents, HubDocuments) else []
 
     def _row(self, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         document = self._documents.document(self._numbers[row])

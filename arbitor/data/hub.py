@@ -3,11 +3,13 @@
 `hf:NAME[:SPLIT[:FIELD]]`: NAME as on the hub, with a configuration as a third part if it has several
 (`hf:HuggingFaceFW/fineweb/sample-10BT:train:text`), or a local folder that `datasets` reads. SPLIT is "train"
 unless it is given, FIELD the one that holds the text. Nothing is downloaded but what is read, in the data
-set's own order, so an example's number is a position that a later process finds again.
+set's own order, so an example's number is a position that a later process finds again. What fails to be read,
+as a network does, is tried again a few times.
 """
 
 import itertools
 import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +20,9 @@ from arbitor.errors import UserError
 PREFIX = "hf:"
 MAX_MEDIA = 4096  # images or recordings of a data set that are read into memory
 MEDIA_KINDS = ("Image", "Audio")
+PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds, ahead of each time that an example is tried again
+# What is wrong with the data itself is so the next time as well.
+_LASTING = (ValueError, TypeError, LookupError, AssertionError, FileNotFoundError, ImportError)
 CAPTION_FIELDS = ("text", "caption", "label")
 
 
@@ -83,6 +88,7 @@ class HubExamples:
 
     def __init__(self, item: str) -> None:
         self.spec = spec = parse_spec(item)
+        self._news: list[str] = []
         try:
             import datasets
         except ImportError as error:
@@ -103,11 +109,29 @@ class HubExamples:
         """The examples from number `first` on.
 
         Raises:
-            UserError: while they are read, if that fails.
+            UserError: while they are read, if that fails, and again after each of `PAUSES`.
         """
-        stream = self._tried(lambda: iter(self._stream.skip(first) if first else self._stream))
-        end = object()
-        while (example := self._tried(lambda: next(stream, end))) is not end:
+        number, failed, end = first, 0, object()
+        stream: Iterator[Any] | None = None
+        while True:
+            try:
+                if stream is None:
+                    stream = iter(self._stream.skip(number) if number else self._stream)
+                example = next(stream, end)
+            except Exception as error:
+                if failed == len(PAUSES) or isinstance(error, _LASTING):
+                    tried = f" (tried {failed + 1} times)" if failed else ""
+                    raise UserError(
+                        f"cannot read example {number:,} of the data set {self.spec}: {_why(error)}{tried}"
+                    ) from error
+                time.sleep(PAUSES[failed])
+                failed, stream = failed + 1, None
+                continue
+            if failed:
+                self._news.append(f"{self.spec}: example {number:,} was read after {failed} failures")
+            number, failed = number + 1, 0
+            if example is end:
+                return
             if not isinstance(example, dict):
                 raise UserError(
                     f"{self.spec}: an example is a {type(example).__name__}, not a mapping of fields"
@@ -115,7 +139,8 @@ class HubExamples:
             yield example
 
     def text_of(self, example: dict[str, Any], fields: Sequence[str]) -> str:
-        """The text in the field that the user named, or else in the first of `fields` that there is.
+        """The text in the field that the user named, or else in the first of `fields` that there is; of one
+        without a value, it is empty.
 
         Raises:
             UserError: there is none, or it is no text.
@@ -130,6 +155,8 @@ class HubExamples:
                 f"name one with {self.spec}:FIELD"
             )
         value = example[name]
+        if value is None:
+            return ""
         if type(value) is int and hasattr(self.features.get(name), "int2str"):
             value = self.features[name].int2str(value)
         if isinstance(value, int) and not isinstance(value, bool):
@@ -176,8 +203,16 @@ class HubExamples:
         except (UserError, KeyboardInterrupt):
             raise
         except Exception as error:
-            why = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"cannot read the data set {self.spec}: {why[:300]}") from error
+            raise UserError(f"cannot read the data set {self.spec}: {_why(error)}") from error
+
+    def news(self) -> list[str]:
+        """Lines about what was tried again since they were last asked for."""
+        told, self._news = self._news, []
+        return told
+
+
+def _why(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def _undecoded(datasets: Any, stream: Any, name: str, feature: Any) -> Any:

@@ -27,10 +27,21 @@ from typing import Any
 
 import numpy as np
 
-from arbitor.config import did_you_mean
 from arbitor.data.contents import BadLineError, opened, parse_line
 from arbitor.data.holding_out import numbered_split, spelled_number, told
 from arbitor.data.hub import CAPTION_FIELDS, HubExamples, is_hub
+from arbitor.data.hub_media import HubMedia, SkippedError
+from arbitor.data.media import (
+    UnusableTextError,
+    cleaned,
+    existing,
+    file_status,
+    is_lines,
+    listed,
+    real_path,
+    text_beside,
+    why_no_file,
+)
 from arbitor.data.sources import reason
 from arbitor.data.store import MappedBytes, Store
 from arbitor.data.stream import ByteStream
@@ -52,6 +63,8 @@ _FORMATS = (
 )  # of Pillow's, those that run no other program
 _CACHE_FORMAT = 1
 _MAX_PIXELS = 1 << 27
+_MAX_FILE_BYTES = 1 << 30
+_FOR_NOW = ("missing", "not readable", "too large for the memory")  # what the same file may not be next time
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,6 +137,22 @@ class CaptionedImages:
         return ByteStream([text, *rows]).fingerprint()
 
 
+CaptionedImage = tuple[bytes, np.ndarray]  # caption, and pixels uint8 [C, S, S]
+
+
+@dataclass(frozen=True, slots=True)
+class ImageStream:
+    """Images with captions of a data set of the hub, which are read while they are learnt from.
+
+    Attributes:
+        geometry: of all.
+        media: where they are from.
+    """
+
+    geometry: Geometry
+    media: HubMedia[CaptionedImage]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageCorpus:
     """What a run learns from and what it is measured on.
@@ -134,6 +163,20 @@ class ImageCorpus:
     """
 
     train: CaptionedImages
+    held_out: CaptionedImages
+    description: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StreamedImages:
+    """The same of a data set of the hub, which is read while it is learnt from.
+
+    Attributes:
+        train: where images come from.
+        held_out, description: see `ImageCorpus`.
+    """
+
+    train: ImageStream
     held_out: CaptionedImages
     description: str
 
@@ -207,7 +250,7 @@ def open_images(
     else:
         whole = _decoded(found, geometry, store)
         skipped = found.skipped
-        out, rule = _split(whole, found, held_out)
+        out, rule = _split(whole, found, held_out) if len(whole) else (set[int](), "")
         train = whole.part([n for n in range(len(whole)) if n not in out])
         test = whole.part(sorted(out))
     reasons = told(skipped)
@@ -224,6 +267,45 @@ def open_images(
         description=f"{found.name}: {len(train):,} images to train on, {len(test):,} held out ({rule})"
         f"{reasons}{cache}",
     )
+
+
+def open_training_images(
+    data: Sequence[str], held_out: str | None, geometry: Geometry, text_field: str | None = None
+) -> ImageCorpus | StreamedImages:
+    """As `open_images`, but a data set of the hub, of which that takes the first `MAX_MEDIA`, is a stream.
+
+    Of that, `held_out` is a path, a share of its first examples, or how many of the first ones.
+    """
+    if not any(map(is_hub, data)):
+        return open_images(data, held_out, geometry, text_field)
+    if len(data) > 1:
+        raise UserError("a data set of the hub stands alone: give one, or files without it")
+    if text_field is not None:
+        raise UserError(f"--field {text_field} is for files; of the hub: {data[0]}:SPLIT:{text_field}")
+    path = held_out if held_out is not None and spelled_number(held_out) is None else None
+
+    def load(content: bytes, caption: bytes) -> CaptionedImage:
+        pixels, why = _load(content, geometry)
+        if pixels is None:
+            raise SkippedError(why)
+        return caption, pixels
+
+    media: HubMedia[CaptionedImage] = HubMedia(
+        data[0], "Image", load, lambda item: item[1].nbytes, MAX_CAPTION_BYTES, "0" if path else held_out
+    )
+    description = media.description
+    if path is not None:
+        apart = _find([path], None)
+        test = _decoded(apart, geometry, Store())
+        description += f"; {len(test):,} held out ({path}){told(apart.skipped)}"
+    else:
+        rows = [b"\1" + pixels.tobytes() for _, pixels in media.held_out]
+        pixels = np.frombuffer(b"".join(rows), dtype=np.uint8).reshape(-1, 1 + geometry.bytes)
+        captions = [caption for caption, _ in media.held_out]
+        test = CaptionedImages(geometry, captions, pixels, np.arange(len(captions)))
+    if not len(test):
+        raise UserError(f"{description}: no image that is held out can be used; give another --held-out")
+    return StreamedImages(train=ImageStream(geometry, media), held_out=test, description=description)
 
 
 def fit(image: Any, geometry: Geometry) -> np.ndarray:
@@ -259,13 +341,13 @@ def read_image(path: str | Path, geometry: Geometry) -> np.ndarray:
         UserError: it is missing, damaged or no image.
     """
     try:
-        with open(path, "rb"):
-            pass
+        with open(path, "rb") as file:
+            content = file.read(_MAX_FILE_BYTES)
     except OSError as error:
         raise UserError(f"cannot read {str(path)!r}: {reason(error)}") from error
-    pixels, why = _load(Path(path), geometry)
+    pixels, why = _load(content, geometry)
     if pixels is None:
-        raise UserError(f"{str(path)!r} {why}; give a whole image, one of {', '.join(_FORMATS)}")
+        raise UserError(f"{str(path)!r} is {why}; give a whole image, one of {', '.join(_FORMATS)}")
     return pixels
 
 
@@ -300,21 +382,30 @@ def _load(source: Path | bytes, geometry: Geometry) -> tuple[np.ndarray | None, 
                 return fit(picture, geometry), ""
     except FileNotFoundError:
         return None, "missing"
+    except MemoryError:
+        return None, "too large for the memory"
     except ValueError as error:
         return None, f"unusable ({error})" if str(error) in ("no pixels", "of floats") else "damaged"
     except Image.DecompressionBombError:
         return None, "too large"
-    # Decoders of damaged files raise whatever their own mistakes are.
-    except Exception:
-        return None, "damaged"
+    # Decoders of damaged files raise whatever their own mistakes are; those of the system have a number.
+    except Exception as error:
+        return None, "not readable" if getattr(error, "errno", None) else "damaged"
 
 
 def _decoded(found: _Found, geometry: Geometry, store: Store) -> CaptionedImages:
     """The usable ones among what was found; the others are counted."""
 
+    for_now: list[str] = []
+
     def records() -> Iterator[bytes]:
         for loader in found.loaders:
-            pixels = fit(loader, geometry) if isinstance(loader, np.ndarray) else _load(loader, geometry)[0]
+            if isinstance(loader, np.ndarray):
+                pixels: np.ndarray | None = fit(loader, geometry)
+            else:
+                pixels, why = _load(loader, geometry)
+                if why in _FOR_NOW:
+                    for_now.append(why)
             usable = b"\1" if pixels is not None else b"\0"
             yield usable + (bytes(geometry.bytes) if pixels is None else pixels.tobytes())
 
@@ -322,10 +413,10 @@ def _decoded(found: _Found, geometry: Geometry, store: Store) -> CaptionedImages
         empty = np.zeros((0, 1 + geometry.bytes), dtype=np.uint8)
         return CaptionedImages(geometry, [], empty, np.zeros(0, dtype=np.int64))
     key = ("images", _CACHE_FORMAT, geometry.size, geometry.channels, *found.keys)
-    pixels = store.keep(key, records()).reshape(-1, 1 + geometry.bytes)
+    pixels = store.keep(key, records(), lambda: not for_now).reshape(-1, 1 + geometry.bytes)
     usable = np.asarray(pixels)[:, 0] == 1
     for number in np.flatnonzero(~usable).tolist():
-        found.skipped[_load(found.loaders[number], geometry)[1] or "damaged"] += 1
+        found.skipped[_load(found.loaders[number], geometry)[1] or "not readable"] += 1
     chosen = np.flatnonzero(usable)
     return CaptionedImages(geometry, [found.captions[n] for n in chosen.tolist()], pixels, chosen)
 
@@ -368,22 +459,22 @@ def _find(data: Sequence[str], text_field: str | None) -> _Found:
         if is_hub(item):
             _add_hub(item, found)
             continue
-        path = Path(item).expanduser()
-        if not os.path.lexists(path):
-            names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-            raise UserError(f"no such file or folder: {item!r}{did_you_mean(path.name, names)}")
+        path = existing(item)
+        before = len(found.keys) + found.skipped.total()
         if idx := _idx_images(path):
             for images in idx:
                 _add_idx(images, found)
         elif path.is_dir():
             _add_folder(path, text_field, found)
-        elif path.name.lower().endswith((".jsonl", ".jsonl.gz")):
+        elif is_lines(path):
             _add_lines(path, text_field, found)
         else:
             raise UserError(
                 f"{item!r} is no data of images: give a folder of images with captions, a .jsonl of image "
                 "and text, or an IDX file ...images-idx3-ubyte"
             )
+        if len(found.keys) + found.skipped.total() == before:
+            raise UserError(f"no images in {item!r}")
     return found
 
 
@@ -400,44 +491,42 @@ def _add_hub(item: str, found: _Found) -> None:
 
 
 def _add_folder(folder: Path, text_field: str | None, found: _Found) -> None:
-    listed: set[str] = set()
-    images: list[Path] = []
-    for root, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            if name.startswith("."):
-                found.skipped["hidden"] += 1
-            elif name.lower().endswith((".jsonl", ".jsonl.gz")):
-                listed |= _add_lines(Path(root, name), text_field, found)
-            elif name.lower().endswith(SUFFIXES):
-                images.append(Path(root, name))
+    lines, images = listed(folder, SUFFIXES, found.skipped)
+    named: set[str] = set()
+    for path in lines:
+        named |= _add_lines(path, text_field, found)
     for image in sorted(images):
-        if os.path.realpath(image) in listed:
+        if real_path(image) in named:
             continue
         try:
-            caption = image.with_suffix(".txt").read_bytes()[: MAX_CAPTION_BYTES + 1]
-        except OSError:
+            caption = text_beside(image, MAX_CAPTION_BYTES)
+        except UnusableTextError as error:
+            found.skipped[str(error)] += 1
+            continue
+        if caption is None:
             found.skipped["without a caption"] += 1
             continue
         _add_file(image, caption, found)
 
 
 def _add_file(image: Path, caption: bytes, found: _Found) -> None:
-    caption = caption.removeprefix(b"\xef\xbb\xbf").strip()
     if not caption:
         found.skipped["with an empty caption"] += 1
         return
     try:
-        status = image.stat()
-    except (OSError, ValueError):
-        found.skipped["missing"] += 1
+        status = file_status(image)
+    except PermissionError:
+        found.skipped["not readable"] += 1
         return
-    found.add(caption, (os.path.realpath(image), status.st_size, status.st_mtime_ns), image)
+    if status is None:
+        found.skipped[why_no_file(image)] += 1
+        return
+    found.add(caption, (real_path(image), status.st_size, status.st_mtime_ns), image)
 
 
 def _add_lines(path: Path, text_field: str | None, found: _Found) -> set[str]:
     """Add the images of a JSON Lines file; returns their real paths."""
-    listed = set()
+    named = set()
     with opened(path) as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -450,9 +539,9 @@ def _add_lines(path: Path, text_field: str | None, found: _Found) -> set[str]:
             image = _field(record, ("image", "file_name"), where)
             caption = _field(record, (text_field,) if text_field else ("text", "caption"), where)
             target = path.parent / image
-            listed.add(os.path.realpath(target))
-            _add_file(target, caption.encode("utf-8", "replace"), found)
-    return listed
+            named.add(real_path(target))
+            _add_file(target, cleaned(caption.encode("utf-8", "replace"), MAX_CAPTION_BYTES), found)
+    return named
 
 
 def _field(record: Any, names: Sequence[str], where: str) -> str:
@@ -466,8 +555,11 @@ def _field(record: Any, names: Sequence[str], where: str) -> str:
 
 def _idx_images(path: Path) -> list[Path]:
     """The IDX files of images that a path means: itself, or those directly in the folder."""
-    names = sorted(path.iterdir()) if path.is_dir() else [path]
-    return [p for p in names if p.is_file() and "idx3-ubyte" in p.name and not p.name.startswith(".")]
+    try:
+        names = sorted(path.iterdir()) if path.is_dir() else [path]
+    except OSError as error:
+        raise UserError(f"cannot read the folder {str(path)!r}: {reason(error)}") from error
+    return [p for p in names if "idx3-ubyte" in p.name and not p.name.startswith(".") and os.path.isfile(p)]
 
 
 def _idx_header(path: Path) -> tuple[int, ...]:

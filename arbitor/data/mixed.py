@@ -6,13 +6,13 @@ from fractions import Fraction
 from typing import Any
 
 from arbitor.config import RunConfig
-from arbitor.data.audio import open_audio
+from arbitor.data.audio import open_training_audio
 from arbitor.data.corpus import ByteCorpus, open_corpus
 from arbitor.data.docstrings import open_docstrings
 from arbitor.data.documents import HubDocuments, open_hub_corpus
 from arbitor.data.holding_out import exact_share, spelled_number
 from arbitor.data.hub import is_hub
-from arbitor.data.images import Geometry, open_images
+from arbitor.data.images import Geometry, open_training_images
 from arbitor.errors import UserError
 
 
@@ -106,13 +106,13 @@ def _open_image(config: RunConfig, share: Fraction | None) -> Any:
     if not model.image_size:
         raise UserError("image_weight is set for a model without the image sidecar; set image_size as well")
     geometry = Geometry(size=model.image_size, channels=model.image_channels)
-    return open_images(config.mix.image_data, _spelled(share), geometry)
+    return open_training_images(config.mix.image_data, _spelled(share), geometry)
 
 
 def _open_audio(config: RunConfig, share: Fraction | None) -> Any:
     if not config.model.audio_rate:
         raise UserError("audio_weight is set for a model without the audio sidecar; set audio_rate as well")
-    return open_audio(config.mix.audio_data, _spelled(share), config.model.audio_rate)
+    return open_training_audio(config.mix.audio_data, _spelled(share), config.model.audio_rate)
 
 
 OPENERS: dict[str, Callable[[RunConfig, Fraction | None], Any]] = {

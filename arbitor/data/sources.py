@@ -117,7 +117,7 @@ def _named_file(path: Path) -> Iterator[Source]:
         status = path.stat()
     except (OSError, ValueError) as error:
         if isinstance(error, FileNotFoundError):
-            hint = did_you_mean(path.name, _names_in(path.parent))
+            hint = did_you_mean(path.name, names_in(path.parent))
             raise UserError(f"no such file or folder: {str(path)!r}{hint}") from error
         raise UserError(f"cannot read {str(path)!r}: {reason(error)}") from error
     if not stat.S_ISREG(status.st_mode):
@@ -129,7 +129,7 @@ def _named_file(path: Path) -> Iterator[Source]:
     yield Source(path=path, size=status.st_size, mtime_ns=status.st_mtime_ns)
 
 
-def _names_in(folder: Path) -> list[str]:
+def names_in(folder: Path) -> list[str]:
     """Some names in `folder`, none if it cannot be read; all of a large one would take long to compare."""
     try:
         with os.scandir(folder) as entries:

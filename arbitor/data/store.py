@@ -5,7 +5,7 @@ import hashlib
 import os
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -84,8 +84,18 @@ class Store:
         self.unwritable: str | None = None
         """Why content had to stay in memory, if the cache could not be written."""
 
-    def keep(self, key: tuple[object, ...], chunks: Iterable[bytes]) -> np.ndarray:
+    def keep(
+        self,
+        key: tuple[object, ...],
+        chunks: Iterable[bytes],
+        lasting: Callable[[], bool] = lambda: True,
+    ) -> np.ndarray:
         """The concatenation of `chunks`, uint8; what was cached under `key` before is not produced again.
+
+        Args:
+            key: all that the content depends on.
+            chunks: the content.
+            lasting: asked behind the last chunk, whether the content is worth to be found by other runs.
 
         Raises:
             UserError: if the cache's disk is full; whatever `chunks` raises passes through, with no cache
@@ -121,6 +131,8 @@ class Store:
             stack.callback(_unlink, partial)
             try:
                 _write(descriptor, head, rest)
+                if not lasting():
+                    return map_file(Path(partial), os.path.getsize(partial))  # outlives the name of its file
                 os.replace(partial, path)
             except OSError as error:
                 raise UserError(

@@ -21,18 +21,31 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from arbitor.config import did_you_mean
 from arbitor.data.contents import BadLineError, opened, parse_line
 from arbitor.data.holding_out import numbered_split, spelled_number, told
 from arbitor.data.images import DIGITS_SIDE, MAX_CAPTION_BYTES, OWN_SHARE, WORDS, Geometry, fit
+from arbitor.data.media import (
+    UnusableTextError,
+    cleaned,
+    existing,
+    file_status,
+    is_lines,
+    listed,
+    real_path,
+    text_beside,
+    why_no_file,
+)
 from arbitor.data.stream import ByteStream
 from arbitor.errors import UserError
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".gif", ".ogv")
+# Demuxers of FFmpeg that read the one file that they are given.
+_FORMATS = ("mov", "matroska", "webm", "avi", "mpeg", "mpegts", "mpegvideo", "gif", "ogg", "m4v")
 FRAMES_PER_SECOND = 8
 MAX_FRAMES = 8192  # that are decoded of a video, and
 MAX_KEPT = 512  # that are kept
 MAX_BYTES = 4 << 30  # of all films together, in memory
+MAX_PIXELS = 1 << 26  # of a frame
 MAX_SPEED = 2  # pixels a frame, of a digit in each direction
 
 
@@ -267,7 +280,6 @@ class _Found:
 
     def add(self, path: Path, caption: bytes) -> None:
         """Decode one, or count why not."""
-        caption = caption.removeprefix(b"\xef\xbb\xbf").strip()
         if not caption:
             self.skipped["with an empty caption"] += 1
             return
@@ -280,7 +292,7 @@ class _Found:
             return
         self.captions.append(caption)
         self.frames.append(film)
-        self.keys.append(os.path.realpath(path))
+        self.keys.append(real_path(path))
         self.num_bytes += film.nbytes
 
     def films(self) -> Films:
@@ -300,15 +312,26 @@ def load_video(path: Path, geometry: ClipGeometry) -> tuple[np.ndarray | None, s
     square = Geometry(size=geometry.size, channels=geometry.channels)
     frames: list[np.ndarray] = []
     times: list[float] = []
-    if not path.is_file():
-        return None, "missing"
     try:
-        with av.open(str(path)) as container:
+        if file_status(path) is None:
+            return None, why_no_file(path)
+        with open(path, "rb"):
+            pass
+    except OSError:
+        return None, "not readable"
+    try:
+        # An absolute path is never taken for an address, and of the formats none leads to other files.
+        with av.open(os.path.abspath(path), options={"format_whitelist": ",".join(_FORMATS)}) as container:
             if not container.streams.video:
                 return None, "without frames"
+            codec = container.streams.video[0].codec_context
+            if codec.width * codec.height > MAX_PIXELS:
+                return None, "too large"
             for number, frame in enumerate(container.decode(video=0)):
                 if number >= MAX_FRAMES:
                     break
+                if frame.is_corrupt:
+                    return None, "damaged"
                 frames.append(fit(frame.to_ndarray(format="rgb24"), square))
                 times.append(number / FRAMES_PER_SECOND if frame.time is None else float(frame.time))
     # Decoders of damaged files raise whatever their own mistakes are.
@@ -337,13 +360,11 @@ def _apart(times: Sequence[float]) -> list[int]:
 def _find(data: Sequence[str], geometry: ClipGeometry) -> _Found:
     found = _Found(geometry)
     for item in data:
-        path = Path(item).expanduser()
-        if not os.path.lexists(path):
-            names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-            raise UserError(f"no such file or folder: {item!r}{did_you_mean(path.name, names)}")
+        path = existing(item)
+        before = len(found.keys) + found.skipped.total()
         if path.is_dir():
             _add_folder(path, found)
-        elif path.name.lower().endswith((".jsonl", ".jsonl.gz")):
+        elif is_lines(path):
             _add_lines(path, found)
         elif path.name.lower().endswith(SUFFIXES):
             _add_file(path, found)
@@ -352,31 +373,28 @@ def _find(data: Sequence[str], geometry: ClipGeometry) -> _Found:
                 f"{item!r} is no data of videos: give a folder of videos with captions, a .jsonl of video "
                 f"and text, or one of {', '.join(SUFFIXES)}"
             )
+        if len(found.keys) + found.skipped.total() == before:
+            raise UserError(f"no videos in {item!r}")
     return found
 
 
 def _add_folder(folder: Path, found: _Found) -> None:
-    listed: set[str] = set()
-    videos: list[Path] = []
-    for root, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            if name.startswith("."):
-                found.skipped["hidden"] += 1
-            elif name.lower().endswith((".jsonl", ".jsonl.gz")):
-                listed |= _add_lines(Path(root, name), found)
-            elif name.lower().endswith(SUFFIXES):
-                videos.append(Path(root, name))
+    lines, videos = listed(folder, SUFFIXES, found.skipped)
+    named: set[str] = set()
+    for path in lines:
+        named |= _add_lines(path, found)
     for video in sorted(videos):
-        if os.path.realpath(video) not in listed:
+        if real_path(video) not in named:
             _add_file(video, found)
 
 
 def _add_file(video: Path, found: _Found) -> None:
     try:
-        with open(video.with_suffix(".txt"), "rb") as file:
-            caption = file.read(MAX_CAPTION_BYTES)
-    except OSError:
+        caption = text_beside(video, MAX_CAPTION_BYTES)
+    except UnusableTextError as error:
+        found.skipped[str(error)] += 1
+        return
+    if caption is None:
         found.skipped["without a caption"] += 1
         return
     found.add(video, caption)
@@ -384,7 +402,7 @@ def _add_file(video: Path, found: _Found) -> None:
 
 def _add_lines(path: Path, found: _Found) -> set[str]:
     """Add the videos of a JSON Lines file; returns their real paths."""
-    listed = set()
+    named = set()
     with opened(path) as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -398,9 +416,9 @@ def _add_lines(path: Path, found: _Found) -> set[str]:
             if video is None or caption is None:
                 raise UserError(f'{where}: an object {{"video": path, "text": caption}} is needed')
             target = path.parent / video
-            listed.add(os.path.realpath(target))
-            found.add(target, caption.encode("utf-8", "replace")[:MAX_CAPTION_BYTES])
-    return listed
+            named.add(real_path(target))
+            found.add(target, cleaned(caption.encode("utf-8", "replace"), MAX_CAPTION_BYTES))
+    return named
 
 
 def _text(record: Any, *names: str) -> str | None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from arbitor.data.media import file_status, why_no_file
 from arbitor.data.sources import reason
 from arbitor.errors import UserError
 
@@ -22,6 +23,10 @@ _ZERO_CROSSINGS = 16  # of the resampling filter on each side
 _ROLLOFF = 0.95  # of the lower rate's band that resampling keeps
 _CHUNK_TAPS = 1 << 22  # that are multiplied at once
 _STREAMED = (0, 0xFFFFFFFF)  # sizes in headers of files that were written without going back
+MAX_VALUES = 1 << 28  # of all channels of a recording, before it is mixed down
+_LEAST_READ = 0.9  # of the samples that a file's headers promise
+_W64 = b"riff.\x91\xcf\x11\xa5\xd6(\xdb\x04\xc1\0\0"
+_LOUDEST = 64.0  # what is above is of another scale than -1...1
 
 
 class UnusableError(Exception):
@@ -73,7 +78,7 @@ def usable_wave(samples: np.ndarray, rate: int, wanted: int) -> np.ndarray:
         wanted: of the result.
 
     Raises:
-        UnusableError: nothing is in it, it holds no numbers, or its rate is none.
+        UnusableError: nothing is in it, it holds no numbers, numbers of another scale, or its rate is none.
     """
     if samples.ndim == 2:
         if not samples.shape[1]:
@@ -83,6 +88,8 @@ def usable_wave(samples: np.ndarray, rate: int, wanted: int) -> np.ndarray:
         raise UnusableError("empty")
     if not np.isfinite(samples).all():
         raise UnusableError("with samples that are no numbers")
+    if np.abs(samples).max() > _LOUDEST:
+        raise UnusableError("with samples far beyond full scale")
     if not MIN_RATE <= rate <= MAX_RATE:
         raise UnusableError(f"of a rate outside {MIN_RATE}...{MAX_RATE} Hz")
     return np.clip(resample(samples.astype(np.float32), rate, wanted), -1, 1)
@@ -119,9 +126,10 @@ def resample(samples: np.ndarray, rate: int, wanted: int) -> np.ndarray:
 def load_file(path: Path) -> tuple[np.ndarray, int]:
     """As `load_content`, of a file."""
     try:
-        if not path.is_file():
-            raise UnusableError("missing")
-        if path.stat().st_size > MAX_FILE_BYTES:
+        status = file_status(path)
+        if status is None:
+            raise UnusableError(why_no_file(path))
+        if status.st_size > MAX_FILE_BYTES:
             raise UnusableError("too large")
         return load_content(path.read_bytes())
     except (OSError, ValueError) as error:
@@ -137,20 +145,45 @@ def load_content(content: bytes) -> tuple[np.ndarray, int]:
     if not content:
         raise UnusableError("empty")
     soundfile = _soundfile()
-    if content[:4] == b"RIFF":
-        promised = int.from_bytes(content[4:8], "little")
-        if promised not in _STREAMED and promised + 8 > len(content) + 1:  # the last odd byte may be missing
-            raise UnusableError("cut short")
+    if _promised_size(content) > len(content) + 1:  # the last odd byte may be missing
+        raise UnusableError("cut short")
     try:
         with soundfile.SoundFile(io.BytesIO(content)) as file:
             rate = int(file.samplerate)
             if not MIN_RATE <= rate <= MAX_RATE:
                 raise UnusableError(f"of a rate outside {MIN_RATE}...{MAX_RATE} Hz")
-            samples = file.read(int(MAX_SECONDS * rate), dtype="float32", always_2d=True)
+            wanted = min(file.frames, int(MAX_SECONDS * rate))
+            if wanted * file.channels > MAX_VALUES:
+                raise UnusableError("too large")
+            samples = file.read(wanted, dtype="float32", always_2d=True)
     # libsndfile's errors are RuntimeErrors; damaged headers may lead to any of the others.
     except (RuntimeError, OSError, ValueError, TypeError, MemoryError, OverflowError) as error:
         raise UnusableError("damaged") from error
+    if len(samples) < _LEAST_READ * wanted:  # of compressed sounds the number may be an estimate
+        raise UnusableError("cut short")
     return samples, rate
+
+
+def _promised_size(content: bytes) -> int:
+    """Bytes that a file should have by its own headers; 0 where they do not tell."""
+    kind = content[:4]
+    if kind == b"RIFF":
+        size = int.from_bytes(content[4:8], "little")
+        return 0 if size in _STREAMED else size + 8
+    if kind == b"FORM":  # AIFF
+        return int.from_bytes(content[4:8], "big") + 8
+    if kind == b"RF64" and content[12:16] == b"ds64":
+        return int.from_bytes(content[20:28], "little") + 8
+    if content[:16] == _W64:
+        return int.from_bytes(content[16:24], "little")
+    if kind == b".snd":  # AU
+        size = int.from_bytes(content[8:12], "big")
+        return 0 if size in _STREAMED else int.from_bytes(content[4:8], "big") + size
+    if kind == b"OggS":
+        page = content.rfind(b"OggS")
+        lengths = content[page + 27 : page + 27 + content[page + 26]] if page + 26 < len(content) else b""
+        return page + 27 + len(lengths) + sum(lengths) if lengths else len(content) + 2
+    return 0
 
 
 def _soundfile() -> Any:

@@ -39,6 +39,12 @@ _PLAIN = {
     "rank_pattern": (None, {}),
     "alpha_pattern": (None, {}),
     "lora_bias": (False,),
+    # Others than these start by taking something off the base's weights, which an adapter then belongs to.
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
+    "layer_replication": (None,),
+    "alora_invocation_tokens": (None, []),
+    "use_qalora": (False,),
+    "use_bdlora": (None,),
 }
 
 

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from arbitor.config import RunConfig
-from arbitor.data.audio import AudioCorpus, Recordings
+from arbitor.data.audio import AudioCorpus, Recording, Recordings, StreamedAudio, recordings_of
 from arbitor.data.clips import LOUD_NOISE, clip, varied, with_gap
 from arbitor.data.draw import EpochSampler
+from arbitor.data.hub_media import StreamSampler
 from arbitor.data.waves import resample, write_recording
 from arbitor.evaluate import Evaluation, caption_figures
 from arbitor.generate import greedy_texts
@@ -45,7 +46,7 @@ class AudioTask:
     figure = "bits_per_byte"
     fixed_shapes = True
 
-    def __init__(self, config: RunConfig, corpus: AudioCorpus) -> None:
+    def __init__(self, config: RunConfig, corpus: AudioCorpus | StreamedAudio) -> None:
         model, train = config.model, config.train
         self.corpus = corpus
         self.samples = model.audio_samples
@@ -53,15 +54,22 @@ class AudioTask:
         self.batch = train.batch
         self.augment = config.data.augment
         self.rate = model.audio_rate
-        cut = sum(len(wave) > self.samples for wave in corpus.train.waves)
-        told = f"; {cut:,} are cut to {self.samples / self.rate:.2g} s" if cut else ""
+        self.streams = isinstance(corpus, StreamedAudio)
+        # What is to come of a stream is not known: those that are held out stand for it.
+        self.known = corpus.held_out if isinstance(corpus, StreamedAudio) else corpus.train
+        cut = sum(len(wave) > self.samples for wave in self.known.waves)
+        which = f"{cut:,} of those held out" if self.streams else f"{cut:,}"
+        told = f"; {which} are cut to {self.samples / self.rate:.2g} s" if cut else ""
         self.description = corpus.description + told
         self.bytes_per_item = 2 * self.samples
         self.positions_per_item = math.ceil(50 * self.samples / self.rate)
         self.held_out_bytes = 2 * corpus.held_out.num_samples
-        self.sampler = EpochSampler(
-            len(corpus.train), train.batch, train.seed, "recordings", corpus.train.fingerprint()
-        )
+        self.sampler: EpochSampler | StreamSampler[Recording]
+        if isinstance(corpus, StreamedAudio):
+            self.sampler = StreamSampler(corpus.train.media, train.batch, train.seed)
+        else:
+            count, fingerprint = len(corpus.train), corpus.train.fingerprint()
+            self.sampler = EpochSampler(count, train.batch, train.seed, "recordings", fingerprint)
 
     def varied(self, wave: np.ndarray, bits: int) -> np.ndarray:
         """A recording fp32 [N] as it might be at another time, by 48 random bits."""
@@ -100,16 +108,28 @@ class AudioTask:
     def write_samples(self, model: ARBModel, folder: Path) -> None:
         """Write WAV files that show what was learnt into `folder`."""
 
-    def _drawn(self, samples: int) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Numbers and clips of the next recordings."""
+    def news(self) -> list[str]:
+        """Lines for the user about what happened to the data since they were last asked for."""
+        return self.sampler.news() if isinstance(self.sampler, StreamSampler) else []
+
+    def _next(self) -> tuple[Recordings, np.ndarray]:
+        """The next recordings, and 64 random bits for each, uint64 [B]."""
+        if isinstance(self.sampler, StreamSampler):
+            items, bits_B = self.sampler.next_items()
+            return recordings_of(items, self.rate), bits_B
         numbers, bits_B = self.sampler.next_numbers()
+        return self.known.part(numbers.tolist()), bits_B
+
+    def _drawn(self, samples: int) -> tuple[list[bytes], list[np.ndarray]]:
+        """Labels and clips of the next recordings."""
+        drawn, bits_B = self._next()
         clips = []
-        for number, bits in zip(numbers.tolist(), bits_B.tolist(), strict=True):
-            wave = self.corpus.train.wave(number)
+        for number, bits in enumerate(bits_B.tolist()):
+            wave = drawn.wave(number)
             if self.augment:
                 wave = self.varied(wave, bits & (1 << 48) - 1)
             clips.append(clip(wave, samples, bits >> 48))
-        return numbers, clips
+        return drawn.labels, clips
 
     def _held_out(self, max_items: int | None) -> Recordings:
         held_out = self.corpus.held_out
@@ -121,7 +141,7 @@ class CodecTask(AudioTask):
 
     figure = "log_mel_distance"
 
-    def __init__(self, config: RunConfig, corpus: AudioCorpus) -> None:
+    def __init__(self, config: RunConfig, corpus: AudioCorpus | StreamedAudio) -> None:
         super().__init__(config, corpus)
         self.description = corpus.description
         self.clip_samples = min(self.samples, round(CODEC_SECONDS * self.rate))
@@ -157,7 +177,9 @@ class CodecTask(AudioTask):
         every = torch.cat(bands)
         of_median = float((every - every.median(dim=0).values).abs().mean())
         distance = float(torch.cat(distances).mean())
-        extra = {"log_mel_distance_of_median": of_median, "share_of_median": distance / of_median}
+        extra = {"log_mel_distance_of_median": of_median}
+        if of_median:  # 0 of silence and of single windows
+            extra["share_of_median"] = distance / of_median
         return Evaluation(distance, 2 * held_out.num_samples, len(held_out), extra=extra)
 
     @torch.no_grad()
@@ -176,11 +198,12 @@ class ListenTask(AudioTask):
 
     main_loss = "text"
 
-    def __init__(self, config: RunConfig, corpus: AudioCorpus) -> None:
+    def __init__(self, config: RunConfig, corpus: AudioCorpus | StreamedAudio) -> None:
         super().__init__(config, corpus)
-        longest = max(map(len, corpus.train.labels))
-        self.length = min(WINDOW + longest + 1, self.ctx)
-        self.positions_per_item += self.length
+        longest = min(WINDOW + max(map(len, self.known.labels)) + 1, self.ctx)
+        self.length = None if self.streams else longest
+        self.fixed_shapes = not self.streams
+        self.positions_per_item += longest
         self.held_out_bytes = sum(min(len(label) + 1, self.ctx - WINDOW) for label in corpus.held_out.labels)
 
     def varied(self, wave: np.ndarray, bits: int) -> np.ndarray:
@@ -189,8 +212,7 @@ class ListenTask(AudioTask):
 
     def next_batch(self) -> tuple[Tensor, ...]:
         """See `Task`: ids [B, L], which of them count [B, L], and clips fp32 [B, N]."""
-        numbers, clips = self._drawn(self.samples)
-        labels = [self.corpus.train.labels[n] for n in numbers]
+        labels, clips = self._drawn(self.samples)
         return *framed(labels, self.ctx, self.length), torch.from_numpy(np.stack(clips))
 
     def output(self, model: ARBModel, *batch: Tensor) -> ARBOutput:
@@ -239,16 +261,15 @@ class SpeakTask(AudioTask):
     figure = "bits_per_code"
     fixed_shapes = False  # a batch is as long as its longest recording
 
-    def __init__(self, config: RunConfig, corpus: AudioCorpus) -> None:
+    def __init__(self, config: RunConfig, corpus: AudioCorpus | StreamedAudio) -> None:
         super().__init__(config, corpus)
-        self.positions_per_item += WINDOW + 1 + max(map(len, corpus.train.labels))
+        self.positions_per_item += WINDOW + 1 + max(map(len, self.known.labels))
         self.codes_per_time = config.model.audio_codes
         self.samples_per_time = STRIDE * self.rate // FRAMES_PER_SECOND
 
     def next_batch(self) -> tuple[Tensor, ...]:
         """See `Task`: ids [B, L], how many times of codes each has [B], and recordings fp32 [B, N]."""
-        numbers, _ = self.sampler.next_numbers()
-        return self._batch_of(self.corpus.train.part(numbers.tolist()))
+        return self._batch_of(self._next()[0])
 
     def output(self, model: ARBModel, *batch: Tensor) -> ARBOutput:
         """See `Task`."""
@@ -281,7 +302,7 @@ class SpeakTask(AudioTask):
 
     def write_samples(self, model: ARBModel, folder: Path) -> None:
         """The first labels, spoken."""
-        labels = sorted(set(self.corpus.train.labels))[: 2 * SHOWN]
+        labels = sorted(set(self.known.labels))[: 2 * SHOWN]
         for label, wave in zip(labels, say(model, labels, seed=0), strict=True):
             name = "".join(c if c.isalnum() else "-" for c in label.decode("utf-8", "replace"))[:40]
             write_recording(folder / f"{name}.wav", wave, self.rate)

@@ -132,7 +132,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
             group["scale_lr"] = train.scale_lr * lr / self.peak_lr
-        batches = [self.task.next_batch() for _ in range(train.accum)]
+        batches = self._next_batches()
         self.optimizer.prepare()
         if self._recorded is None:
             figures = self._work(batches)
@@ -162,6 +162,15 @@ class Trainer:
         # Not every micro-batch has every loss where the data is mixed.
         means = {name: _mean(parts) for name, parts in losses.items()}
         return means | self.model.part_metrics() | {"ok": self.optimizer.last_step_ok}
+
+    def _next_batches(self) -> list[tuple[Tensor, ...]]:
+        """The micro-batches of a step; where one cannot be read, the position is what it was."""
+        position = self.task.sampler_state()
+        try:
+            return [self.task.next_batch() for _ in range(self.config.train.accum)]
+        except UserError:
+            self.task.restore_sampler(position)
+            raise
 
     @property
     def waits(self) -> bool:
@@ -303,7 +312,10 @@ class Run:
                 self._save_or_go_on(self._save_latest)
             if trainer.done or self._diverged or self.guard.received is not None:
                 break
-            self._take_step()
+            try:
+                self._take_step()
+            except UserError as error:
+                raise self._saved_after(error) from error
         self._read_steps()
         diverged = self._diverged
         if diverged:
@@ -360,6 +372,8 @@ class Run:
         self.seconds += self._unread_seconds
         self._step_seconds += self._unread_seconds
         self._unread, self._unread_seconds = [], 0.0
+        for line in getattr(trainer.task, "news", list)():
+            self.display.note(f"step {trainer.step}: {line}")
         lines = []
         for step, loss in zip(unread, losses, strict=True):
             # Only the last step's flips and parts can still be asked for.
@@ -436,6 +450,20 @@ class Run:
         self.display.note(
             f"step {trainer.step}: held out {result.bits_per_byte:.4f} {FIGURES[figure]}"
             f"{written} ({read}){mark}"
+        )
+
+    def _saved_after(self, error: UserError) -> UserError:
+        """What ends the run when no step can be taken: `error`, behind which all steps are saved."""
+        trainer = self.trainer
+        if not trainer.step:
+            return error
+        self._save_latest()
+        where = f"step {trainer.step} of {trainer.config.train.steps}"
+        if not trainer.config.train.save:
+            return UserError(f"stopped at {where}: {error}; nothing was saved (--no-save)")
+        return UserError(
+            f"stopped at {where}: {error}; saved {self.folder / 'latest'}, go on with --resume --run "
+            f"{self.folder.name}"
         )
 
     def _save_or_go_on(self, save: Callable[[], None]) -> bool:

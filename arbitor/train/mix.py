@@ -111,6 +111,10 @@ class WindowsTask(TextTask):
         """See `Task`."""
         self._windows.restore(state)
 
+    def news(self) -> list[str]:
+        """Lines for the user about what happened to the data since they were last asked for."""
+        return self._windows.news()
+
 
 class TextPart:
     """Text or source code: random windows of bytes, or those of documents in their order."""
@@ -299,6 +303,10 @@ class MixTask:
             num_bytes += result.num_bytes
             items += result.windows
         return Evaluation(self._mean(figures), num_bytes, items, right, extra)
+
+    def news(self) -> list[str]:
+        """Lines for the user about what happened to the data since they were last asked for."""
+        return [line for part in self.parts.values() for line in getattr(part.task, "news", list)()]
 
     def sampler_state(self) -> dict[str, Any]:
         """See `Task`: draws so far, and the state of every part's sampler."""

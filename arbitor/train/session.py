@@ -15,9 +15,9 @@ from rich.console import Console
 from arbitor.config import MIXED, RunConfig, dump_toml, load_config, override
 from arbitor.config import preset as preset_config
 from arbitor.data import open_corpus
-from arbitor.data.audio import open_audio
+from arbitor.data.audio import open_training_audio
 from arbitor.data.contents import unused_field
-from arbitor.data.images import Geometry, open_images
+from arbitor.data.images import Geometry, open_training_images
 from arbitor.data.mixed import open_mix
 from arbitor.data.video import ClipGeometry, open_videos
 from arbitor.errors import UserError
@@ -255,12 +255,12 @@ def _open(config: RunConfig, settings: Mapping[str, Any]) -> Corpus:
     if data.audio_task:
         if not config.model.audio_rate:
             raise UserError("audio_task is set for a model without the audio sidecar; set audio_rate as well")
-        return open_audio(data.data, data.held_out, config.model.audio_rate)
+        return open_training_audio(data.data, data.held_out, config.model.audio_rate)
     if config.model.image_size:
         geometry = Geometry(size=config.model.image_size, channels=config.model.image_channels)
         # "text" is the usual field of texts; of captions, two names are usual.
         named = data.field if "field" in settings or data.field != "text" else None
-        return open_images(data.data, data.held_out, geometry, named)
+        return open_training_images(data.data, data.held_out, geometry, named)
     corpus = open_corpus(data.data, data.held_out, data.field, min_bytes=config.model.ctx)
     if "field" in settings and not corpus.has_fields:
         print(f"arbitor: note: {unused_field(data.field)}", file=sys.stderr)

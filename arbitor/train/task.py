@@ -12,9 +12,10 @@ from torch import Tensor
 
 from arbitor.config import RunConfig
 from arbitor.data import ByteCorpus, Sampler
-from arbitor.data.audio import AudioCorpus
-from arbitor.data.draw import ImageSampler
-from arbitor.data.images import ImageCorpus
+from arbitor.data.audio import AudioCorpus, StreamedAudio
+from arbitor.data.draw import ImageSampler, moved
+from arbitor.data.hub_media import StreamSampler
+from arbitor.data.images import CaptionedImage, ImageCorpus, StreamedImages
 from arbitor.data.mixed import MixCorpus
 from arbitor.data.video import VideoCorpus
 from arbitor.evaluate import Evaluation, bits_per_byte, caption_figures
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from arbitor.train.video_tasks import VideoTask
 
 HELD_OUT_BYTES = 1_000_000  # what the evaluation at the end reads at most
-Corpus = ByteCorpus | ImageCorpus | AudioCorpus | MixCorpus | VideoCorpus
+Corpus = ByteCorpus | ImageCorpus | StreamedImages | AudioCorpus | StreamedAudio | MixCorpus | VideoCorpus
 SHOWN = 8  # held-out media whose captions are shown at the end
 
 
@@ -143,26 +144,49 @@ class CaptionTask:
     main_loss = "text"
     figure = "bits_per_byte"
 
-    def __init__(self, config: RunConfig, corpus: ImageCorpus) -> None:
+    def __init__(self, config: RunConfig, corpus: ImageCorpus | StreamedImages) -> None:
         self.corpus = corpus
         self.ctx = config.model.ctx
         self.batch = config.train.batch
-        longest = max(map(len, corpus.train.captions))
-        cut = sum(len(caption) > self.ctx - WINDOW - 1 for caption in corpus.train.captions)
-        told = f"; {cut:,} captions are cut to the context of {self.ctx} bytes" if cut else ""
+        streams = isinstance(corpus, StreamedImages)
+        # What is to come of a stream is not known: those that are held out stand for it.
+        captions = (corpus.held_out if isinstance(corpus, StreamedImages) else corpus.train).captions
+        cut = sum(len(caption) > self.ctx - WINDOW - 1 for caption in captions)
+        which = f"{cut:,} of the captions that are held out" if streams else f"{cut:,} captions"
+        told = f"; {which} are cut to the context of {self.ctx} bytes" if cut else ""
         self.description = corpus.description + told
+        longest = min(WINDOW + max(map(len, captions)) + 1, self.ctx)
         # Every batch as wide as the longest caption, so that what a step costs does not depend on its draw.
-        self.length = min(WINDOW + longest + 1, self.ctx)
-        self.bytes_per_item = corpus.train.geometry.bytes + self.length - WINDOW
+        self.length = None if streams else longest
+        self.fixed_shapes = not streams
+        self.bytes_per_item = corpus.train.geometry.bytes + longest - WINDOW
         patches = (config.model.image_size // config.model.image_patch) ** 2
-        self.positions_per_item = patches + self.length
+        self.positions_per_item = patches + longest
         self.held_out_bytes = sum(self._counted(caption) for caption in corpus.held_out.captions)
-        self.sampler = ImageSampler(corpus.train, self.batch, config.train.seed, augment=config.data.augment)
+        self.augment = config.data.augment
+        seed = config.train.seed
+        self.sampler: ImageSampler | StreamSampler[CaptionedImage]
+        if isinstance(corpus, StreamedImages):
+            self.sampler = StreamSampler(corpus.train.media, self.batch, seed)
+        else:
+            self.sampler = ImageSampler(corpus.train, self.batch, seed, augment=self.augment)
+            self._captions = corpus.train.captions
 
     def next_batch(self) -> tuple[Tensor, ...]:
         """See `Task`: ids [B, L], which of them count [B, L], and pixels."""
-        numbers, pixels = self.sampler.next()
-        return *framed([self.corpus.train.captions[n] for n in numbers], self.ctx, self.length), pixels
+        if isinstance(self.sampler, StreamSampler):
+            items, bits = self.sampler.next_items()
+            captions = [caption for caption, _ in items]
+            pixels = torch.from_numpy(np.stack([image for _, image in items]))
+            pixels = moved(pixels, bits) if self.augment else pixels
+        else:
+            numbers, pixels = self.sampler.next()
+            captions = [self._captions[n] for n in numbers]
+        return *framed(captions, self.ctx, self.length), pixels
+
+    def news(self) -> list[str]:
+        """Lines for the user about what happened to the data since they were last asked for."""
+        return self.sampler.news() if isinstance(self.sampler, StreamSampler) else []
 
     def output(self, model: ARBModel, *batch: Tensor) -> ARBOutput:
         """See `Task`."""
@@ -227,7 +251,7 @@ def task_of(config: RunConfig, corpus: Corpus) -> "TextTask | CaptionTask | Audi
         from arbitor.train.mix import MixTask
 
         return MixTask(config, corpus)
-    if isinstance(corpus, AudioCorpus):
+    if isinstance(corpus, AudioCorpus | StreamedAudio):
         from arbitor.train.audio_tasks import AUDIO_TASKS
 
         return AUDIO_TASKS[config.data.audio_task](config, corpus)
@@ -235,7 +259,9 @@ def task_of(config: RunConfig, corpus: Corpus) -> "TextTask | CaptionTask | Audi
         from arbitor.train.video_tasks import VIDEO_TASKS
 
         return VIDEO_TASKS[config.data.video_task](config, corpus)
-    return CaptionTask(config, corpus) if isinstance(corpus, ImageCorpus) else TextTask(config, corpus)
+    if isinstance(corpus, ImageCorpus | StreamedImages):
+        return CaptionTask(config, corpus)
+    return TextTask(config, corpus)
 
 
 def framed(captions: Sequence[bytes], ctx: int, length: int | None = None) -> tuple[Tensor, Tensor]:

@@ -243,7 +243,7 @@ def test_what_gives_no_images_is_named(folder, tmp_path):
         open_images([str(tmp_path / "note.txt")], None, GREY)
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(UserError, match="no image to train on can be used"):
+    with pytest.raises(UserError, match="no images in"):
         open_images([str(empty)], None, GREY)
     with pytest.raises(UserError, match="holds out all of the 20 images"):
         open_images([str(folder)], "20", GREY)

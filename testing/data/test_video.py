@@ -188,8 +188,8 @@ def test_json_lines_name_videos(tmp_path):
     [
         ("gone", None, "no such file or folder"),
         ("note.md", None, "no data of videos"),
-        (".", None, "no video to train on can be used"),
-        (".", "2", "no video to train on can be used"),
+        (".", None, "no videos in"),
+        (".", "2", "no videos in"),
     ],
 )
 def test_bad_data_is_one_line(given, held_out, why, tmp_path):

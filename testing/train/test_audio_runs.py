@@ -71,6 +71,16 @@ def test_the_codec_is_measured_against_the_median(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("size", [1, 3000], ids=["single samples", "silence"])
+@pytest.mark.parametrize("task", FIGURES)
+def test_recordings_without_a_sound_end_no_run(task, size, tmp_path):
+    for number in range(12):
+        write_recording(tmp_path / f"{number}_x.wav", np.zeros(size, np.float32), 2000)
+    assert main(["--task", task, "--data", str(tmp_path), *SMALL, "--run", "silent"]) == 0
+    summary = json.loads((tmp_path / "runs/silent/summary.json").read_text())
+    assert np.isfinite(summary[f"held_out_{FIGURES[task]}"])
+
+
 def test_listening_and_speaking_keep_the_codec_of_their_base(tmp_path):
     from arbitor.train.checkpoint import load
 

@@ -486,8 +486,11 @@ def test_images_and_recordings_of_a_data_set_are_learnt_from(tmp_path, monkeypat
     config = mix_config(**data, text_weight=0.0, code_weight=0.0)
     trainer, losses = trainer_of(config, 6)
     assert all(np.isfinite(losses))
-    assert "20 images" not in trainer.task.description  # some of the 20 are held out
-    assert "18 images to train on, 2 held out" in trainer.task.description
-    assert "skipped 1 without an image" in trainer.task.description
-    assert "skipped 1 damaged, 1 empty" in trainer.task.description
-    assert trainer.task.parts["image"].task.corpus.train.captions[0] == b"number 0"
+    assert "image 50%: hf:some/media:train: a stream, shuffled 512 at a time; 2 held out" in (
+        trainer.task.description
+    )
+    held_out = [trainer.task.parts[name].task.corpus.held_out for name in ("image", "audio")]
+    assert held_out[0].captions == held_out[1].labels == [b"number 9", b"number 19"]
+    told = "\n".join(trainer.task.news())
+    assert told.count("hf:some/media:train; skipped ") == 2
+    assert "skipped 1 damaged" in told

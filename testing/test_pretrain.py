@@ -302,7 +302,12 @@ def test_a_step_on_embedded_data_takes_no_minute(workplace):
     )
     assert done.returncode == 0, done.stderr
     assert time.monotonic() - started < 60
-    for name in ("docstrings of Python's standard library", "handwritten digits", "synthesised tones", "moving digits"):
+    for name in (
+        "docstrings of Python's standard library",
+        "handwritten digits",
+        "synthesised tones",
+        "moving digits",
+    ):
         assert name in done.stdout
     summary = json.loads((workplace / "runs/embedded/summary.json").read_text())
     assert summary["steps"] == 1

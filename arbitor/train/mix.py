@@ -68,8 +68,8 @@ class Part(Protocol):
 
     def baseline(self, model: ARBModel, measured: Evaluation) -> float:
         """The task's figure on the held-out data that was `measured`, for a predictor that knows how frequent
-        each value is and nothing else, a key of `BASELINES`: the entropy of unigrams of that data, in bits, or
-        the velocity loss of a Gaussian.
+        each value is and nothing else: the entropy of unigrams of that data, in bits, or the velocity loss of
+        a Gaussian.
         """
 
     def held_out_batches(self, max_items: int) -> Iterator[tuple[Tensor, ...]]:
@@ -258,8 +258,8 @@ class VideoPart:
 
     @torch.no_grad()
     def baseline(self, model: ARBModel, measured: Evaluation) -> float:
-        """See `Part`; every number of a clip's latents has a mean and a variance of its own, those of training
-        clips.
+        """See `Part`; every number of a clip's latents has a mean and a variance of its own, those in
+        training clips.
         """
         codec = autoencoder_of(model)
         gaussian = Gaussian.of(codec.encode(self.task.standard_clips().to(model.device)), full=False)
@@ -309,7 +309,6 @@ class MixTask:
 
     unit = "items"
     main_loss = MAIN
-    fixed_shapes = False
 
     def __init__(self, config: RunConfig, corpus: MixCorpus) -> None:
         self.names = list(corpus.parts)
@@ -318,6 +317,13 @@ class MixTask:
         self._batch = config.train.batch
         self._seed = config.train.seed
         self._drawn = 0
+        fixed = [part.task.fixed_shapes for part in self.parts.values()]
+        self._fixed = dict(enumerate(fixed)) if config.train.accum == 1 else {}
+        self.fixed_shapes = any(self._fixed.values())
+        apart = [name for name, same in zip(self.names, fixed, strict=True) if not same]
+        self.how_replayed = "replayed as one CUDA graph for each modality" + (
+            f", but for {' and '.join(apart)}, whose batches differ in shape" if apart else ""
+        )
         whole = sum(map(Fraction, self.weights))
         self._shares = [Fraction(weight) / whole for weight in self.weights]
         edges = [sum(self._shares[: n + 1], Fraction(0)) for n in range(len(self.names))]
@@ -342,6 +348,14 @@ class MixTask:
         self._drawn += 1
         number = next(n for n, edge in enumerate(self._edges) if bits < edge)
         return torch.tensor(number), *self.parts[self.names[number]].task.next_batch()
+
+    def kind_of(self, batches: Sequence[Sequence[Tensor]]) -> int | None:
+        """What a step is of if all steps of that modality are alike: its number; else None.
+
+        With several micro-batches a step there are too many mixtures for each to be one kind.
+        """
+        number = int(batches[0][0])
+        return number if self._fixed.get(number, False) else None
 
     def output(self, model: ARBModel, *batch: Tensor) -> ARBOutput:
         """See `Task`."""
@@ -433,7 +447,9 @@ class MixTask:
                 line += f"; router right at {100 * accuracy:.1f} % of the positions"
             rows[name] = line
         if (error := extra.get("held_out_pixel_error")) is not None:
-            rows["pixels"] = f"{error:.4f} {FIGURES['pixel_error']}, their mean {extra['pixel_error_of_mean']:.4f}"
+            rows["pixels"] = (
+                f"{error:.4f} {FIGURES['pixel_error']}, their mean {extra['pixel_error_of_mean']:.4f}"
+            )
         return rows
 
     def _write_samples(self, model: ARBModel, folder: Path) -> None:

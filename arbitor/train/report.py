@@ -73,7 +73,9 @@ def how_steps_run(trainer: Trainer) -> str:
     why_not = why_not_recorded(trainer.model)
     if why_not is None and not trainer.task.fixed_shapes:
         why_not = "not every batch has the same shape"
-    return "replayed as one CUDA graph" if why_not is None else f"kernels are launched one by one: {why_not}"
+    if why_not is not None:
+        return f"kernels are launched one by one: {why_not}"
+    return getattr(trainer.task, "how_replayed", "replayed as one CUDA graph")
 
 
 def describe_parts(model: ModelConfig) -> str:

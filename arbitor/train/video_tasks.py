@@ -231,8 +231,8 @@ def pixel_errors(
     batch: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[float, float]:
-    """Roots of the mean square errors of held-out pixels (1 is black to white): behind the autoencoder, and of
-    every pixel's mean over these clips.
+    """Roots of the mean square errors of held-out pixels (1 is black to white): behind the autoencoder, and
+    of every pixel's mean over these clips.
 
     Args:
         model: one with an autoencoder.

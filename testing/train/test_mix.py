@@ -1,6 +1,7 @@
 import json
 import sys
 import types
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -286,6 +287,85 @@ def test_a_clip_is_measured_beside_a_gaussian_of_training_latents(mix_config):
     assert result.extra["held_out_video"] == result.bits_per_byte
     assert result.extra["held_out_video"] > result.extra["gaussian_video"]  # nothing was learnt yet
     assert trainer.task.figure == "mixed"
+
+
+# --- steps by kind, as a GPU records them
+
+
+class Rehearsed:
+    """A recorded step that is none: it does its work every time."""
+
+    made: ClassVar[list["Rehearsed"]] = []
+
+    def __init__(self, work, device, beside=None):
+        self.work, self.beside, self.calls, self.waits = work, beside, 0, False
+        self.shapes = set()
+        Rehearsed.made.append(self)
+
+    @property
+    def recorded(self):
+        return self.calls > 2
+
+    def __call__(self, batch):
+        self.calls += 1
+        self.shapes.add(tuple((tensor.shape, tensor.dtype) for tensor in batch))
+        return self.work(batch)
+
+
+def test_steps_are_told_apart_by_modality_and_equal_those_that_are_not(mix_config, monkeypatch):
+    config = mix_config(**VIDEO)
+    plain, losses = trainer_of(config, 30)
+    monkeypatch.setattr(Rehearsed, "made", [])
+    monkeypatch.setattr("arbitor.train.recorded.RecordedStep", Rehearsed)
+    monkeypatch.setattr("arbitor.train.loop.can_record", lambda model: True)
+    trainer, _ = trainer_of(config)
+    names = drawn(config, 30)
+    seen, flips = [], []
+    with deterministic(config.train.seed, torch.device("cpu")):
+        for _ in range(30):
+            seen.append(float(trainer.take_step()))
+            flips.append(trainer.optimizer.flip_rate())
+    assert seen == losses
+    for name, tensor in plain.model.state_dict().items():
+        assert torch.equal(tensor, trainer.model.state_dict()[name]), name
+    counts = [names.count(name) for name in dict.fromkeys(names) if name != "audio"]
+    assert [step.calls for step in Rehearsed.made] == counts  # sounds differ in length
+    assert len(counts) == 4
+    assert all(len(step.shapes) == 1 for step in Rehearsed.made)
+    assert Rehearsed.made[0].beside is None
+    assert all(step.beside is Rehearsed.made[0] for step in Rehearsed.made[1:])
+    assert "but for audio" in trainer.task.how_replayed
+
+
+def test_flips_are_those_of_the_kind_that_was_replayed(mix_config, monkeypatch):
+    class Replayed(Rehearsed):
+        """From the third call on, the optimizer is not seen to do anything."""
+
+        def __call__(self, batch):
+            before = trainer.optimizer.flips
+            figures = super().__call__(batch)
+            if self.recorded:
+                for name, count in self.flips.items():
+                    count.copy_(trainer.optimizer.flips[name])
+                trainer.optimizer.flips = before
+            else:
+                self.flips = trainer.optimizer.flips
+            return figures
+
+    config = mix_config(audio_weight=0.0, image_weight=0.0)
+    plain, _ = trainer_of(config)
+    expected = [(float(plain.take_step()), plain.optimizer.flip_rate()) for _ in range(20)]
+    monkeypatch.setattr("arbitor.train.recorded.RecordedStep", Replayed)
+    monkeypatch.setattr("arbitor.train.loop.can_record", lambda model: True)
+    trainer, _ = trainer_of(config)
+    assert [(float(trainer.take_step()), trainer.optimizer.flip_rate()) for _ in range(20)] == expected
+    assert len({rate for _, rate in expected}) > 10
+
+
+def test_a_step_of_several_draws_is_of_no_kind(mix_config):
+    task = trainer_of(mix_config(accum=2))[0].task
+    assert not task.fixed_shapes
+    assert task.kind_of([task.next_batch() for _ in range(2)]) is None
 
 
 # --- documents in their order

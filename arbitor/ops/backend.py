@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ def uses_triton(tensor: Tensor) -> bool:
 @cache
 def has_bf16_products() -> bool:
     """Whether this CPU has instructions for products of bf16 (AVX-512 BF16, AMX): twice as fast as fp32."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 

@@ -69,7 +69,7 @@ def pretrain(
     no_save: Annotated[bool, Parameter(group=LOGGING, show_default=False)] = False,
     log_interval: Annotated[int | None, Parameter(group=LOGGING, converter=whole)] = None,
 ) -> int:
-    """Train one model on text, code, images, sounds and videos drawn by weights; without flags on embedded data.
+    """Train one model on text, code, images, sounds and videos by weights; without flags on embedded data.
 
     Parameters
     ----------

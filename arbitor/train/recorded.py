@@ -13,6 +13,7 @@ import contextlib
 import functools
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ class RecordedStep:
     ) -> None:
         self._work = work
         self._stream: torch.cuda.Stream = torch.cuda.Stream(device) if beside is None else beside._stream
-        self._pool: tuple[int, int] = torch.cuda.graph_pool_handle() if beside is None else beside._pool
+        self._pool: Any = torch.cuda.graph_pool_handle() if beside is None else beside._pool
         self._calls = 0
         self.waits = False
         self._graph: torch.cuda.CUDAGraph | None = None

@@ -291,7 +291,7 @@ def open_material(config: FinetuneConfig, base: RunConfig) -> Material:
     model = base.model
     if config.audio:
         _refuse_base_without(model.audio_rate, "--enable-audio", config.base, "sounds", "training/audio.py")
-        samples = _limited(config.ctx, model.audio_samples, "samples")
+        samples = config.ctx or model.audio_samples
         settings = override(_settings(config, base), audio_task=config.audio_task, audio_samples=samples)
         recordings = open_audio(config.data, config.held_out, model.audio_rate)
         task = AUDIO_TASKS[config.audio_task](settings, recordings)

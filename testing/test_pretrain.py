@@ -2,9 +2,9 @@
 
 import functools
 import json
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -289,7 +289,7 @@ def test_data_that_changed_is_refused_by_name(workplace, capsys):
 
 
 def test_a_step_on_embedded_data_takes_no_minute(workplace):
-    started = time.monotonic()
+    before = os.times()
     done = subprocess.run(
         [
             *(sys.executable, str(REPOSITORY / "training" / "pretrain.py")),
@@ -301,7 +301,9 @@ def test_a_step_on_embedded_data_takes_no_minute(workplace):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - started < 60
+    after = os.times()  # of a processor, since others may be at work on this machine
+    used = after.children_user + after.children_system - before.children_user - before.children_system
+    assert used < 60
     for name in (
         "docstrings of Python's standard library",
         "handwritten digits",

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -78,7 +77,7 @@ def workplace(made, tmp_path, monkeypatch):
 
 
 def finetune(kind, *flags):
-    return main(["finetune", "base", *KINDS[kind][1], *FEW, *flags])
+    return main(["finetune", "base", *KINDS[kind][1], *FEW, "--held-out", "8", *flags])
 
 
 @pytest.mark.parametrize("full", [(), ("--full",)], ids=["adapters", "votes"])
@@ -251,7 +250,7 @@ def test_a_resume_needs_the_same_data_and_settings(workplace, capsys, monkeypatc
 
 @pytest.mark.parametrize(("recipe", "kind"), [("audio", "recordings"), ("diffusion", "clips")])
 def test_a_recipe_on_embedded_data_takes_no_minute(workplace, repository, recipe, kind):
-    started = time.monotonic()
+    before = os.times()
     done = subprocess.run(
         [sys.executable, repository / f"training/finetuning/{recipe}.py", "--steps", "1", "--run", "f"],
         env={**os.environ, "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"},
@@ -260,6 +259,8 @@ def test_a_recipe_on_embedded_data_takes_no_minute(workplace, repository, recipe
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - started < 60
+    after = os.times()  # of a processor, since others may be at work on this machine
+    used = after.children_user + after.children_system - before.children_user - before.children_system
+    assert used < 60
     assert f"1 of 16 {kind}" in done.stdout
     assert json.loads(Path("runs/f/summary.json").read_text())["base_unchanged"] is True

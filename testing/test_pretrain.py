@@ -85,7 +85,7 @@ def test_a_run_on_all_modalities_leaves_their_figures(workplace, capsys):
     assert "[text]" in (workplace / "runs/all/sample.txt").read_text(encoding="utf-8")
 
 
-def test_only_the_sidecars_of_what_is_drawn_are_built():
+def test_only_the_sidecars_of_what_is_drawn_are_built(capsys):
     for weights, more, wanted in (
         (TEXT_ONLY, [], {"router"}),
         (["--audio-weight", "0", "--video-weight", "0"], [], {"router", "image"}),
@@ -99,6 +99,7 @@ def test_only_the_sidecars_of_what_is_drawn_are_built():
         sidecars = {name.split(".")[1] for name in names if name.startswith("sidecars.")}
         heads = {name.split(".")[1] for name in names if name.startswith("heads.")}
         assert heads == sidecars - {"image"}
+        assert f"next: arbitor generate {run}" in capsys.readouterr().out
         found = sidecars
         assert found | {"router"} == wanted
         assert any(name.startswith("router.") for name in names)
@@ -195,13 +196,14 @@ def test_a_mixed_run_is_the_base_of_one_that_is_not_mixed(capsys):
     assert "parts" not in state_of("listens")["sampler"]
 
 
-def test_an_autoencoder_of_a_base_stays_and_the_flow_learns():
+def test_an_autoencoder_of_a_base_stays_and_the_flow_learns(capsys):
     from arbitor.video_command import main as video_main
 
     small = ["--size", "8", "--frames", "2", "--dim", "32", "--layers", "1", "--device", "cpu"]
     assert video_main(["--task", "codec", *small, "--steps", "1", "--batch", "2", "--run", "codec"]) == 0
     weights = ["--code-weight", "0", "--image-weight", "0", "--audio-weight", "0", "--text-weight", "0"]
     assert main(["--base", "codec", *FEW, *weights, "--steps", "4", "--run", "mixed"]) == 0
+    assert "next: python training/diffusion.py --sample TEXT --run mixed" in capsys.readouterr().out
     before, after = (load_checkpoint(Path("runs", run, "latest")).weights for run in ("codec", "mixed"))
     codec = [name for name in before if ".codec." in name and "latent_" not in name]
     assert codec

@@ -229,7 +229,12 @@ def resume_command(run: Path) -> str:
 
 def _next_command(run: Path, config: RunConfig, prompt: bytes) -> str:
     """A command line that tries the run just made."""
-    if config.mix.active and not config.model.image_size:
+    mixed = config.mix.active
+    if mixed in (("audio",), ("audio", "video")):
+        return f"python training/audio.py --say TEXT --run {shlex.quote(run.name)}"
+    if mixed == ("video",):
+        return f"python training/diffusion.py --sample TEXT --run {shlex.quote(run.name)}"
+    if mixed and "image" not in mixed:
         return f"arbitor generate {shlex.quote(run.name)}"
     if task := config.data.video_task:
         command = "--sample TEXT --run" if task == "flow" else "--task flow --base"

@@ -56,6 +56,7 @@ def made(tmp_path_factory):
             patch.setattr("arbitor.data.audio._SYNTHETIC_COUNT", 30)
             patch.setattr("arbitor.train.video_tasks.STANDARD_CLIPS", 32)
             patch.setattr("arbitor.train.video_tasks.draw", functools.partial(draw, steps=1))
+            patch.setattr("arbitor.train.loop.LAST_WINDOWS_PER_TRAINED", 1)
             patch.setattr("arbitor.train.report.SAMPLE_BYTES", 4)
             Path("small.toml").write_text(TOML)
             Path("data.txt").write_text("".join(f"line {i}: {i * i % 97}\n" for i in range(200)))

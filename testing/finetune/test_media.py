@@ -124,7 +124,11 @@ def _trained(folder, full):
 
 @pytest.mark.parametrize(
     ("kind", "reached"),
-    [("listen", {"sidecars.audio.from_code"}), ("speak", {"heads.audio"}), ("draw", {"heads.video"})],
+    [
+        ("listen", {"prelude", "sequencer", "sidecars.audio.from_trits", "head"}),
+        ("speak", {"prelude", "sequencer", "sidecars.audio.from_trits", "heads.audio"}),
+        ("draw", {"prelude", "sequencer", "heads.video"}),
+    ],
 )
 def test_adapters_stand_where_the_data_reaches(workplace, kind, reached):
     assert finetune(kind, "--steps", "3", "--dropout", "0.1", "--run", "f") == 0
@@ -132,7 +136,10 @@ def test_adapters_stand_where_the_data_reaches(workplace, kind, reached):
     # A step of AdamW moves every B that a gradient reaches away from zero.
     still = [name for name, tensor in weights.items() if "lora_B" in name and not bool(tensor.any())]
     assert not still
-    assert any(name.startswith("prelude.0.attention") for name in weights)
+    whole = ("sidecars", "heads")
+    parts = {".".join(name.split(".")[: 3 if name.startswith("sidecars") else 2]) for name in weights}
+    parts = {part if part.startswith(whole) else part.split(".")[0] for part in parts}
+    assert parts == reached
 
 
 @pytest.mark.parametrize("flags", [["--dropout", "0.3"], ["--full"]], ids=["adapters", "votes"])
@@ -186,7 +193,8 @@ def test_finetunes_are_tried_like_runs(workplace, capsys):
 
 
 def test_without_a_name_the_newest_run_with_the_part_is_the_base(workplace):
-    assert main(["finetune", "--enable-video", *FEW, "--steps", "1", "--run", "f"]) == 0
+    few = [*FEW, "--held-out", "8", "--steps", "1"]
+    assert main(["finetune", "--enable-video", *few, "--run", "f"]) == 0
     assert json.loads(Path("runs/f/summary.json").read_text())["base"] == "runs/base/best"
 
 

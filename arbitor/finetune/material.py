@@ -125,7 +125,7 @@ def told(loss: float, figure: str) -> str:
     """A loss in words."""
     if figure.startswith("bits"):
         return f"{loss:.4f} nats, {loss / LN2:.4f} {FIGURES[figure]}"
-    return f"{loss:.4f} {FIGURES[figure]}"
+    return f"{loss:.4f}"
 
 
 def batch_order(seed: int, step: int, num_examples: int, batch: int) -> np.ndarray:

@@ -8,9 +8,8 @@ from arbitor.data.waves import read_recording, write_recording
 from arbitor.errors import UserError
 from arbitor.model import ARBModel
 from arbitor.speech import codec_of, hear, say
-from arbitor.train.checkpoint import load
 from arbitor.train.display import printable
-from arbitor.train.runs import find_checkpoint
+from arbitor.verbs import open_model
 
 
 def try_run(
@@ -19,7 +18,7 @@ def try_run(
     """Do one of "reconstruct", "hear" and "say" with a run's best checkpoint; returns the exit code.
 
     Args:
-        run: as `find_checkpoint` takes it.
+        run: as `open_model` takes it, a finetune among others.
         what: which of them.
         value: audio file to read, or text to say.
         out: WAV file to write.
@@ -29,10 +28,9 @@ def try_run(
     Raises:
         UserError: anything given that cannot be used.
     """
-    folder = find_checkpoint(run)
-    model = load(folder, device)
+    model, source = open_model(run, None, device)
     if "audio" not in model.sidecars:
-        raise UserError(f"{folder} has no sidecar for sounds; train one with training/audio.py")
+        raise UserError(f"{source} has no sidecar for sounds; train one with training/audio.py")
     if what == "hear":
         wave = read_recording(value, model.config.audio_rate)
         (text,) = hear(model, torch.from_numpy(clip(wave, model.config.audio_samples))[None])
@@ -41,7 +39,7 @@ def try_run(
     wave = _spoken(model, value, temperature, seed) if what == "say" else _reconstructed(model, value)
     write_recording(out, wave, model.config.audio_rate)
     print(
-        f"{out}: {len(wave) / model.config.audio_rate:.2f} s at {model.config.audio_rate:,} Hz, from {folder}"
+        f"{out}: {len(wave) / model.config.audio_rate:.2f} s at {model.config.audio_rate:,} Hz, from {source}"
     )
     return 0
 

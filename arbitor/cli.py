@@ -407,6 +407,9 @@ def finetune(
     enable_vision: Annotated[
         bool, Parameter(name=("--enable-vision", "--enable-image"), show_default=False)
     ] = False,
+    enable_audio: Annotated[bool, Parameter(show_default=False)] = False,
+    task: Literal["listen", "speak"] | None = None,
+    enable_video: Annotated[bool, Parameter(show_default=False)] = False,
     full: Annotated[bool, Parameter(show_default=False)] = False,
     rank: Annotated[int | None, Parameter(name=("--rank", "--lora"), converter=whole)] = None,
     alpha: float | None = None,
@@ -434,6 +437,12 @@ def finetune(
         Path, or share of the conversations, to measure on; default 0.1.
     enable_vision
         The data is images with captions, as in `arbitor train`; default scikit-learn's digits.
+    enable_audio
+        The data is recordings with their texts, as in training/audio.py; default synthesised sounds.
+    task
+        With --enable-audio: listen (sound to text) or speak (text to sound); default the base's.
+    enable_video
+        The data is videos with captions, as in training/diffusion.py; default digits that move.
     full
         Go on training the trits themselves by votes, without adapters.
     rank
@@ -451,9 +460,9 @@ def finetune(
     steps
         Optimizer steps; default 400.
     batch
-        Conversations per step; default 16.
+        Conversations, or media, per step; default 16.
     ctx
-        Longest conversation in bytes; default the base's context.
+        Longest conversation in bytes, or sound in samples; default the base's.
     seed
         Seed of adapters, order and rounding; default 0.
     eval_interval
@@ -473,6 +482,9 @@ def finetune(
         "data": data,
         "held_out": held_out,
         "vision": enable_vision or None,
+        "audio": enable_audio or None,
+        "audio_task": task,
+        "video": enable_video or None,
         "full": full or None,
         "rank": rank,
         "alpha": alpha,

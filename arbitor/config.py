@@ -488,7 +488,9 @@ class MixConfig:
         code_data: The same; empty means the standard library's sources.
         image_data: As `data` for images, or hub data sets; empty means scikit-learn's digits.
         audio_data: As `data` for recordings, or hub data sets; empty means synthesised sounds.
+        video_data: As `data` for videos; empty means digits that move.
         train_codec: Whether the audio codec learns as well, from the recordings that are drawn.
+        train_autoencoder: Whether the autoencoder of clips learns as well, from the videos that are drawn.
         preserve_state: Whether the rows of a batch of text or code are consecutive windows of a document,
             each read behind the KV ledger of the window before it.
     """
@@ -502,7 +504,9 @@ class MixConfig:
     code_data: tuple[str, ...] = ()
     image_data: tuple[str, ...] = ()
     audio_data: tuple[str, ...] = ()
+    video_data: tuple[str, ...] = ()
     train_codec: bool = True
+    train_autoencoder: bool = True
     preserve_state: bool = False
 
     def __post_init__(self) -> None:

@@ -24,6 +24,10 @@ _OTHER_FLAGS = {
     "save": "--no-save",
     "augment": "--no-augment",
     "vision": "--enable-vision",
+    "audio": "--enable-audio",
+    "video": "--enable-video",
+    "audio_task": "--task",
+    "video_task": "--task",
     "encoder": "--image-encoder",
     "max_bytes": "--bytes",
 }  # not spelt as the setting

@@ -10,7 +10,8 @@ from arbitor.cli import DATA, LOGGING, RUN, TRAINING, app, whole
 from arbitor.config import MIXED, RunConfig, load_config
 from arbitor.errors import UserError
 
-DEFAULT_WEIGHTS = {"text": 4.0, "code": 4.0, "image": 1.0, "audio": 1.0}
+DEFAULT_WEIGHTS = {"text": 4.0, "code": 4.0, "image": 1.0, "audio": 1.0, "video": 1.0}
+CAPTION_IDS = 64  # of captions of one's own videos; the names of digits are shorter
 
 
 @app.command(name="pretrain", show=False)
@@ -26,6 +27,7 @@ def pretrain(
     code_data: Annotated[list[str] | None, Parameter(group=DATA, consume_multiple=True)] = None,
     image_data: Annotated[list[str] | None, Parameter(group=DATA, consume_multiple=True)] = None,
     audio_data: Annotated[list[str] | None, Parameter(group=DATA, consume_multiple=True)] = None,
+    video_data: Annotated[list[str] | None, Parameter(group=DATA, consume_multiple=True)] = None,
     text_weight: Annotated[float | None, Parameter(group=DATA)] = None,
     code_weight: Annotated[float | None, Parameter(group=DATA)] = None,
     image_weight: Annotated[float | None, Parameter(group=DATA)] = None,
@@ -49,6 +51,9 @@ def pretrain(
     image_patch: Annotated[int | None, Parameter(group=TRAINING, converter=whole)] = None,
     image_channels: Annotated[int | None, Parameter(group=TRAINING, converter=whole)] = None,
     image_encoder: Annotated[str | None, Parameter(group=TRAINING)] = None,
+    video_size: Annotated[int | None, Parameter(group=TRAINING, converter=whole)] = None,
+    video_frames: Annotated[int | None, Parameter(group=TRAINING, converter=whole)] = None,
+    video_channels: Annotated[int | None, Parameter(group=TRAINING, converter=whole)] = None,
     max_moe_iters: Annotated[int | None, Parameter(group=TRAINING, converter=whole)] = None,
     state: Annotated[Literal["full", "compact", "lean"] | None, Parameter(group=TRAINING)] = None,
     rule: Annotated[Literal["spectral", "sinkhorn", "row", "sign"] | None, Parameter(group=TRAINING)] = None,
@@ -64,19 +69,19 @@ def pretrain(
     no_save: Annotated[bool, Parameter(group=LOGGING, show_default=False)] = False,
     log_interval: Annotated[int | None, Parameter(group=LOGGING, converter=whole)] = None,
 ) -> int:
-    """Train one model on text, code, images and sounds, drawn by weights; without flags on embedded data.
+    """Train one model on text, code, images, sounds and videos by weights; without flags on embedded data.
 
     Parameters
     ----------
     run
         Name of the run, a folder under ./runs; default <preset>-1, -2, ... (with --resume: the newest).
     resume
-        Go on with the run from its latest checkpoint, with its settings; a weight above 0 for images or
-        sounds that it has no part for makes a new run that starts from it.
+        Go on with the run from its latest checkpoint, with its settings; a weight above 0 for images, sounds
+        or videos that it has no part for makes a new run that starts from it.
     reset
         Delete the run of that name and start it anew.
     base
-        Run or checkpoint to start from; a codec that it has stays as it is.
+        Run or checkpoint to start from; a codec and an autoencoder that it has stay as they are.
     preset
         Settings to start from; default tiny.
     config
@@ -91,6 +96,8 @@ def pretrain(
         handwritten digits.
     audio_data
         Folders, .tar archives, .jsonl or audio files, or a data set of the hub; default synthesised sounds.
+    video_data
+        Folders of videos with captions, .jsonl or video files; default digits that move.
     text_weight
         How often text is drawn, relative to the other weights; default 4, 0 leaves it out.
     code_weight
@@ -100,7 +107,7 @@ def pretrain(
     audio_weight
         The same for sounds; default 1. With 0 the model has no part for sounds.
     video_weight
-        The same for videos; default 0.
+        The same for videos; default 1. With 0 the model has no part for videos.
     held_out
         Share of the data of every modality to measure on.
     field
@@ -114,7 +121,7 @@ def pretrain(
     steps
         Optimizer steps; with --resume, more than the run has.
     batch
-        Windows, images or recordings per micro-batch.
+        Windows, images, recordings or clips per micro-batch.
     accum
         Micro-batches per step; each is of one modality.
     ctx
@@ -137,6 +144,12 @@ def pretrain(
         1 for grey, 3 for colour; default by the data, else 3.
     image_encoder
         Folder or hub name of a DINOv2 that stands frozen, in int8, ahead of the patch embedding.
+    video_size
+        Pixels a side of a clip; default 16.
+    video_frames
+        Frames of a clip; default 8.
+    video_channels
+        1 for grey (the default), 3 for colour.
     max_moe_iters
         Most iterations of the core.
     state
@@ -156,7 +169,7 @@ def pretrain(
     device
         Where to compute; default auto.
     eval_steps
-        Held-out windows, images and recordings per evaluation during training.
+        Held-out windows, images, recordings and clips per evaluation during training.
     eval_interval
         Steps between evaluations; 0 is at the end only.
     save_interval
@@ -171,6 +184,7 @@ def pretrain(
         "code_data": code_data,
         "image_data": image_data,
         "audio_data": audio_data,
+        "video_data": video_data,
         "text_weight": text_weight,
         "code_weight": code_weight,
         "image_weight": image_weight,
@@ -208,8 +222,14 @@ def pretrain(
     image: dict[str, Any] = {name: value for name, value in sizes.items() if value is not None}
     if image_encoder is not None:
         image = {"image_encoder": image_encoder, **image}
+    clips = {"video_size": video_size, "video_frames": video_frames, "video_channels": video_channels}
+    video: dict[str, Any] = {name: value for name, value in clips.items() if value is not None}
     if image and not weights["image"]:
         raise UserError(f"{flag_of(next(iter(image)))} is for images: give --image-weight as well")
+    if video and not weights["video"]:
+        raise UserError(f"{flag_of(next(iter(video)))} is for videos: give --video-weight as well")
+    if video.get("video_size") == 0:
+        raise UserError("--video-size 0: a clip has one pixel or more; --video-weight 0 leaves videos out")
     if preserve_state and not (weights["text"] or weights["code"]):
         raise UserError("--preserve-state is for text and code: give --text-weight or --code-weight as well")
     if audio_seconds is not None and not weights["audio"]:
@@ -229,11 +249,12 @@ def pretrain(
         if resume:
             parts.refuse_contradiction(model, "the run's config.toml")
     settings |= parts.settings(model)
-    grows = _sidecars(settings, weights, before, image, audio_seconds)
+    grows = _sidecars(settings, weights, before, image, audio_seconds, video)
     if before is None or base is not None or grows:
         settings |= {f"{name}_weight": weight for name, weight in weights.items()}
         settings.setdefault("output_router", True)
         settings.setdefault("train_codec", not (before is not None and before.model.audio_rate))
+        settings.setdefault("train_autoencoder", not (before is not None and before.model.video_size))
 
     from arbitor.train.session import start_training
 
@@ -293,6 +314,7 @@ def _sidecars(
     before: RunConfig | None,
     image: Mapping[str, Any],
     audio_seconds: float | None,
+    video: Mapping[str, Any],
 ) -> bool:
     """Put the fields of the sidecars that the weights ask for into `settings`; whether one is new.
 
@@ -328,6 +350,14 @@ def _sidecars(
         if not 0.05 <= audio_seconds <= 3600:
             raise UserError(f"--audio-seconds must be between 0.05 and 3600, got {audio_seconds:g}")
         settings["audio_samples"] = round(audio_seconds * rate)
+    settings.update(video)
+    if weights["video"] and not (before is not None and before.model.video_size):
+        from arbitor.config import VIDEO_SIZE
+
+        grows = True
+        settings.setdefault("video_size", VIDEO_SIZE)
+        if settings.get("video_data"):
+            settings["video_ids"] = CAPTION_IDS
     return grows
 
 

@@ -255,20 +255,18 @@ def _sample(
     """Draw clips with a run's best checkpoint and write them; returns the exit code."""
     from arbitor.data.video import write_clips
     from arbitor.drawing import autoencoder_of, draw
-    from arbitor.train.checkpoint import load
-    from arbitor.train.runs import find_checkpoint
+    from arbitor.verbs import open_model
 
     if count < 1:
         raise UserError(f"--count must be at least 1, got {count}")
     if not out.lower().endswith((".gif", ".png")):
         raise UserError(f"--out must end in .gif or .png, got {out!r}")
-    folder = find_checkpoint(run)
-    model = load(folder, device)
+    model, source = open_model(run, None, device)
     autoencoder_of(model)
     texts = [text.encode("utf-8", "surrogateescape") for text in captions for _ in range(count)]
     clips = draw(model, texts, **settings).numpy()
     write_clips(out, clips)
-    print(f"{out}: {len(clips)} clips of {clips.shape[1]} frames, from {folder}")
+    print(f"{out}: {len(clips)} clips of {clips.shape[1]} frames, from {source}")
     return 0
 
 

@@ -11,6 +11,7 @@ training/audio.py --say seven --out seven.wav          what the newest run says
 import sys
 
 from arbitor.audio_command import main
+from arbitor.recipes import with_preset
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(with_preset(sys.argv[1:])))

@@ -8,7 +8,8 @@ training/diffusion.py --sample seven --out seven.gif      draws with the newest 
 
 import sys
 
+from arbitor.recipes import with_preset
 from arbitor.video_command import main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(with_preset(sys.argv[1:])))

@@ -3,6 +3,7 @@
 import sys
 
 from arbitor.cli import main
+from arbitor.recipes import with_preset
 
 if __name__ == "__main__":
-    sys.exit(main(["train", "--enable-vision", *sys.argv[1:]]))
+    sys.exit(main(["train", "--enable-vision", *with_preset(sys.argv[1:])]))

@@ -13,6 +13,7 @@ from arbitor.data.documents import HubDocuments, open_hub_corpus
 from arbitor.data.holding_out import exact_share, spelled_number
 from arbitor.data.hub import is_hub
 from arbitor.data.images import Geometry, open_training_images
+from arbitor.data.video import ClipGeometry, open_videos
 from arbitor.errors import UserError
 
 
@@ -115,10 +116,19 @@ def _open_audio(config: RunConfig, share: Fraction | None) -> Any:
     return open_training_audio(config.mix.audio_data, _spelled(share), config.model.audio_rate)
 
 
+def _open_video(config: RunConfig, share: Fraction | None) -> Any:
+    model = config.model
+    if not model.video_size:
+        raise UserError("video_weight is set for a model without the video sidecar; set video_size as well")
+    geometry = ClipGeometry(size=model.video_size, frames=model.video_frames, channels=model.video_channels)
+    return open_videos(config.mix.video_data, _spelled(share), geometry)
+
+
 OPENERS: dict[str, Callable[[RunConfig, Fraction | None], Any]] = {
     "text": _open_text,
     "code": _open_code,
     "image": _open_image,
     "audio": _open_audio,
+    "video": _open_video,
 }
 """What opens the data of a modality, given the run's settings and the share to hold out."""

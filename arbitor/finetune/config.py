@@ -6,10 +6,11 @@ from pathlib import Path
 
 from arbitor.config import DEVICES, STATES, require_name, require_range, settle_types
 from arbitor.errors import UserError
-from arbitor.flags import naming_flags
+from arbitor.flags import flag_of, naming_flags
 from arbitor.train.runs import FINETUNE_FILE as CONFIG_FILE
 from arbitor.train.tensorfile import FORMAT, dump_document, parse_document, read_text
 
+AUDIO_TASKS = ("listen", "speak")
 LORA_LR = 5e-3
 FULL_LR_SHARE = 0.6  # of the peak with which the state trains from scratch
 
@@ -21,9 +22,13 @@ class FinetuneConfig:
     Attributes:
         base: path of the checkpoint that it starts from.
         base_fingerprint: checksum of that checkpoint's weights.
-        data: files, folders or globs of conversations (or of images); empty is the embedded set.
+        data: files, folders or globs of conversations (or of images, recordings, videos); empty is the
+            embedded set.
         held_out: path, or share of the conversations, to measure on; unset, a tenth.
         vision: whether the data is images with captions; the base must take images.
+        audio: whether the data is recordings with their texts; the base must take sounds.
+        audio_task: what is learnt of them: listen (sound to text) or speak (text to sound).
+        video: whether the data is videos with captions, whose clips are drawn; the base must have the part.
         full: whether the trits themselves go on voting; else float adapters learn beside them.
         rank: rank of an adapter.
         alpha: an adapter's update is scaled by alpha / rank; unset, twice the rank.
@@ -32,13 +37,13 @@ class FinetuneConfig:
         lr: peak learning rate: of AdamW for adapters, in trits per step with `full`.
         state: what training keeps with `full`: lean, compact or full.
         steps: optimizer steps.
-        batch: conversations per step.
-        ctx: longest conversation in bytes and control tokens.
+        batch: conversations, or media, per step.
+        ctx: longest conversation in bytes and control tokens; of sounds, samples.
         seed: of adapters, order and rounding.
         warmup: share of the steps in which the learning rate rises.
         eval_interval: steps between evaluations; 0 is at the end only.
         save_interval: steps between checkpoints; 0 is at the end only.
-        eval_examples: held-out conversations that an evaluation reads at most.
+        eval_examples: held-out conversations, or media, that an evaluation reads at most.
         device: auto, cpu or cuda.
     """
 
@@ -47,6 +52,9 @@ class FinetuneConfig:
     data: tuple[str, ...] = ()
     held_out: str | None = None
     vision: bool = False
+    audio: bool = False
+    audio_task: str = ""
+    video: bool = False
     full: bool = False
     rank: int = 8
     alpha: float | None = None
@@ -86,6 +94,13 @@ class FinetuneConfig:
             raise UserError(f"ctx must be at least 4, got {self.ctx}")
         if self.lr is not None and not 0 < self.lr <= 100:
             raise UserError(f"lr must be above 0 and at most 100, got {self.lr!r}")
+        flags = [flag_of(name) for name in ("vision", "audio", "video") if getattr(self, name)]
+        if len(flags) > 1:
+            raise UserError(f"{' and '.join(flags)}: a finetune learns from one medium; give one of them")
+        if self.audio:
+            require_name("audio_task", self.audio_task, AUDIO_TASKS)
+        elif self.audio_task:
+            raise UserError("audio_task is of sounds: give --enable-audio as well")
         require_name("state", self.state, STATES)
         require_name("device", self.device, DEVICES)
 

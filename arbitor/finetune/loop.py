@@ -1,4 +1,4 @@
-"""The loop of a finetune: steps on batches of conversations, evaluations on held-out answers, checkpoints.
+"""The loop of a finetune: steps on batches of its data, evaluations on what is held out, checkpoints.
 
 A step depends on what a checkpoint holds and on nothing else, so a resumed finetune is equal to an
 uninterrupted one bit for bit (same device type, versions and thread count).
@@ -12,18 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from arbitor.errors import UserError
 from arbitor.finetune.config import FinetuneConfig
-from arbitor.finetune.data import Instructions
-from arbitor.finetune.instructions import Example, answer_losses, collate, prefix_of
+from arbitor.finetune.material import HeldOut, Material, in_bits, told
 from arbitor.finetune.methods import Method
 from arbitor.model import ARBModel
 from arbitor.train.device import Device, gradient_products
 from arbitor.train.display import Display, Reading, format_bytes, format_seconds
-from arbitor.train.metrics import EVALUATION_KEYS, STEP_KEYS, MetricsLog, seconds_so_far
+from arbitor.train.metrics import STEP_KEYS, MetricsLog, evaluation_keys, seconds_so_far
 from arbitor.train.schedule import learning_rate
 from arbitor.train.signals import Interrupted, SignalGuard
 
@@ -31,68 +29,24 @@ LN2 = math.log(2.0)
 MAX_DROPPED_IN_A_ROW = 20
 
 
-@dataclass(frozen=True, slots=True)
-class AnswerLoss:
-    """Loss of held-out answers.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinetuneReading(Reading):
+    """Figures of one step, without those of trits.
 
     Attributes:
-        nats: mean cross entropy of an answer id.
-        num_answer_ids: ids that it is the mean of.
-        num_examples: conversations that they stand in.
+        measures: what the loss is of, in words.
     """
 
-    nats: float
-    num_answer_ids: int
-    num_examples: int
-
-    @property
-    def bits(self) -> float:
-        """The same in bits per answer byte."""
-        return self.nats / LN2
-
-
-class AnswerReading(Reading):
-    """Figures of one step, without those of trits."""
-
-    __slots__ = ()
+    measures: str
 
     def line(self) -> str:
         """All figures but the step, in words."""
+        bits = "" if self.bits_per_byte is None else f"  {self.bits_per_byte:.3f} bits/byte"
         return (
-            f"answer loss {self.loss:.3f}  {self.bits_per_byte:.3f} bits/byte  "
+            f"{self.measures} {self.loss:.3f}{bits}  "
             f"{format_bytes(self.bytes_per_second)}/s  ETA {format_seconds(self.seconds_left)}  "
             f"memory {format_bytes(self.memory)}"
         )
-
-
-def batch_order(seed: int, step: int, num_examples: int, batch: int) -> np.ndarray:
-    """Which examples step `step` (0 for the first) learns from: int64 [batch].
-
-    The examples pass in epochs, each in an order of its own that depends on seed and epoch alone.
-    """
-    places = np.arange(step * batch, (step + 1) * batch)
-    epochs, offsets = np.divmod(places, num_examples)
-    chosen = np.empty(batch, dtype=np.int64)
-    for epoch in np.unique(epochs):
-        order = np.random.Generator(np.random.Philox(key=[seed, int(epoch)])).permutation(num_examples)
-        chosen[epochs == epoch] = order[offsets[epochs == epoch]]
-    return chosen
-
-
-@torch.no_grad()
-def measure(model: ARBModel, examples: list[Example], batch: int) -> AnswerLoss:
-    """Mean loss over all answer ids of `examples`; the model must be in evaluation mode."""
-    total, count = 0.0, 0
-    # Neighbours of like length share a batch; the sum is over all, so the order does not matter.
-    ordered = sorted(examples, key=lambda example: len(example.ids))
-    for first in range(0, len(ordered), batch):
-        chosen = ordered[first : first + batch]
-        ids_BL, is_answer_BN = collate(chosen)
-        logits_BNS = model(ids_BL, prefix=prefix_of(model, chosen)).logits
-        losses = answer_losses(logits_BNS, ids_BL, is_answer_BN)
-        total += float(losses.double().sum())
-        count += len(losses)
-    return AnswerLoss(total / count, count, len(examples))
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +69,7 @@ class Finetune:
         config: settings.
         model: the base with what the method put onto it.
         method: how it learns.
-        data: conversations.
+        data: what it learns from.
         device: where it computes.
         folder: of the run; it exists.
         log: of the run.
@@ -136,7 +90,7 @@ class Finetune:
         config: FinetuneConfig,
         model: ARBModel,
         method: Method,
-        data: Instructions,
+        data: Material,
         device: Device,
         folder: Path,
         log: MetricsLog,
@@ -147,9 +101,9 @@ class Finetune:
         self.folder, self.log, self.display, self.guard = folder, log, display, guard
         self.data_fingerprint = data.fingerprint()
         self.step = 0
-        self.before: AnswerLoss | None = None
+        self.before: HeldOut | None = None
         self.best: dict[str, Any] | None = None
-        self.latest: AnswerLoss | None = None
+        self.latest: HeldOut | None = None
         self.seconds = seconds_so_far(log.path)
         self.dropped = 0
         self._dropped_in_a_row = 0
@@ -169,12 +123,13 @@ class Finetune:
         state = self.method.restore(folder)
         if state["data"] != self.data_fingerprint:
             raise UserError(
-                "the conversations are not what they were; an exact resume needs the same data (start a new "
-                "finetune to learn from other data)"
+                f"the {self.data.unit} are not what they were; an exact resume needs the same data (start a "
+                "new finetune to learn from other data)"
             )
         self.step = self._first_step = int(state["step"])
-        self.before = AnswerLoss(*state["before"])
-        self.latest = None if state["latest"] is None else AnswerLoss(*state["latest"])
+        self.data.restore(state["sampler"])
+        self.before = HeldOut(*state["before"])
+        self.latest = None if state["latest"] is None else HeldOut(*state["latest"])
         self.best = state["best"]
         self.dropped = int(state["dropped"])
         self._answer_bytes = int(state["answer_bytes"])
@@ -193,7 +148,7 @@ class Finetune:
             try:
                 if self.before is None:
                     self.before = self._measured()
-                    self.display.note(f"before: held-out answers {_told(self.before)}")
+                    self.display.note(f"before: held-out {self._told(self.before)}")
                 if self._is_due(config.eval_interval) and self._evaluated_step != self.step:
                     self._evaluate()
             except Interrupted:
@@ -218,7 +173,7 @@ class Finetune:
         state = {
             "step": self.step,
             "seed": self.config.seed,
-            "sampler": {"conversations": len(self.data.train)},
+            "sampler": self.data.state(),
             "data": self.data_fingerprint,
             "before": _plain(self.before),
             "latest": None if self.latest is None else _plain(self.latest),
@@ -266,21 +221,18 @@ class Finetune:
         started = time.perf_counter()
         config = self.config
         lr = learning_rate(self.step, config.steps, self.method.peak_lr, config.warmup)
-        chosen = batch_order(config.seed, self.step, len(self.data.train), config.batch)
-        examples = [self.data.train[i] for i in chosen]
-        ids_BL, is_answer_BN = collate(examples)
         # Dropout's bits are a function of seed and step, which is what a resume knows.
         torch.manual_seed((config.seed * 1_000_003 + self.step) % (1 << 63))
-        logits_BNS, parts = self.method.forward(self.model, ids_BL, prefix_of(self.model, examples))
-        losses = answer_losses(logits_BNS, ids_BL, is_answer_BN)
-        answer_loss = losses.mean()
-        applied = self.method.step(answer_loss if parts is None else answer_loss + parts, lr)
+        learnt = self.data.step_loss(self.model, self.method, self.step)
+        whole = learnt.main if learnt.parts is None else learnt.main + learnt.parts
+        applied = self.method.step(whole, lr)
         self.step += 1
-        loss = float(answer_loss.detach())
+        loss = float(learnt.main.detach())
+        bits = loss / LN2 if self.data.figure == "bits_per_byte" else None
         seconds = time.perf_counter() - started
         self.seconds += seconds
         self._step_seconds += seconds
-        self._answer_bytes += len(losses)
+        self._answer_bytes += learnt.count
         if applied:
             self._dropped_in_a_row = 0
         else:
@@ -289,16 +241,17 @@ class Finetune:
             self.display.note(
                 f"step {self.step}: dropped, the loss or a gradient was not finite ({self.dropped} so far)"
             )
-        rate, memory = len(losses) / seconds, self.device.memory()
+        rate, memory = learnt.count / seconds, self.device.memory()
         flips = self.method.flip_rate()
-        values = (self.step, self._answer_bytes, loss, loss / LN2, lr, rate, memory, flips)
+        values = (self.step, self._answer_bytes, loss, bits, lr, rate, memory, flips)
         self.log.write(dict(zip(STEP_KEYS, values, strict=True)))
         taken = self.step - self._first_step
         self.display.update(
-            AnswerReading(
+            FinetuneReading(
+                measures=self.data.measures,
                 step=self.step,
                 loss=loss,
-                bits_per_byte=loss / LN2,
+                bits_per_byte=bits,
                 bytes_per_second=rate,
                 memory=memory,
                 flip_rate=0.0,
@@ -306,34 +259,36 @@ class Finetune:
             )
         )
 
-    def _measured(self) -> AnswerLoss:
-        """Loss of the held-out answers, which is also logged."""
+    def _measured(self) -> HeldOut:
+        """Loss of what is held out, which is also logged."""
         started = time.perf_counter()
         with self.undisturbed():
-            result = measure(self.model, self.data.held_out[: self.config.eval_examples], self.config.batch)
+            result = self.data.measure(self.model)
         seconds = time.perf_counter() - started
         self.seconds += seconds
-        values = (self.step, result.bits, result.num_answer_ids, seconds)
-        self.log.write(dict(zip(EVALUATION_KEYS, values, strict=True)))
+        figure = self.data.figure
+        values = (self.step, in_bits(result.loss, figure), result.count, seconds)
+        right = {} if result.right is None else {"captions_right": result.right}
+        self.log.write(dict(zip(evaluation_keys(figure), values, strict=True)) | right)
         return result
 
     def _evaluate(self) -> None:
-        """Loss of the held-out answers; the lowest so far becomes `best`."""
+        """Loss of what is held out; the lowest so far becomes `best`."""
         result = self._measured()
         self.latest = result
         self._evaluated_step = self.step
         self._saved_step = None  # the outcome belongs into `latest`, too
-        best = result.nats < (math.inf if self.best is None else self.best["loss"])
+        best = result.loss < (math.inf if self.best is None else self.best["loss"])
         if best:
-            self.best = {"step": self.step, "loss": result.nats}
+            self.best = {"step": self.step, "loss": result.loss}
             self.save("best")
         mark = ", the best so far" if best else ""
-        self.display.note(f"step {self.step}: held-out answers {_told(result)}{mark}")
+        self.display.note(f"step {self.step}: held-out {self._told(result)}{mark}")
+
+    def _told(self, result: HeldOut) -> str:
+        right = "" if result.right is None else f", {100 * result.right:.1f} % written right"
+        return f"{self.data.measures} {told(result.loss, self.data.figure)}{right}"
 
 
-def _told(result: AnswerLoss) -> str:
-    return f"{result.nats:.4f} nats, {result.bits:.4f} bits per byte"
-
-
-def _plain(result: AnswerLoss) -> list[float]:
-    return [result.nats, result.num_answer_ids, result.num_examples]
+def _plain(result: HeldOut) -> list[float | None]:
+    return [result.loss, result.count, result.num_examples, result.right]

@@ -92,13 +92,17 @@ def adaptable(model: nn.Module) -> list[str]:
     return [name for name, module in named_ternary(model) if isinstance(module, TernaryLinear | ByteHead)]
 
 
-def choose_modules(model: nn.Module, targets: Sequence[str] = ()) -> tuple[str, ...]:
+def choose_modules(
+    model: nn.Module, targets: Sequence[str] = (), apart: Sequence[str] = ()
+) -> tuple[str, ...]:
     """The linears that `targets` mean.
 
     Args:
         model: the base.
         targets: parts of module names, whole words between dots: `attention`, `ffn.up`, `prelude.0`. None of
-            them: every linear but those whose output only decides something (router, halting, motifs).
+            them: every linear but those whose output only decides something (router, halting, motifs), and
+            those apart.
+        apart: first words of names: what the data does not reach.
 
     Returns:
         Full names in the model's order.
@@ -108,7 +112,8 @@ def choose_modules(model: nn.Module, targets: Sequence[str] = ()) -> tuple[str, 
     """
     names = adaptable(model)
     if not targets:
-        return tuple(name for name in names if not any(_contains(name, part, 0) for part in DECISIONS))
+        without = (*DECISIONS, *apart)
+        return tuple(name for name in names if not any(_contains(name, part, 0) for part in without))
     for target in targets:
         if not any(_contains(name, target) for name in names):
             words = sorted({word for name in names for word in name.split(".") if not word.isdecimal()})

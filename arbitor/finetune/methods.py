@@ -3,14 +3,14 @@
 Each has the state that goes into a checkpoint, and puts it back to the bit.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from arbitor.config import RunConfig, override
+from arbitor.config import MIXED, RunConfig, override
 from arbitor.errors import UserError
 from arbitor.finetune.adapter import (
     CONFIG_FILE,
@@ -51,9 +51,11 @@ class Method(Protocol):
 
     Attributes:
         peak_lr: the highest learning rate.
+        counts_parts: whether the losses of the model's parts are learnt as well.
     """
 
     peak_lr: float
+    counts_parts: bool
 
     def forward(
         self, model: ARBModel, ids_BL: Tensor, prefix_BPD: Tensor | None = None
@@ -82,12 +84,15 @@ class AdapterMethod:
     Args:
         model: the base; it gets fresh adapters, drawn from torch's global generator.
         config: settings of the finetune.
+        apart: parts of the model that the loss does not reach; they get no adapters unless they are named.
     """
 
-    def __init__(self, model: ARBModel, config: FinetuneConfig) -> None:
+    counts_parts = False
+
+    def __init__(self, model: ARBModel, config: FinetuneConfig, apart: Sequence[str] = ()) -> None:
         self.model = model
         self.config = config
-        self.adapter = adapter_of(model, config)
+        self.adapter = adapter_of(model, config, apart)
         attach(model, self.adapter)
         self.parameters = adapter_parameters(model)
         self.peak_lr = LORA_LR if config.lr is None else config.lr
@@ -186,6 +191,8 @@ class VoteMethod:
             kind of state, else they start at zero.
     """
 
+    counts_parts = True
+
     def __init__(self, model: ARBModel, config: FinetuneConfig, base: Checkpoint) -> None:
         self.model = model
         kind = STATES[config.state]
@@ -206,6 +213,9 @@ class VoteMethod:
             device=config.device,
             data=config.data,
             held_out=config.held_out,
+            audio_task=config.audio_task,
+            video_task="flow" if config.video else "",
+            **{f"{name}_weight": 0.0 for name in MIXED},
         )
 
     def forward(
@@ -252,14 +262,19 @@ class VoteMethod:
         return checkpoint.state
 
 
-def adapter_of(model: ARBModel, config: FinetuneConfig) -> Adapter:
+def adapter_of(model: ARBModel, config: FinetuneConfig, apart: Sequence[str] = ()) -> Adapter:
     """The shape of the adapter that the settings ask for.
+
+    Args:
+        model: the base.
+        config: the settings.
+        apart: see `choose_modules`.
 
     Raises:
         UserError: a value or target that cannot be used.
     """
     alpha = 2.0 * config.rank if config.alpha is None else config.alpha
-    modules = choose_modules(model, config.targets)
+    modules = choose_modules(model, config.targets, apart)
     return Adapter(rank=config.rank, alpha=alpha, dropout=config.dropout, modules=modules)
 
 

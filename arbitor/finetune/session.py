@@ -14,21 +14,16 @@ from rich.console import Console
 from rich.text import Text
 
 from arbitor import __version__
-from arbitor.chat import Chat
-from arbitor.config import dump_toml
-from arbitor.data.images import Geometry
+from arbitor.config import dump_toml, load_config
 from arbitor.errors import UserError
 from arbitor.finetune.adapter import find_adapter
-from arbitor.finetune.config import CONFIG_FILE, FinetuneConfig, load_finetune
-from arbitor.finetune.data import Instructions, open_captions, open_instructions
-from arbitor.finetune.instructions import prefix_of
+from arbitor.finetune.config import AUDIO_TASKS, CONFIG_FILE, FinetuneConfig, load_finetune
 from arbitor.finetune.loop import MAX_DROPPED_IN_A_ROW, Finetune
 from arbitor.finetune.lora import fingerprint
+from arbitor.finetune.material import LOSS_UNITS, Material, open_material
 from arbitor.finetune.methods import AdapterMethod, VoteMethod, adapter_of, verified_state
 from arbitor.flags import flag_of
-from arbitor.generate import greedy_texts
 from arbitor.model import ARBModel
-from arbitor.model.vocab import NUM_BYTES
 from arbitor.train import runs, swap
 from arbitor.train.checkpoint import Checkpoint, load_checkpoint
 from arbitor.train.device import Device, deterministic, resolve_device, thread_count
@@ -40,8 +35,7 @@ from arbitor.train.signals import Interrupted, SignalGuard, unwinding
 from arbitor.train.tensorfile import DamagedError
 
 FAILED = 1
-NUM_SAMPLES = 3
-SAMPLE_BYTES = 80
+_SIDECARS = {"vision": "image_size", "audio": "audio_rate", "video": "video_size"}
 
 
 def start_finetuning(
@@ -83,7 +77,7 @@ def start_finetuning(
                 f"{config.base} is not the checkpoint that {folder.name!r} was started from; put that back, "
                 "or start a new finetune"
             )
-        data = _open(config, model)
+        data = open_material(config, base.config)
         with contextlib.closing(MetricsLog(folder)) as log:
             return _run(config, base, model, data, device, folder, log, console, resume=True)
     if run is not None and runs.run_path(run).exists():
@@ -92,14 +86,17 @@ def start_finetuning(
         raise UserError(
             f"{adapter} is an adapter; a finetune starts from a base: give the run or checkpoint of one"
         )
-    folder_of_base = _base_of_newest() if checkpoint is None else runs.find_checkpoint(checkpoint)
+    folder_of_base = _base_of_newest(settings) if checkpoint is None else runs.find_checkpoint(checkpoint)
     device = resolve_device(settings.get("device", "auto"))
     base, model = _load_base(str(folder_of_base), device)
+    if settings.get("audio") and "audio_task" not in settings:
+        trained = base.config.data.audio_task
+        settings = {**settings, "audio_task": trained if trained in AUDIO_TASKS else AUDIO_TASKS[0]}
     config = FinetuneConfig(base=str(folder_of_base), base_fingerprint=fingerprint(model), **settings)
     _refuse_idle_settings(config, settings)
-    data = _open(config, model)
+    data = open_material(config, base.config)
     if not config.full:
-        adapter_of(model, config)  # what it cannot be made of is told before a folder is made
+        adapter_of(model, config, data.apart)  # what it cannot be made of is told before a folder is made
     with unwinding():
         folder = runs.make_run(f"{_base_name(folder_of_base)}-{'full' if config.full else 'lora'}", run)
         try:
@@ -109,20 +106,6 @@ def start_finetuning(
         except BaseException:
             runs.remove_if_untrained(folder)  # what never took a step shall not keep the name
             raise
-
-
-def _open(config: FinetuneConfig, model: ARBModel) -> Instructions:
-    """The data that the settings name."""
-    ctx = _ctx(config, model)
-    if not config.vision:
-        return open_instructions(config.data, config.held_out, ctx)
-    if not model.config.image_size:
-        raise UserError(
-            f"--enable-vision: the base {config.base} takes no images; `arbitor train --resume "
-            "--enable-vision` lets a run grow into one that does"
-        )
-    geometry = Geometry(size=model.config.image_size, channels=model.config.image_channels)
-    return open_captions(config.data, config.held_out, ctx, geometry)
 
 
 def list_finetunes() -> list[Path]:
@@ -151,7 +134,7 @@ def _run(
     config: FinetuneConfig,
     base: Checkpoint,
     model: ARBModel,
-    data: Instructions,
+    data: Material,
     device: Device,
     folder: Path,
     log: MetricsLog,
@@ -175,7 +158,7 @@ def _run(
             # With it, the folder is a run like any other: `arbitor generate`, `eval` and `audit` take it.
             swap.write_file(folder / runs.CONFIG_FILE, dump_toml(method.run_config))
         else:
-            method = AdapterMethod(model, config)
+            method = AdapterMethod(model, config, data.apart)
         finetune = Finetune(config, model, method, data, device, folder, log, display, guard)
         if source is not None:
             finetune.restore(source)
@@ -185,10 +168,10 @@ def _run(
         samples = None
         if outcome.finished:
             with contextlib.suppress(Interrupted), finetune.undisturbed():
-                samples = _samples(model, data)
+                samples = data.samples(model, folder / "samples")
     if not config.full and fingerprint(model) != config.base_fingerprint:
         raise RuntimeError("the base's weights changed during a finetune of adapters")
-    plot_loss(log.path, folder / "loss.png", f"{folder.name}: answers")
+    plot_loss(log.path, folder / "loss.png", f"{folder.name}: {data.measures}")
     if samples is None:
         return _stopped(finetune, outcome.diverged, console, guard)
     finetune.save("final")
@@ -205,12 +188,18 @@ def _load_base(path: str, device: Device) -> tuple[Checkpoint, ARBModel]:
     return base, base.build_model(device.device).eval()
 
 
-def _base_of_newest() -> Path:
-    """The newest run's checkpoint; finetunes with `--full` are runs too, but no base unless named."""
+def _base_of_newest(settings: Mapping[str, Any]) -> Path:
+    """The checkpoint of the newest run that has the part which the data needs, if there is one.
+
+    Finetunes with `--full` are runs too, but no base unless named.
+    """
+    needed = [field for name, field in _SIDECARS.items() if settings.get(name)]
     for run in runs.list_runs():
         if not (run / CONFIG_FILE).is_file():
             with contextlib.suppress(UserError):
-                return runs.find_checkpoint(run)
+                model = load_config(run / runs.CONFIG_FILE).model
+                if all(getattr(model, field) for field in needed):
+                    return runs.find_checkpoint(run)
     return runs.find_checkpoint(None)
 
 
@@ -258,14 +247,6 @@ def _refuse_idle_settings(config: FinetuneConfig, settings: Mapping[str, Any]) -
             raise UserError(f"--{name} has no effect: {why}; leave it out")
 
 
-def _ctx(config: FinetuneConfig, model: ARBModel) -> int:
-    if config.ctx is not None and config.ctx > model.config.ctx:
-        raise UserError(
-            f"--ctx is {config.ctx}, the base was trained with {model.config.ctx}; give that or less"
-        )
-    return model.config.ctx if config.ctx is None else config.ctx
-
-
 def _checkpoint_to_resume(folder: Path) -> Path | None:
     """`latest`, or the one before it if that is damaged; None if the run was stopped before its first."""
     latest = folder / "latest"
@@ -311,46 +292,27 @@ def _show_start(console: Console, finetune: Finetune, base: Checkpoint) -> None:
     console.print()
 
 
-def _samples(model: ARBModel, data: Instructions) -> str:
-    """Some held-out prompts with what the model answers and what it should have."""
-    if pictured := [example for example in data.held_out[:NUM_SAMPLES] if example.pixels is not None]:
-        prefix = prefix_of(model, pictured)
-        assert prefix is not None
-        texts = greedy_texts(model, prefix, SAMPLE_BYTES)
-        wanted = [bytes(e.ids[e.is_answer & (e.ids < NUM_BYTES)].tolist()) for e in pictured]
-        pairs = [
-            (text.decode("utf-8", "replace"), right.decode("utf-8", "replace"))
-            for text, right in zip(texts, wanted, strict=True)
-        ]
-        return "".join(f"model: {text}\nright: {right}\n\n" for text, right in pairs)
-    lines = []
-    for messages, answer in data.prompts[:NUM_SAMPLES]:
-        chat = Chat(model, temperature=0, max_bytes=SAMPLE_BYTES)
-        drawn = b"".join(chat.answer(messages))
-        for title, text in (("user", messages[-1].content), ("model", drawn), ("right", answer)):
-            shown = text[-200:].decode("utf-8", "replace")
-            lines.append(f"{title:>5}: {' '.join(shown.split())}")
-        lines.append("")
-    return "\n".join(lines)
-
-
 def _summary(finetune: Finetune) -> dict[str, Any]:
-    before, after, best = finetune.before, finetune.latest, finetune.best
+    before, after, best, data = finetune.before, finetune.latest, finetune.best, finetune.data
     assert before is not None
     assert after is not None
-    if not math.isfinite(after.nats):
+    if not math.isfinite(after.loss):
         raise UserError(
             "the finetune diverged: the held-out loss is not finite; start anew with a lower --lr"
         )
+    name = data.measures.replace(" ", "_")
+    rights = {} if after.right is None else {"right_before": before.right, "right": after.right}
     return {
-        "held_out_answer_loss_before": before.nats,
-        "held_out_answer_loss": after.nats,
-        "reduction": 1 - after.nats / before.nats,
-        "best_held_out_answer_loss": None if best is None else best["loss"],
+        "figure": name,
+        f"held_out_{name}_before": before.loss,
+        f"held_out_{name}": after.loss,
+        "reduction": 1 - after.loss / before.loss,
+        f"best_held_out_{name}": None if best is None else best["loss"],
         "best_step": None if best is None else best["step"],
-        "held_out_answer_bytes": after.num_answer_ids,
-        "held_out_conversations": after.num_examples,
-        "conversations": len(finetune.data.train),
+        **rights,
+        key_of_bytes(data): after.count,
+        f"held_out_{data.unit}": after.num_examples,
+        data.unit: data.num_train,
         "base": finetune.config.base,
         "base_fingerprint": finetune.config.base_fingerprint,
         "base_unchanged": not finetune.config.full,
@@ -365,25 +327,53 @@ def _summary(finetune: Finetune) -> dict[str, Any]:
     }
 
 
+def key_of_bytes(data: Material) -> str:
+    """Under which `summary.json` has how many bytes were predicted."""
+    return "held_out_answer_bytes" if data.measures == "answer loss" else "held_out_bytes"
+
+
 def _show_end(console: Console, finetune: Finetune, summary: Mapping[str, Any], samples: str) -> None:
     folder, config = finetune.folder, finetune.config
-    before, after = summary["held_out_answer_loss_before"], summary["held_out_answer_loss"]
+    data, key = finetune.data, f"held_out_{summary['figure']}"
+    before, after = summary[f"{key}_before"], summary[key]
     base = "its trits voted on" if config.full else "not a bit of it changed (checksum verified)"
     rows = {
-        "answers": f"held-out loss {before:.4f} -> {after:.4f} nats per byte "
-        f"({-summary['reduction']:+.1%}), over {summary['held_out_answer_bytes']:,} bytes of "
-        f"{summary['held_out_conversations']:,} {finetune.data.unit}",
+        data.measures: f"held-out loss {before:.4f} -> {after:.4f} {LOSS_UNITS[data.figure]} "
+        f"({-summary['reduction']:+.1%}), over {summary[key_of_bytes(data)]:,} bytes of "
+        f"{summary[f'held_out_{data.unit}']:,} {data.unit}",
+        **_rights(summary),
         "base": f"{config.base}: {base}",
         "time": format_seconds(finetune.seconds),
-        "run": f"{folder}: metrics.jsonl, loss.png, sample.txt, summary.json, latest/ best/ final/",
+        "run": f"{folder}: metrics.jsonl, loss.png, sample.txt, summary.json, "
+        + ("samples/, " if (folder / "samples").is_dir() else "")
+        + "latest/ best/ final/",
     }
     console.print()
     print_rows(console, rows)
     console.print()
-    console.print(Text(printable(samples)), soft_wrap=True)
+    if samples:
+        console.print(Text(printable(samples)), soft_wrap=True)
+    console.print(Text(f"next: {_next_command(config, folder)}"), soft_wrap=True)
+
+
+def _rights(summary: Mapping[str, Any]) -> dict[str, str]:
+    """How many texts were written right, where that was tried."""
+    if (right := summary.get("right")) is None:
+        return {}
+    return {"written right": f"{100 * summary['right_before']:.1f} % -> {100 * right:.1f} %"}
+
+
+def _next_command(config: FinetuneConfig, folder: Path) -> str:
+    """A command line that tries the finetune just made."""
     name = shlex.quote(folder.name)
-    use = f"generate {name} --image FILE --temperature 0" if config.vision else f"chat {name}"
-    console.print(Text(f"next: arbitor {use}"), soft_wrap=True)
+    if config.audio:
+        what = "--hear FILE" if config.audio_task == "listen" else "--say TEXT"
+        return f"python training/audio.py {what} --run {name}"
+    if config.video:
+        return f"python training/diffusion.py --sample TEXT --run {name}"
+    return (
+        f"arbitor generate {name} --image FILE --temperature 0" if config.vision else f"arbitor chat {name}"
+    )
 
 
 def _stopped(finetune: Finetune, diverged: bool, console: Console, guard: SignalGuard) -> int:

@@ -375,12 +375,49 @@ class ARBModel(nn.Module):
         Raises:
             UserError: shapes, types or ids that cannot be used.
         """
+        return self._read(self._checked(ids, "ids"))[0][:, -1].float()
+
+    def flow(self, ids: Tensor, latents: Tensor, noise: Tensor, t: Tensor) -> ARBOutput:
+        """The loss of the velocity from noise to a clip's latents, given a text; see `VideoHead.loss`.
+
+        Args:
+            ids: integers [B, L], L >= 3, texts that end with the same id.
+            latents: float [B, K, T, H, W], of the model's autoencoder.
+            noise: float, of the latents' shape, of mean 0 and variance 1.
+            t: fp32 [B], 0 at noise and 1 at data.
+
+        Returns:
+            As logits the residual stream fp32 [B, D] that the head reads, and losses, "video" as mean square
+            error; with a router, its logits of all positions and its loss: bytes of the text, and behind the
+            last of them the clip.
+
+        Raises:
+            UserError: the model has no video sidecar, or ids that cannot be used.
+        """
+        if "video" not in self.sidecars:
+            raise UserError("this model has no sidecar for clips; make it with enable_video=True")
+        from arbitor.sidecars.video import VideoHead
+
         ids_BL = self._checked(ids, "ids")
+        h_BND, losses = self._read(ids_BL)
+        condition_BD = h_BND[:, -1].float()
+        head = self.heads["video"]
+        assert isinstance(head, VideoHead)
+        latents, noise, t_B = (tensor.to(self.device) for tensor in (latents, noise, t))
+        losses["video"] = head.loss(latents, condition_BD, noise, t_B)
+        modalities_BNC = None
+        if self.router is not None:
+            text_BN = torch.where(ids_BL[:, WINDOW:] == PAD, NOT_COUNTED, MODALITIES.index("text"))
+            modalities_BNC = self.router(h_BND)
+            modality_BN = F.pad(text_BN, (0, 1), value=MODALITIES.index("video"))
+            losses["router"] = self._routed(modalities_BNC, modality_BN)
+        return ARBOutput(condition_BD, self._weighted(losses, "video"), losses, modalities_BNC)
+
+    def _read(self, ids_BL: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The residual stream [B, N, D] of a text alone, and the losses of parts that need no targets."""
         with self._autocast():
             h_BND = self.sequencer(self.embed(ids_BL))
-            text = _Text(ids_BL, 0, h_BND.shape[1])
-            h_BND, _ = self._trunk(h_BND, 0, None, text)
-        return h_BND[:, -1].float()
+            return self._trunk(h_BND, 0, None, _Text(ids_BL, 0, h_BND.shape[1]))
 
     def part_metrics(self) -> dict[str, Tensor]:
         """Metrics of the last forward, scalars on the device; which ones depends on the parts there are.

@@ -162,17 +162,21 @@ class VideoAutoencoder(nn.Module):
         return F.mse_loss(self(clips, noise), clips.float() / 255)
 
     @torch.no_grad()
-    def standardise(self, clips: Tensor) -> None:
+    def standardise(self, clips: Tensor, share: float = 1.0) -> None:
         """Set the constants so that the latents of these clips have mean 0 and variance 1 in every channel.
 
         Args:
             clips: uint8 [B, F, C, S, S].
+            share: of the way from the constants that there are to those of the clips; below 1 they follow an
+                autoencoder that learns.
         """
         with _exact(clips):
             z_MK = self._latents(self._checked(clips)).flatten(0, 1).double()
         unit = float(1 << STANDARD_BITS)
-        self.latent_mean.copy_((z_MK.mean(dim=0) * unit).round())
-        self.latent_std.copy_((z_MK.std(dim=0, correction=0) * unit).round().clamp_min(1))
+        mean_K, std_K = z_MK.mean(dim=0) * unit, z_MK.std(dim=0, correction=0) * unit
+        for constants, wanted_K in ((self.latent_mean, mean_K), (self.latent_std, std_K)):
+            constants.copy_((constants + share * (wanted_K - constants)).round())
+        self.latent_std.clamp_min_(1)
 
     def _constants(self) -> tuple[Tensor, Tensor]:
         unit = 2.0**-STANDARD_BITS

@@ -148,7 +148,7 @@ class VoteOptimizer(torch.optim.Optimizer):
         self._votes_on_scales = False
         self._numbers: dict[torch.device, StepNumbers] = {}
         self._streams: dict[tuple[str, ...], Tensor] = {}
-        self._flips: dict[str, Tensor] = {}
+        self.flips: dict[str, Tensor] = {}
         for module in self._modules.values():
             self._attach(module)
         for module, owner in self._tied:
@@ -378,7 +378,7 @@ class VoteOptimizer(torch.optim.Optimizer):
             name: m for name, m in self._modules.items() if m.capture is not None and not m.capture.empty
         }
         ok = self._all_finite(captured.values())
-        self._flips = {}
+        self.flips = {}
         if ok.is_cuda or bool(ok):
             self._update_all(captured, ok)
         self._last_ok = ok
@@ -437,7 +437,7 @@ class VoteOptimizer(torch.optim.Optimizer):
                 step.update_int8(name, module, self.kind.table_beta)
         for name, counters in self._counters.items():
             step.advance(name, counters)
-        self._flips = step.flips
+        self.flips = step.flips
 
     # -- what it tells --------------------------------------------------------------------------------------
 
@@ -463,7 +463,7 @@ class VoteOptimizer(torch.optim.Optimizer):
     def flip_rate(self) -> float:
         """Share of all trits that flipped in the last step (synchronises the device)."""
         total = sum(m.numel() for m in self._matrices.values())
-        flips = [count.to(self._dropped.device) for count in self._flips.values()]
+        flips = [count.to(self._dropped.device) for count in self.flips.values()]
         return float(torch.stack(flips).sum()) / total if flips else 0.0
 
     def layer_metrics(self) -> dict[str, dict[str, float]]:
@@ -472,7 +472,7 @@ class VoteOptimizer(torch.optim.Optimizer):
         for name, module in self._matrices.items():
             trits = _unpacked(module)
             outwards = trits * self._state_of(module)["T_accum"]
-            flips = int(self._flips[name]) if name in self._flips else 0
+            flips = int(self.flips[name]) if name in self.flips else 0
             metrics[name] = {
                 "flip_rate": flips / module.numel(),
                 "zero_share": float((trits == 0).float().mean()),

@@ -6,7 +6,7 @@ uninterrupted one bit for bit (same device type, versions and thread count).
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from arbitor.train.device import Device, gradient_products, keep_freed_memory
 from arbitor.train.display import Display, Reading
 from arbitor.train.growth import graft_state, graft_weights
 from arbitor.train.metrics import FIGURES, STEP_KEYS, MetricsLog, evaluation_keys, seconds_so_far
-from arbitor.train.recorded import RecordedStep, can_record
+from arbitor.train.recorded import RecordedSteps, can_record
 from arbitor.train.schedule import learning_rate
 from arbitor.train.signals import Interrupted, SignalGuard
 from arbitor.train.task import Corpus, task_of
@@ -106,7 +106,8 @@ class Trainer:
         self.last_ok = self.optimizer.last_step_ok
         self.readings: dict[str, Tensor] = {}
         records = self.task.fixed_shapes and can_record(self.model)
-        self._recorded = RecordedStep(self._work_of_equals, device.device) if records else None
+        self._recorded = RecordedSteps(self._work, device.device) if records else None
+        self._flips_of: dict[Hashable, dict[str, Tensor]] = {}
         if checkpoint is not None:
             checkpoint.restore_optimizer(self.optimizer)
             self._restore(checkpoint.state)
@@ -134,19 +135,27 @@ class Trainer:
             group["scale_lr"] = train.scale_lr * lr / self.peak_lr
         batches = self._next_batches()
         self.optimizer.prepare()
-        if self._recorded is None:
+        kind, on_host = self._kind_of(batches)
+        if self._recorded is None or kind is None:
             figures = self._work(batches)
         else:
-            figures = self._recorded([tensor for batch in batches for tensor in batch])
+            before = self.optimizer.flips
+            figures = self._recorded(kind, batches, on_host)
+            if self.optimizer.flips is before:  # it was replayed: its flips are where they were recorded
+                self.optimizer.flips = self._flips_of[kind]
+            self._flips_of[kind] = self.optimizer.flips
         self.step += 1
         main, self.last_ok = figures.pop(self.task.main_loss), figures.pop("ok")
         self.readings = figures
         return main
 
-    def _work_of_equals(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-        """`_work` of micro-batches of as many tensors each, one after another."""
-        width = len(tensors) // self.config.train.accum
-        return self._work([tensors[first : first + width] for first in range(0, len(tensors), width)])
+    def _kind_of(self, batches: Sequence[Sequence[Tensor]]) -> tuple[Hashable | None, int]:
+        """What steps like this one have in common, None if it is like no other, and how many tensors of a
+        batch say so: see `RecordedSteps`.
+        """
+        if (kind_of := getattr(self.task, "kind_of", None)) is None:
+            return (), 0
+        return kind_of(batches), 1
 
     def _work(self, batches: Sequence[Sequence[Tensor]]) -> dict[str, Tensor]:
         """The device's part of a step: losses and metrics of the parts, and whether the step counted."""
@@ -174,7 +183,7 @@ class Trainer:
 
     @property
     def waits(self) -> bool:
-        """A step was seen in which the host waits for the GPU, so none is recorded and replayed."""
+        """A step was seen in which the host waits for the GPU, so those like it are not replayed."""
         return self._recorded is not None and self._recorded.waits
 
     def next_lr(self) -> float:
@@ -344,8 +353,8 @@ class Run:
         loss = self.trainer.take_step()
         if self.trainer.waits and not waited:
             self.display.note(
-                f"step {self.trainer.step}: the host waits for the GPU within a step of this model, so steps "
-                "are not replayed as one CUDA graph"
+                f"step {self.trainer.step}: the host waits for the GPU within this step, so steps like it "
+                "are not replayed as a CUDA graph"
             )
         ok = self.trainer.last_ok
         self._unread.append(_Unread(self.trainer.step, lr, loss, ok))

@@ -42,6 +42,7 @@ FIGURES = {
     "pixel_error": "of RMS error of pixels",
     "velocity_loss": "of velocity loss",
     "mixed_bits": "bits per byte or code, weighted mean",
+    "mixed": "bits per byte or code, or of velocity loss, weighted mean",
 }
 
 

@@ -7,7 +7,7 @@ a step is made of several draws.
 One more modality is a class in `PARTS`, what opens its data in `arbitor.data.mixed.OPENERS`, and, if it has a
 sidecar, the fields that `arbitor.pretrain_command` sets for it.
 
-Shape letters: B items, L ids, T times, Q codes.
+Shape letters: B items, L ids, T times, Q codes, F frames, C channels, S pixels a side.
 """
 
 import hashlib
@@ -26,6 +26,8 @@ from arbitor.data import ByteCorpus
 from arbitor.data.documents import Documents, DocumentSampler, Stretches
 from arbitor.data.mixed import HubText, MixCorpus
 from arbitor.data.sampler import random_bits
+from arbitor.data.video import VideoCorpus
+from arbitor.drawing import autoencoder_of
 from arbitor.errors import UserError
 from arbitor.evaluate import Evaluation
 from arbitor.model import ARBModel
@@ -36,16 +38,26 @@ from arbitor.model.vocab import EOS
 from arbitor.sidecars.audio import levelled
 from arbitor.speech import codec_of
 from arbitor.train.audio_tasks import SpeakTask
+from arbitor.train.gaussian import Gaussian
 from arbitor.train.metrics import FIGURES
 from arbitor.train.task import CaptionTask, Task, TextTask
+from arbitor.train.video_tasks import CODEC_NOISE, FlowTask, pixel_errors
 
 _MIX_KEY = 0x317
 MAIN = "mixed"
+FOLLOWING = 0.25  # of the way to a batch's constants, while an autoencoder learns
+BASELINES = {"unigram": "unigrams", "gaussian": "a Gaussian"}  # in words
 ROUTER_ITEMS = 16  # held-out items of a modality that the router's accuracy is measured on
 
 
 class Part(Protocol):
-    """One modality of a mix. What `PARTS` names is made of (config of the run, corpus of the modality)."""
+    """One modality of a mix. What `PARTS` names is made of (config of the run, corpus of the modality).
+
+    Attributes:
+        beside: what `baseline` is, of `BASELINES`.
+    """
+
+    beside: str
 
     @property
     def task(self) -> Task:
@@ -56,7 +68,8 @@ class Part(Protocol):
 
     def baseline(self, model: ARBModel, measured: Evaluation) -> float:
         """The task's figure on the held-out data that was `measured`, for a predictor that knows how frequent
-        each value is there and nothing else: the entropy of its unigrams, in bits.
+        each value is and nothing else: the entropy of unigrams of that data, in bits, or the velocity loss of
+        a Gaussian.
         """
 
     def held_out_batches(self, max_items: int) -> Iterator[tuple[Tensor, ...]]:
@@ -119,6 +132,8 @@ class WindowsTask(TextTask):
 class TextPart:
     """Text or source code: random windows of bytes, or those of documents in their order."""
 
+    beside = "unigram"
+
     def __init__(self, config: RunConfig, corpus: ByteCorpus | HubText) -> None:
         self.task: TextTask
         if isinstance(corpus, HubText):
@@ -154,6 +169,8 @@ class TextPart:
 class ImagePart:
     """Images ahead of their captions."""
 
+    beside = "unigram"
+
     def __init__(self, config: RunConfig, corpus: Any) -> None:
         self.task = CaptionTask(config, corpus)
 
@@ -179,6 +196,8 @@ class AudioPart:
     a loss that reaches no other part: codes are integers. What is to be predicted then moves while it learns,
     so the baseline is measured anew each time, on the codes of that moment.
     """
+
+    beside = "unigram"
 
     def __init__(self, config: RunConfig, corpus: Any) -> None:
         self.task = SpeakTask(config, corpus)
@@ -214,11 +233,66 @@ class AudioPart:
         return self.task.held_out_batches(max_items)
 
 
+class VideoPart:
+    """Captions, from which a flow draws the latents of their clips, and the autoencoder of those latents.
+
+    As in `AudioPart`, the autoencoder learns along from the same clips unless `train_autoencoder` is off, by
+    a loss that reaches no other part. The constants that standardise its latents then follow it, by a quarter
+    of the way to those of each batch.
+    """
+
+    beside = "gaussian"
+
+    def __init__(self, config: RunConfig, corpus: VideoCorpus) -> None:
+        self.task = FlowTask(config, corpus)
+        self._trains_autoencoder = config.mix.train_autoencoder
+
+    def output(self, model: ARBModel, *batch: Tensor) -> ARBOutput:
+        """See `Part`."""
+        if not self._trains_autoencoder or not torch.is_grad_enabled():
+            return self.task.output(model, *batch)
+        codec = autoencoder_of(model)
+        clips, noise = (tensor.to(model.device) for tensor in batch[1:3])
+        codec.standardise(clips, FOLLOWING)
+        drawn = self.task.output(model, *batch)
+        pixels = codec.loss(clips, CODEC_NOISE * noise)
+        assert drawn.loss is not None
+        losses = {**drawn.losses, "autoencoder": pixels}
+        return ARBOutput(drawn.logits, drawn.loss + pixels, losses, drawn.modalities)
+
+    @torch.no_grad()
+    def baseline(self, model: ARBModel, measured: Evaluation) -> float:
+        """See `Part`; every number of a clip's latents has a mean and a variance of its own, those in
+        training clips.
+        """
+        codec = autoencoder_of(model)
+        gaussian = Gaussian.of(codec.encode(self.task.standard_clips().to(model.device)), full=False)
+        total, count = 0.0, 0
+        for _, clips, noise, t_B in self.held_out_batches(measured.windows):
+            latents = codec.encode(clips.to(model.device))
+            noise, t_B = noise.to(model.device), t_B.to(model.device)
+            time = t_B[:, None, None, None, None]
+            velocity = gaussian.velocity((1 - time) * noise + time * latents, t_B)
+            total += float((velocity - (latents - noise)).square().mean()) * len(clips)
+            count += len(clips)
+        return total / count
+
+    def more(self, model: ARBModel, measured: Evaluation) -> dict[str, float]:
+        """Error of held-out pixels behind the autoencoder; see `arbitor.train.video_tasks.pixel_errors`."""
+        error, of_mean = pixel_errors(model, self.task.corpus.held_out, measured.windows, self.task.batch)
+        return {"held_out_pixel_error": error, "pixel_error_of_mean": of_mean}
+
+    def held_out_batches(self, max_items: int) -> Iterator[tuple[Tensor, ...]]:
+        """See `Part`."""
+        return self.task.held_out_batches(min(max_items, len(self.task.corpus.held_out)))
+
+
 PARTS: dict[str, Callable[[RunConfig, Any], Part]] = {
     "text": TextPart,
     "code": TextPart,
     "image": ImagePart,
     "audio": AudioPart,
+    "video": VideoPart,
 }
 """What makes the part of a modality; `arbitor.data.mixed.OPENERS` has the data that belongs to it."""
 
@@ -228,9 +302,9 @@ class MixTask:
 
     A batch begins with the number of its modality, int64, among those of the mix. Losses and figures of a
     modality carry its name: "loss_text", "router_accuracy_audio" while training, and "held_out_text",
-    "unigram_text" and "held_out_router_text" when measured. What a step shows as its loss is that of what it
-    drew, in nats per byte or code; what an evaluation is compared by is the mean of the parts' figures,
-    weighted as they are drawn.
+    "unigram_text" (of clips: "gaussian_video") and "held_out_router_text" when measured. What a step shows as
+    its loss is that of what it drew, in nats per byte or code, or the velocity loss; what an evaluation is
+    compared by is the mean of the parts' figures, weighted as they are drawn.
 
     Args:
         config: of the run.
@@ -239,8 +313,6 @@ class MixTask:
 
     unit = "items"
     main_loss = MAIN
-    figure = "mixed_bits"
-    fixed_shapes = False
 
     def __init__(self, config: RunConfig, corpus: MixCorpus) -> None:
         self.names = list(corpus.parts)
@@ -249,6 +321,13 @@ class MixTask:
         self._batch = config.train.batch
         self._seed = config.train.seed
         self._drawn = 0
+        fixed = [part.task.fixed_shapes for part in self.parts.values()]
+        self._fixed = dict(enumerate(fixed)) if config.train.accum == 1 else {}
+        self.fixed_shapes = any(self._fixed.values())
+        apart = [name for name, same in zip(self.names, fixed, strict=True) if not same]
+        self.how_replayed = "replayed as one CUDA graph for each modality" + (
+            f", but for {' and '.join(apart)}, whose batches differ in shape" if apart else ""
+        )
         whole = sum(map(Fraction, self.weights))
         self._shares = [Fraction(weight) / whole for weight in self.weights]
         edges = [sum(self._shares[: n + 1], Fraction(0)) for n in range(len(self.names))]
@@ -261,8 +340,11 @@ class MixTask:
         self.bytes_per_item = round(self._mean([task.bytes_per_item for task in tasks]))
         self.positions_per_item = max(task.positions_per_item for task in tasks)
         self.held_out_bytes = sum(task.held_out_bytes for task in tasks)
-        if isinstance(audio := self.parts.get("audio"), AudioPart):
-            self.write_samples: Callable[[ARBModel, Path], None] = audio.task.write_samples
+        self.figure = "mixed" if "video" in self.parts else "mixed_bits"
+        if {"audio", "video"} & self.parts.keys():
+            self.write_samples: Callable[[ARBModel, Path], None] = self._write_samples
+        if isinstance(video := self.parts.get("video"), VideoPart):
+            self.prepare: Callable[[ARBModel], None] = video.task.prepare
 
     def next_batch(self) -> tuple[Tensor, ...]:
         """See `Task`: the modality's number, and what its task gives."""
@@ -270,6 +352,14 @@ class MixTask:
         self._drawn += 1
         number = next(n for n, edge in enumerate(self._edges) if bits < edge)
         return torch.tensor(number), *self.parts[self.names[number]].task.next_batch()
+
+    def kind_of(self, batches: Sequence[Sequence[Tensor]]) -> int | None:
+        """What a step is of if all steps of that modality are alike: its number; else None.
+
+        With several micro-batches a step there are too many mixtures for each to be one kind.
+        """
+        number = int(batches[0][0])
+        return number if self._fixed.get(number, False) else None
 
     def output(self, model: ARBModel, *batch: Tensor) -> ARBOutput:
         """See `Task`."""
@@ -296,7 +386,9 @@ class MixTask:
             result = part.task.evaluate(model, max_items, progress)
             figures.append(result.bits_per_byte)
             extra[f"held_out_{name}"] = result.bits_per_byte
-            extra[f"unigram_{name}"] = part.baseline(model, result)
+            extra[f"{part.beside}_{name}"] = part.baseline(model, result)
+            if isinstance(part, VideoPart):
+                extra |= part.more(model, result)
             if (accuracy := self._router_accuracy(model, part)) is not None:
                 extra[f"held_out_router_{name}"] = accuracy
             right = result.captions_right if result.captions_right is not None else right
@@ -353,15 +445,26 @@ class MixTask:
         return "\n".join(shown)
 
     def summary_rows(self, extra: Mapping[str, Any]) -> dict[str, str]:
-        """Held-out figures of the parts beside what unigrams reach, for the user, by a label."""
+        """Held-out figures of the parts beside their baselines', for the user, by a label."""
         rows = {}
         for name, part in self.parts.items():
             unit = FIGURES[part.task.figure]
-            line = f"{extra[f'held_out_{name}']:.4f} {unit}, unigrams {extra[f'unigram_{name}']:.4f}"
+            beside = f"{BASELINES[part.beside]} {extra[f'{part.beside}_{name}']:.4f}"
+            line = f"{extra[f'held_out_{name}']:.4f} {unit}, {beside}"
             if (accuracy := extra.get(f"held_out_router_{name}")) is not None:
                 line += f"; router right at {100 * accuracy:.1f} % of the positions"
             rows[name] = line
+        if (error := extra.get("held_out_pixel_error")) is not None:
+            rows["pixels"] = (
+                f"{error:.4f} {FIGURES['pixel_error']}, their mean {extra['pixel_error_of_mean']:.4f}"
+            )
         return rows
+
+    def _write_samples(self, model: ARBModel, folder: Path) -> None:
+        """Spoken labels and drawn clips."""
+        for part in self.parts.values():
+            if isinstance(part, AudioPart | VideoPart):
+                part.task.write_samples(model, folder)
 
     @torch.no_grad()
     def _router_accuracy(self, model: ARBModel, part: Part) -> float | None:

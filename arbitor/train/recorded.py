@@ -4,11 +4,16 @@ The first steps run as they are, which compiles kernels and fills caches; then o
 on replayed. What a replay must read anew, the batch and the numbers of `VoteOptimizer.prepare`, lies in
 tensors that keep their place. A replay runs the kernels that were recorded, so its results are those of the
 step that was recorded, bit for bit.
+
+Where steps are of a few kinds (of text, of images, ...), each kind has a graph of its own. They share their
+memory: a graph's work is over, and its figures are copied, before another one runs.
 """
 
 import contextlib
+import functools
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +48,7 @@ class RecordedStep:
     Args:
         work: (batch) -> scalars on the device; whatever it changes must keep its place.
         device: a GPU.
+        beside: a step whose stream and memory this one shares; None has its own.
 
     Attributes:
         recorded: whether the next call is a replay.
@@ -50,10 +56,14 @@ class RecordedStep:
     """
 
     def __init__(
-        self, work: Callable[[Sequence[Tensor]], Mapping[str, Tensor]], device: torch.device
+        self,
+        work: Callable[[Sequence[Tensor]], Mapping[str, Tensor]],
+        device: torch.device,
+        beside: "RecordedStep | None" = None,
     ) -> None:
         self._work = work
-        self._stream = torch.cuda.Stream(device)
+        self._stream: torch.cuda.Stream = torch.cuda.Stream(device) if beside is None else beside._stream
+        self._pool: Any = torch.cuda.graph_pool_handle() if beside is None else beside._pool
         self._calls = 0
         self.waits = False
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -89,7 +99,7 @@ class RecordedStep:
             return figures
         if self._graph is None:
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, stream=self._stream):
+            with torch.cuda.graph(self._graph, pool=self._pool, stream=self._stream):
                 self._figures = self._packed(self._work(self._batch))
         self._graph.replay()
         assert self._figures is not None
@@ -110,6 +120,62 @@ class RecordedStep:
 
     def _unpacked(self, figures: Tensor) -> dict[str, Tensor]:
         return dict(zip(self._names, figures.unbind(), strict=True))
+
+
+class RecordedSteps:
+    """A `RecordedStep` for every kind of step.
+
+    Args:
+        work: (batches, each with its tensors) -> scalars on the device.
+        device: a GPU.
+
+    Attributes:
+        waits: of some kind, the host was seen to wait for the device.
+    """
+
+    def __init__(
+        self, work: Callable[[Sequence[Sequence[Tensor]]], Mapping[str, Tensor]], device: torch.device
+    ) -> None:
+        self._work, self._device = work, device
+        self._steps: dict[Hashable, RecordedStep] = {}
+
+    @property
+    def waits(self) -> bool:
+        """See the class."""
+        return any(step.waits for step in self._steps.values())
+
+    @property
+    def recorded(self) -> bool:
+        """Whether a step of each kind that was taken so far was recorded, and of one at least."""
+        return bool(self._steps) and all(step.recorded for step in self._steps.values())
+
+    def __call__(
+        self, kind: Hashable, batches: Sequence[Sequence[Tensor]], on_host: int = 0
+    ) -> dict[str, Tensor]:
+        """A step.
+
+        Args:
+            kind: what tells it from steps whose batches have other shapes, or do other work.
+            batches: micro-batches of equally many tensors, on the host.
+            on_host: so many tensors ahead of each stay there: steps of a kind have equal ones.
+
+        Returns:
+            See `RecordedStep`.
+        """
+        step = self._steps.get(kind)
+        if step is None:
+            heads = [batch[:on_host] for batch in batches]
+            beside = next(iter(self._steps.values()), None)
+            step = RecordedStep(functools.partial(self._of_one_kind, heads), self._device, beside)
+            self._steps[kind] = step
+        return step([tensor for batch in batches for tensor in batch[on_host:]])
+
+    def _of_one_kind(
+        self, heads: Sequence[Sequence[Tensor]], tensors: Sequence[Tensor]
+    ) -> Mapping[str, Tensor]:
+        width = len(tensors) // len(heads)
+        parts = [tensors[first : first + width] for first in range(0, len(tensors), width)]
+        return self._work([[*head, *part] for head, part in zip(heads, parts, strict=True)])
 
 
 @contextlib.contextmanager

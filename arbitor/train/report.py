@@ -73,7 +73,9 @@ def how_steps_run(trainer: Trainer) -> str:
     why_not = why_not_recorded(trainer.model)
     if why_not is None and not trainer.task.fixed_shapes:
         why_not = "not every batch has the same shape"
-    return "replayed as one CUDA graph" if why_not is None else f"kernels are launched one by one: {why_not}"
+    if why_not is not None:
+        return f"kernels are launched one by one: {why_not}"
+    return getattr(trainer.task, "how_replayed", "replayed as one CUDA graph")
 
 
 def describe_parts(model: ModelConfig) -> str:
@@ -227,7 +229,12 @@ def resume_command(run: Path) -> str:
 
 def _next_command(run: Path, config: RunConfig, prompt: bytes) -> str:
     """A command line that tries the run just made."""
-    if config.mix.active and not config.model.image_size:
+    mixed = config.mix.active
+    if mixed in (("audio",), ("audio", "video")):
+        return f"python training/audio.py --say TEXT --run {shlex.quote(run.name)}"
+    if mixed == ("video",):
+        return f"python training/diffusion.py --sample TEXT --run {shlex.quote(run.name)}"
+    if mixed and "image" not in mixed:
         return f"arbitor generate {shlex.quote(run.name)}"
     if task := config.data.video_task:
         command = "--sample TEXT --run" if task == "flow" else "--task flow --base"

@@ -42,7 +42,8 @@ class Task(Protocol):
         main_loss: key of the loss that is shown as the step's.
         figure: what evaluations measure, one of `arbitor.train.metrics.FIGURES`.
         unit: what a batch counts, in words: "bytes" for windows of ctx bytes each, else the medium.
-        fixed_shapes: whether every batch has the same shapes.
+        fixed_shapes: whether every batch has the same shapes, or every one of a kind, which `kind_of` then
+            tells from the step's batches by the first tensor of each.
         bytes_per_item: data that one item of a batch reads.
         positions_per_item: positions of the model that it takes, about.
         held_out_bytes: bytes that the evaluation at the end can predict at most.

@@ -18,7 +18,7 @@ from arbitor.config import RunConfig
 from arbitor.data.draw import EpochSampler
 from arbitor.data.sampler import random_bits
 from arbitor.data.video import Clips, VideoCorpus, write_clips
-from arbitor.drawing import autoencoder_of, draw, drawn_ids, video_head_of
+from arbitor.drawing import autoencoder_of, draw, drawn_ids
 from arbitor.evaluate import Evaluation
 from arbitor.model import ARBModel
 from arbitor.model.arb import ARBOutput
@@ -123,15 +123,8 @@ class VideoCodecTask(VideoTask):
         self, model: ARBModel, max_items: int | None, progress: Callable[[int, int], None] | None
     ) -> Evaluation:
         """Root of the mean square error (1 is black to white), and that of every pixel's mean."""
-        count, codec = self._num_held_out(max_items), autoencoder_of(model)
-        squares, every = 0.0, []
-        for numbers, clips in held_out_clips(self.corpus.held_out, count, 1, self.batch):
-            squares += float(codec.loss(clips.to(model.device))) * len(numbers)
-            every.append(clips.float() / 255)
-            if progress is not None:
-                progress(int(numbers[-1]) + 1, count)
-        of_mean = float(torch.cat(every).var(dim=0, correction=0).mean().sqrt())
-        error = math.sqrt(squares / count)
+        count = self._num_held_out(max_items)
+        error, of_mean = pixel_errors(model, self.corpus.held_out, count, self.batch, progress)
         return Evaluation(error, count * self.bytes_per_item, count, extra={"pixel_error_of_mean": of_mean})
 
     @torch.no_grad()
@@ -163,11 +156,14 @@ class FlowTask(VideoTask):
 
     def prepare(self, model: ARBModel) -> None:
         """Standardise the latents of a model that is about to begin to learn, by training clips."""
+        autoencoder_of(model).standardise(self.standard_clips().to(model.device))
+
+    def standard_clips(self) -> Tensor:
+        """Training clips that latents are standardised by, uint8 [512, F, C, S, S]; always the same."""
         train = self.corpus.train
         numbers = np.arange(STANDARD_CLIPS) * len(train) // STANDARD_CLIPS
         bits = random_bits(_STANDARD_KEY, np.arange(STANDARD_CLIPS, dtype=np.uint64))
-        clips = torch.from_numpy(train.clips(numbers, bits))
-        autoencoder_of(model).standardise(clips.to(model.device))
+        return torch.from_numpy(train.clips(numbers, bits))
 
     def next_batch(self) -> tuple[Tensor, ...]:
         """See `Task`: ids [B, L], clips uint8 [B, F, C, S, S], noise fp32 [B, K, T, H, W], times fp32 [B]."""
@@ -183,9 +179,7 @@ class FlowTask(VideoTask):
     def output(self, model: ARBModel, *batch: Tensor) -> ARBOutput:
         """See `Task`."""
         ids_BL, clips, noise, t_B = (tensor.to(model.device) for tensor in batch)
-        latents = autoencoder_of(model).encode(clips)
-        loss = video_head_of(model).loss(latents, model.read(ids_BL), noise, t_B)
-        return ARBOutput(latents, loss, {"video": loss})
+        return model.flow(ids_BL, autoencoder_of(model).encode(clips), noise, t_B)
 
     @torch.no_grad()
     def evaluate(
@@ -227,6 +221,35 @@ class FlowTask(VideoTask):
         write_clips(folder / "drawn.png", clips)
         write_clips(folder / "drawn.gif", clips)
         (folder / "drawn.txt").write_bytes(b"\n".join(captions) + b"\n")
+
+
+@torch.no_grad()
+def pixel_errors(
+    model: ARBModel,
+    clips: Clips,
+    count: int,
+    batch: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[float, float]:
+    """Roots of the mean square errors of held-out pixels (1 is black to white): behind the autoencoder, and
+    of every pixel's mean over these clips.
+
+    Args:
+        model: one with an autoencoder.
+        clips: what is held out.
+        count: things, each with one clip.
+        batch: clips at a time.
+        progress: called with how many were measured, of how many.
+    """
+    codec = autoencoder_of(model)
+    squares, every = 0.0, []
+    for numbers, given in held_out_clips(clips, count, 1, batch):
+        squares += float(codec.loss(given.to(model.device))) * len(numbers)
+        every.append(given.float() / 255)
+        if progress is not None:
+            progress(int(numbers[-1]) + 1, count)
+    of_mean = float(torch.cat(every).var(dim=0, correction=0).mean().sqrt())
+    return math.sqrt(squares / count), of_mean
 
 
 def held_out_clips(clips: Clips, count: int, repeats: int, batch: int) -> Iterator[tuple[np.ndarray, Tensor]]:

@@ -20,10 +20,11 @@ from arbitor.ternary import named_ternary
 from arbitor.ternary.tensor import TernaryScaleTensor
 from arbitor.train.checkpoint import Checkpoint, load_checkpoint
 from arbitor.train.device import Device, deterministic, resolve_device
+from arbitor.train.gaussian import Gaussian
 from arbitor.train.loop import Trainer
 from arbitor.train.video_tasks import REPEATS, FlowTask
 from benchmarks.common import RESULTS, commit, provenance, slug
-from benchmarks.flow.baselines import Gaussian, shuffled
+from benchmarks.flow.baselines import shuffled
 from benchmarks.flow.features import frechet_distance, shares_right, train_classifier
 from benchmarks.learning.table import Row, Table
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from arbitor.data.video import ClipGeometry, MovingDigits
+from arbitor.train.gaussian import Gaussian
 from benchmarks.flow.__main__ import COLUMNS, main, summary
-from benchmarks.flow.baselines import Gaussian, shuffled
+from benchmarks.flow.baselines import shuffled
 from benchmarks.flow.features import FEATURES, ClipClassifier, frechet_distance, labelled
 
 

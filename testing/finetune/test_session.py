@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 import arbitor
 from arbitor.cli import main
 from arbitor.finetune.adapter import apply_adapter, find_adapter, read_adapter
-from arbitor.finetune.loop import batch_order
 from arbitor.finetune.lora import adapter_parameters
+from arbitor.finetune.material import batch_order
 from arbitor.train.checkpoint import load_checkpoint
 from arbitor.train.metrics import EVALUATION_KEYS, STEP_KEYS
 from testing.test_cli import tree
@@ -329,7 +329,7 @@ def test_the_embedded_set_runs_without_data(workplace, capsys):
 def test_a_diverging_finetune_stops(finetune, capsys, monkeypatch):
     monkeypatch.setattr("arbitor.finetune.loop.MAX_DROPPED_IN_A_ROW", 3)
     monkeypatch.setattr(
-        "arbitor.finetune.loop.answer_losses",
+        "arbitor.finetune.material.answer_losses",
         lambda logits, ids, is_answer: logits[:, :-1][is_answer][:, 0] * float("nan"),
     )
     assert finetune("--steps", "9", "--run", "tuned") == 1

@@ -45,7 +45,7 @@ def test_new_captions_are_learnt(seeing, capsys, full):
     assert finetune("--steps", "60", "--run", "f", *full) == 0
     summary = json.loads(Path("runs/f/summary.json").read_text())
     assert summary["held_out_answer_loss"] < 0.2 * summary["held_out_answer_loss_before"]
-    assert summary["held_out_conversations"] == 3
+    assert summary["held_out_images"] == 3
     assert "model: black\nright: black" in Path("runs/f/sample.txt").read_text()
     assert Path("runs/eyes/best/model.safetensors").read_bytes() == before
     assert "generate f --image FILE" in capsys.readouterr().out

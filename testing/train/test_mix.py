@@ -1,6 +1,7 @@
 import json
 import sys
 import types
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -30,12 +31,21 @@ MEDIA = {
     "audio_dim": 16,
     "audio_layers": 1,
 }
+VIDEO = {
+    "video_weight": 1.0,
+    "video_size": 8,
+    "video_frames": 4,
+    "video_dim": 32,
+    "video_layers": 1,
+}
+ONLY_VIDEO = {**VIDEO, "text_weight": 0.0, "code_weight": 0.0, "image_weight": 0.0, "audio_weight": 0.0}
 ALL = {"text_weight": 2.0, "code_weight": 1.0, "image_weight": 1.0, "audio_weight": 1.0}
 
 
 @pytest.fixture(autouse=True)
 def _few_sounds(monkeypatch):
     monkeypatch.setattr("arbitor.data.audio._SYNTHETIC_COUNT", 30)
+    monkeypatch.setattr("arbitor.train.video_tasks.STANDARD_CLIPS", 64)
 
 
 @pytest.fixture
@@ -97,7 +107,7 @@ def test_a_batch_does_not_depend_on_what_else_is_drawn(mix_config):
 def test_training_goes_on_from_a_checkpoint_with_identical_losses(accum, mix_config, tmp_path):
     from arbitor.train.checkpoint import load_checkpoint
 
-    config = mix_config(accum=accum, audio_weight=2.0)
+    config = mix_config(accum=accum, audio_weight=2.0, **{**VIDEO, "video_weight": 2.0})
     whole, losses = trainer_of(config, 14)
     first, before = trainer_of(config, 6)
     first.save(tmp_path / "saved")
@@ -111,7 +121,7 @@ def test_training_goes_on_from_a_checkpoint_with_identical_losses(accum, mix_con
 
 
 def test_all_that_training_keeps_is_integer(mix_config):
-    trainer, _ = trainer_of(mix_config(), 8)
+    trainer, _ = trainer_of(mix_config(**VIDEO), 8)
     report = audit(trainer.model, trainer.optimizer)
     assert report.ok
     assert not [name for name, tensor in trainer.model.state_dict().items() if tensor.is_floating_point()]
@@ -200,6 +210,162 @@ def test_speaking_supervises_the_router_with_bytes_ahead_and_codes_behind(mix_co
     right += [*(said[1, :3] == 0), *(said[1, 3:6] == 1)]
     expected = sum(map(bool, right)) / len(right)
     assert float(model.part_metrics()["router_accuracy"]) == pytest.approx(expected)
+
+
+def test_drawing_supervises_the_router_with_bytes_and_a_clip_behind_them(mix_config):
+    model = ARBModel(config=mix_config(**VIDEO).model)
+    ids = torch.tensor([[PAD, PAD, PAD, PAD, 97, EOS], [PAD, PAD, PAD, 97, 98, EOS]])
+    latents = torch.zeros((2, 16, 2, 2, 2))
+    output = model.flow(ids, latents, torch.randn_like(latents), torch.tensor([0.2, 0.7]))
+    said = output.modalities.argmax(dim=-1)  # 3 rows of text targets, and the one behind them
+    assert said.shape == (2, 4)
+    right = [*(said[0, 1:3] == 0), said[0, 3] == 2, *(said[1, :3] == 0), said[1, 3] == 2]
+    assert float(model.part_metrics()["router_accuracy"]) == pytest.approx(sum(map(bool, right)) / 7)
+    weighted = output.losses["video"] + 0.01 * output.losses["router"]
+    assert float(output.loss) == pytest.approx(float(weighted))
+    with pytest.raises(UserError, match="enable_video"):
+        ARBModel(config=mix_config().model).flow(ids, latents, latents, torch.zeros(2))
+
+
+def test_without_a_router_the_flow_has_the_loss_of_its_head_alone(mix_config):
+    model = ARBModel(config=mix_config(**VIDEO, output_router=False).model)
+    ids = torch.tensor([[PAD, PAD, PAD, 97, 98, EOS]] * 2)
+    latents, noise, t = torch.randn(2, 16, 2, 2, 2), torch.randn(2, 16, 2, 2, 2), torch.tensor([0.2, 0.7])
+    output = model.flow(ids, latents, noise, t)
+    assert output.losses.keys() == {"video"}
+    assert torch.equal(output.loss, model.heads["video"].loss(latents, model.read(ids), noise, t))
+
+
+def test_the_router_learns_where_a_clip_follows(mix_config):
+    config = mix_config(**{**ONLY_VIDEO, "text_weight": 1.0}, steps=60)
+    trainer, _ = trainer_of(config)
+    untrained = trainer.evaluate(max_windows=4).extra
+    for _ in range(60):
+        trainer.take_step()
+    extra = trainer.evaluate(max_windows=4).extra
+    assert extra["held_out_router_text"] > 0.9
+    assert extra["held_out_router_video"] > 0.9
+    assert min(untrained["held_out_router_text"], untrained["held_out_router_video"]) < 0.9
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_the_autoencoder_learns_only_if_it_shall_and_its_constants_follow(learns, mix_config):
+    trainer, _ = trainer_of(mix_config(**ONLY_VIDEO, train_autoencoder=learns, batch=16, lr=0.1))
+    codec = trainer.model.sidecars["video"].codec
+    clips = trainer.task.parts["video"].task.standard_clips()
+    assert codec.encode(clips).std(dim=(0, 2, 3, 4), correction=0).tolist() == pytest.approx(
+        [1.0] * 16, rel=0.01
+    )
+    before = {name: tensor.clone() for name, tensor in codec.state_dict().items()}
+    error = trainer.evaluate(max_windows=8).extra["held_out_pixel_error"]
+    for _ in range(20):
+        trainer.take_step()
+    changed = {name for name, tensor in codec.state_dict().items() if not torch.equal(before[name], tensor)}
+    constants = {"latent_mean", "latent_std"}
+    assert (changed > constants) if learns else (not changed)
+    assert (float(trainer.readings.get("autoencoder", 0.0)) > 0) == learns
+    now = trainer.evaluate(max_windows=8).extra["held_out_pixel_error"]
+    assert (now < 0.8 * error) if learns else (now == error)
+    spread = codec.encode(clips).std(dim=(0, 2, 3, 4), correction=0)
+    assert 0.5 < float(spread.min()) <= float(spread.max()) < 2
+    moved = before["latent_std"] / codec.latent_std  # what it would be had they not followed
+    assert float((spread / moved).sub(1).abs().max()) > (0.5 if learns else -1)
+
+
+def test_a_clip_is_measured_beside_a_gaussian_of_training_latents(mix_config):
+    trainer, _ = trainer_of(mix_config(**ONLY_VIDEO))
+    part = trainer.task.parts["video"]
+    result = trainer.evaluate(max_windows=40)
+    batches = list(part.held_out_batches(40))
+    assert sum(len(batch[0]) for batch in batches) == 160  # four times each
+    latents = trainer.model.sidecars["video"].codec.encode(part.task.standard_clips()).flatten(1)
+    variance = latents.var(dim=0, correction=0)
+    # Of data that is such a Gaussian, what no guess can know of the velocity at a time t.
+    t = torch.cat([batch[3] for batch in batches])[:, None]
+    unknown = (variance / (t.square() * variance + (1 - t).square())).mean()
+    assert result.extra["gaussian_video"] == pytest.approx(float(unknown), rel=0.15)
+    assert result.extra["held_out_video"] == result.bits_per_byte
+    assert result.extra["held_out_video"] > result.extra["gaussian_video"]  # nothing was learnt yet
+    assert trainer.task.figure == "mixed"
+
+
+# --- steps by kind, as a GPU records them
+
+
+class Rehearsed:
+    """A recorded step that is none: it does its work every time."""
+
+    made: ClassVar[list["Rehearsed"]] = []
+
+    def __init__(self, work, device, beside=None):
+        self.work, self.beside, self.calls, self.waits = work, beside, 0, False
+        self.shapes = set()
+        Rehearsed.made.append(self)
+
+    @property
+    def recorded(self):
+        return self.calls > 2
+
+    def __call__(self, batch):
+        self.calls += 1
+        self.shapes.add(tuple((tensor.shape, tensor.dtype) for tensor in batch))
+        return self.work(batch)
+
+
+def test_steps_are_told_apart_by_modality_and_equal_those_that_are_not(mix_config, monkeypatch):
+    config = mix_config(**VIDEO)
+    plain, losses = trainer_of(config, 30)
+    monkeypatch.setattr(Rehearsed, "made", [])
+    monkeypatch.setattr("arbitor.train.recorded.RecordedStep", Rehearsed)
+    monkeypatch.setattr("arbitor.train.loop.can_record", lambda model: True)
+    trainer, _ = trainer_of(config)
+    names = drawn(config, 30)
+    seen, flips = [], []
+    with deterministic(config.train.seed, torch.device("cpu")):
+        for _ in range(30):
+            seen.append(float(trainer.take_step()))
+            flips.append(trainer.optimizer.flip_rate())
+    assert seen == losses
+    for name, tensor in plain.model.state_dict().items():
+        assert torch.equal(tensor, trainer.model.state_dict()[name]), name
+    counts = [names.count(name) for name in dict.fromkeys(names) if name != "audio"]
+    assert [step.calls for step in Rehearsed.made] == counts  # sounds differ in length
+    assert len(counts) == 4
+    assert all(len(step.shapes) == 1 for step in Rehearsed.made)
+    assert Rehearsed.made[0].beside is None
+    assert all(step.beside is Rehearsed.made[0] for step in Rehearsed.made[1:])
+    assert "but for audio" in trainer.task.how_replayed
+
+
+def test_flips_are_those_of_the_kind_that_was_replayed(mix_config, monkeypatch):
+    class Replayed(Rehearsed):
+        """From the third call on, the optimizer is not seen to do anything."""
+
+        def __call__(self, batch):
+            before = trainer.optimizer.flips
+            figures = super().__call__(batch)
+            if self.recorded:
+                for name, count in self.flips.items():
+                    count.copy_(trainer.optimizer.flips[name])
+                trainer.optimizer.flips = before
+            else:
+                self.flips = trainer.optimizer.flips
+            return figures
+
+    config = mix_config(audio_weight=0.0, image_weight=0.0)
+    plain, _ = trainer_of(config)
+    expected = [(float(plain.take_step()), plain.optimizer.flip_rate()) for _ in range(20)]
+    monkeypatch.setattr("arbitor.train.recorded.RecordedStep", Replayed)
+    monkeypatch.setattr("arbitor.train.loop.can_record", lambda model: True)
+    trainer, _ = trainer_of(config)
+    assert [(float(trainer.take_step()), trainer.optimizer.flip_rate()) for _ in range(20)] == expected
+    assert len({rate for _, rate in expected}) > 10
+
+
+def test_a_step_of_several_draws_is_of_no_kind(mix_config):
+    task = trainer_of(mix_config(accum=2))[0].task
+    assert not task.fixed_shapes
+    assert task.kind_of([task.next_batch() for _ in range(2)]) is None
 
 
 # --- documents in their order

@@ -9,6 +9,7 @@ from arbitor.audio_command import main as audio_main
 from arbitor.cli import main as cli_main
 from arbitor.config import preset
 from arbitor.data import open_corpus
+from arbitor.pretrain_command import main as pretrain_main
 from arbitor.ternary.optimizer import STATES, WORKSPACE_BYTES_PER_WEIGHT
 from arbitor.train.checkpoint import load_checkpoint
 from arbitor.train.device import deterministic, resolve_device
@@ -169,3 +170,36 @@ def test_runs_on_media_are_the_same_with_and_without_replays(name, tmp_path, mon
     )
     assert models[0] == models[1]
     assert optimizers[0] == optimizers[1]
+
+
+def test_a_mixed_run_is_the_same_with_and_without_replays(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("arbitor.data.audio._SYNTHETIC_COUNT", 30)
+    weights = [
+        flag for name in ("text", "code", "image", "audio", "video") for flag in (f"--{name}-weight", "1")
+    ]
+    sizes = ["--audio-seconds", "0.1", "--video-size", "8", "--video-frames", "4"]
+    common = [
+        *("--steps", "40", "--batch", "4", "--eval-steps", "4", "--eval-interval", "20", "--device", "cuda"),
+        *(*weights, *sizes, "--run"),
+    ]  # fmt: skip
+    seen = []
+    take = Trainer.take_step
+
+    def watched(self):
+        loss = take(self)
+        seen.append((float(loss), self.optimizer.flip_rate(), self._recorded))
+        return loss
+
+    monkeypatch.setattr(Trainer, "take_step", watched)
+    assert pretrain_main([*common, "replayed"]) == 0
+    steps = seen[-1][2]._steps
+    assert len(steps) == 4  # all but sounds, whose batches differ in length
+    assert not seen[-1][2].waits
+    assert sum(step.recorded for step in steps.values()) >= 3
+    monkeypatch.setattr("arbitor.train.loop.can_record", lambda model: False)
+    assert pretrain_main([*common, "plain"]) == 0
+    assert [step[:2] for step in seen[:40]] == [step[:2] for step in seen[40:]]
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        one, two = ((tmp_path / "runs" / run / "final" / file).read_bytes() for run in ("replayed", "plain"))
+        assert one == two

@@ -1,0 +1,40 @@
+"""Scripts in `training/` begin with larger settings where there is a GPU."""
+
+import pytest
+import torch
+
+from arbitor.recipes import with_preset
+
+
+@pytest.mark.parametrize(
+    ("tokens", "adds"),
+    [
+        ([], True),
+        (["--steps", "3"], True),
+        (["--device", "auto"], True),
+        (["--device", "cuda"], True),
+        (["--device=cuda"], True),
+        (["--device", "cpu"], False),
+        (["--device=cpu"], False),
+        (["--device", "tpu"], False),
+        (["--device"], False),
+        (["--preset", "base"], False),
+        (["--preset=tiny"], False),
+        (["--config", "mine.toml"], False),
+        (["--resume"], False),
+        (["--task", "flow", "--base", "codec"], False),
+        (["--say", "seven"], False),
+        (["--sample", "seven", "two"], False),
+        (["--help"], False),
+    ],
+)
+def test_the_preset_is_small_where_there_is_a_gpu(tokens, adds, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert with_preset(tokens) == tokens
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert with_preset(tokens) == ([*tokens, "--preset", "small"] if adds else tokens)
+
+
+@pytest.mark.parametrize("name", ["text", "vision", "audio", "diffusion", "pretrain"])
+def test_every_script_does_so(name, repository):
+    assert "with_preset(sys.argv[1:])" in (repository / "training" / f"{name}.py").read_text()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from arbitor.chat import Chat
 from arbitor.config import RunConfig, override
-from arbitor.data.audio import open_audio
+from arbitor.data.audio import StreamedAudio, open_audio
 from arbitor.data.images import Geometry
 from arbitor.data.video import ClipGeometry, open_videos
 from arbitor.errors import UserError
@@ -240,11 +240,13 @@ class Media:
         self._bytes_per_step = batch * task.bytes_per_item
         self.description, self.unit = task.description, task.unit
         self.measures, self.figure, self.apart = measures, task.figure, apart
-        self.num_train = len(task.corpus.train)
+        assert not isinstance(task.corpus, StreamedAudio), "a finetune reads the first recordings of a data set"
+        self._corpus = task.corpus
+        self.num_train = len(self._corpus.train)
 
     def fingerprint(self) -> str:
         """See `Material`."""
-        corpus = self._task.corpus
+        corpus = self._corpus
         both = [self._task.description, corpus.train.fingerprint(), corpus.held_out.fingerprint()]
         return hashlib.blake2b(repr(both).encode(), digest_size=16).hexdigest()
 

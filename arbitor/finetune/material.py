@@ -240,7 +240,7 @@ class Media:
         self._bytes_per_step = batch * task.bytes_per_item
         self.description, self.unit = task.description, task.unit
         self.measures, self.figure, self.apart = measures, task.figure, apart
-        assert not isinstance(task.corpus, StreamedAudio), "a finetune reads the first recordings of a data set"
+        assert not isinstance(task.corpus, StreamedAudio), "a finetune reads the first recordings"
         self._corpus = task.corpus
         self.num_train = len(self._corpus.train)
 

@@ -73,7 +73,7 @@ def compare(config: "RunConfig", few_tokens: int) -> dict[str, int]:
 
 
 CASES = {
-    "whole model, lean": ("arb-small", "lean", 64, SMALL),
+    "whole model with a memory, lean": ("arb-small", "lean", 64, {**SMALL, "memory_rows": 256}),
     "tiny, an exponent for every 32": ("tiny", "lean", 64, {"num_prelude_layers": 1, "tscale": "T32"}),
     "tiny, many few tokens": ("tiny", "full", 512, {"num_prelude_layers": 1}),
     "tiny, few few tokens": ("tiny", "compact", 16, {"num_prelude_layers": 1}),

@@ -185,7 +185,7 @@ def test_flags(folder, capsys):
     assert "--image-size without --enable-vision: no effect" in capsys.readouterr().err
     assert load_config("runs/c/config.toml").model.image_size == 0
     assert main(["generate", "b", "--image", "data.txt", "--device", "cpu"]) == 2
-    assert "'data.txt' damaged; give a whole image" in capsys.readouterr().err
+    assert "'data.txt' is damaged; give a whole image" in capsys.readouterr().err
 
 
 def test_an_image_for_a_model_of_text_is_refused(workplace, settings, capsys):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -183,8 +184,8 @@ def test_finetunes_are_tried_like_runs(workplace, capsys):
     assert audio_main(["--say", "high tone", "--run", "speak", "--seed", "1", "--out", "said.wav"]) == 0
     assert "with the adapter runs/speak/best" in capsys.readouterr().out
     assert Path("said.wav").stat().st_size > 40
-    noise = [0.1 * ((n * 7919) % 13 - 6) / 6 for n in range(800)]
-    write_recording("noise.wav", __import__("numpy").array(noise, dtype="float32"), 8000)
+    noise = 0.1 * np.random.default_rng(0).normal(size=800).astype(np.float32)
+    write_recording("noise.wav", noise, 8000)
     assert audio_main(["--hear", "noise.wav", "--run", "listen"]) == 0
     few = ["--count", "1", "--sample-steps", "1", "--seed", "1"]
     assert video_main(["--sample", "seven", *few, "--run", "draw", "--out", "one.png"]) == 0

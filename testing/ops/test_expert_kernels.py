@@ -145,7 +145,7 @@ def test_what_is_around_products_leaves_rows_behind_the_last_out(input_norm, squ
     codes, scale, rstd = triton.quantize(x[:5], input_norm, squared)
     expected = triton.norm_backward(gradient[:5], x[:5], rstd, input_norm, squared)
     x[5:] = gradient[5:] = torch.nan
-    found = triton.quantize(x, input_norm, squared, offsets)
+    found = triton.quantize(x, input_norm, squared, offsets=offsets)
     for mine, theirs in zip(found, (codes, scale, rstd), strict=True):
         assert torch.equal(mine[:5], theirs)
     assert (found[1][5:] == 0).all()

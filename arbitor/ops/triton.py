@@ -4,6 +4,9 @@ Kernels that must equal the reference bit for bit are launched with `enable_fp_f
 multiply-add would round once where the reference rounds twice.
 """
 
+import os
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -22,8 +25,8 @@ def random_word(index, key_a, key_b):
     """32 random bits of element `index` (int32) of the stream of two int32 keys; see ops/random_bits."""
     x = index + key_a
     x = (x ^ shift_right(x, 16)) * 0x7FEB352D
-    x = x ^ key_b
-    x = x ^ shift_right(x, 15)
+    # x ^ key_b and then x ^ (x >> 15), as one operation on three numbers: the key's part is that of all.
+    x = x ^ shift_right(x, 15) ^ (key_b ^ shift_right(key_b, 15))
     x = x * -2073254261  # 0x846CA68B
     return x ^ shift_right(x, 16)
 
@@ -42,10 +45,19 @@ def exp2_int(exponent):
 
 
 @triton.jit
-def stochastic_floor(value, factor, word):
-    """floor(factor * value + uniform[0, 1)) as int32, `factor` being times 2^16 already."""
-    fixed = round_even(tl.minimum(tl.maximum(value * factor, -1073741824.0), 1073741824.0)).to(tl.int32)
-    return (fixed + (word & 0xFFFF)) >> 16
+def rounded(x, PTX: tl.constexpr):
+    """fp32 within int32 rounded to the nearest integer, halves to even, as int32."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "cvt.rni.s32.f32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1
+        )
+    return round_even(x).to(tl.int32)
+
+
+@triton.jit
+def fixed_point(value, factor, PTX: tl.constexpr):
+    """value * factor as int32, held to +-2^30; see `stochastic_floor` in ops/state_update."""
+    return rounded(tl.minimum(tl.maximum(value * factor, -1073741824.0), 1073741824.0), PTX)
 
 
 @triton.jit
@@ -58,6 +70,16 @@ def digit(byte, plane: tl.constexpr):
 def is_legal(byte):
     """Whether packing produces a byte (int32). q = ceil(256 v / 243) is 243 q = 256 v + r with r < 243."""
     return ((byte * 243) & 255) < 243
+
+
+def has_ptx() -> bool:
+    """Whether assembly for NVIDIA's GPUs can be run: not in the interpreter, nor on AMD's."""
+    return os.environ.get("TRITON_INTERPRET") != "1" and torch.version.hip is None
+
+
+def has_halves(device: torch.device) -> bool:
+    """Whether assembly may also use instructions on pairs of 16 bits, which came with Hopper."""
+    return has_ptx() and (device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0))
 
 
 def dense_rows(x: Tensor) -> Tensor:

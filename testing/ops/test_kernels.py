@@ -83,6 +83,27 @@ def test_state_update_equals_the_reference(shape, by_row, span, threshold, rail,
     guarded.check()
 
 
+def test_every_tile_of_the_state_update_equals_the_reference():
+    from arbitor.ops.state_update import reference, triton
+
+    torch.manual_seed(0)
+    shape = (2, 35, 200)
+    packed = trit_pack(torch.randint(-1, 2, shape, dtype=torch.int8))
+    accumulator = torch.randint(-127, 128, shape, dtype=torch.int8)
+    direction, stream, active = torch.randn(shape), keys(2), torch.ones(2, 1, 1, dtype=torch.bool)
+    bits = random_bits(stream, 35 * 200).view(shape)
+    step, *constants = torch.tensor(12.8), 128, 64, 63, False
+    expected = packed.clone(), accumulator.clone()
+    reference.update(*expected, direction, bits, active, step, *constants)
+    given = moved(direction, stream, active, step)
+    found = []
+    for tile in triton.TILES:
+        state = moved(packed.clone(), accumulator.clone())
+        triton.update(*state, *given, *constants, tile=tile)
+        found.append([torch.equal(own.cpu(), other) for own, other in zip(state, expected, strict=True)])
+    assert found == [[True, True]] * len(triton.TILES)
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_state_update_of_some_rows_of_larger_matrices(transposed):
     from arbitor.ops.random_bits import skip
@@ -110,7 +131,9 @@ def test_state_update_of_some_rows_of_larger_matrices(transposed):
     assert torch.equal(accumulator.cpu(), expected[1])
 
 
-@each_shape
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (2, 3, 40), (1, 7, 161), (2, 5, 64), (1, 2, 33), (1, 70, 16)], ids=str
+)
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("by_row", [False, True])
 @pytest.mark.parametrize("group", [32, 16])
@@ -141,6 +164,26 @@ def test_momentum_equals_the_reference_over_several_steps(shape, bits, by_row, g
     guarded.check()
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_every_tile_of_momentum_equals_the_reference(bits):
+    from arbitor.ops.momentum import reference, triton
+
+    torch.manual_seed(0)
+    n, rows, columns = shape = (2, 70, 75)
+    zeros = torch.zeros(shape, dtype=torch.int32)
+    codes, exponent = reference.encode(torch.randn(shape), zeros, bits)
+    gradient, stream, active = torch.randn(shape), keys(n), torch.ones(n, 1, 1, dtype=torch.bool)
+    expected = codes.clone(), exponent.clone()
+    random = random_bits(stream, rows * columns).view(shape)
+    direction = reference.fold(gradient, *expected, random, active, bits, 0.9, 0.95)
+    given, found = moved(gradient, stream, active), []
+    for tile in triton.TILES:
+        state = moved(codes.clone(), exponent.clone())
+        results = triton.fold(given[0], *state, *given[1:], bits, 0.9, 0.95, tile), *state
+        found.append([torch.equal(a.cpu(), b) for a, b in zip(results, (direction, *expected), strict=True)])
+    assert found == [[True] * 3] * len(triton.TILES)
+
+
 @each_shape
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("group", [6, 32, 1000])
@@ -155,6 +198,38 @@ def test_decode_equals_the_reference(shape, dtype, group):
     expected = reference.decode(packed, exponent, columns, group, dtype)
     found = triton.decode(*moved(packed, exponent), columns, group, dtype)
     assert torch.equal(found.cpu(), expected)
+
+
+def test_decode_with_groups_that_planes_do_not_hold():
+    from arbitor.ops.trit_codec import reference, triton
+
+    packed = trit_pack(torch.randint(-1, 2, (5, 161), dtype=torch.int8))
+    exponent = torch.randint(-62, 32, (5, 27), dtype=torch.int8)
+    expected = reference.decode(packed, exponent, 161, 6, torch.float32)
+    assert torch.equal(triton.decode(*moved(packed, exponent), 161, 6, torch.float32).cpu(), expected)
+
+
+@pytest.mark.parametrize("group", [32, 161])
+def test_every_tile_of_decode_equals_the_reference(group):
+    from arbitor.ops.trit_codec import reference, triton
+
+    packed = trit_pack(torch.randint(-1, 2, (37, 161), dtype=torch.int8))
+    exponent = torch.randint(-62, 32, (37, -(-161 // group)), dtype=torch.int8)
+    expected = reference.decode(packed, exponent, 161, group, torch.float32)
+    given = moved(packed, exponent)
+    found = [triton.decode(*given, 161, group, torch.float32, tile=tile).cpu() for tile in triton.TILES]
+    assert [torch.equal(weights, expected) for weights in found] == [True] * len(found)
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+def test_weights_are_decoded_only_where_wanted(asked, monkeypatch):
+    from arbitor.ops.trit_codec import triton
+
+    given = moved(trit_pack(torch.ones((2, 160), dtype=torch.int8)), torch.zeros((2, 5), dtype=torch.int8))
+    (wanted,) = moved(torch.tensor([asked], dtype=torch.int32))
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: torch.full(*size, 77.0, **options))
+    weights = triton.decode(*given, 160, 32, torch.float32, wanted=wanted)
+    assert (weights == (1 if asked else 77)).all()
 
 
 def test_decode_of_every_byte():
@@ -286,16 +361,14 @@ def test_int8_matmul_equals_the_reference(shape, dtype):
     guarded.check()
 
 
-def test_every_tile_of_int8_matmul_equals_the_reference(monkeypatch):
+def test_every_tile_of_int8_matmul_equals_the_reference():
     from arbitor.ops.int8_matmul import reference, triton
 
     case = int8_case(200, 300, 160)
     expected = reference.int8_matmul(*case, torch.float32)
-    for tokens in (1, 65, 1025):
-        tile = triton._tile(tokens, 300)
-        monkeypatch.setattr(triton, "_tile", lambda *_, tile=tile: tile)
-        assert torch.equal(triton.int8_matmul(*moved(*case), torch.float32).cpu(), expected)
-        monkeypatch.undo()
+    tiles = (*triton.FEW_TILES, *triton.SOME_TILES, *triton.MANY_TILES)
+    found = [triton.int8_matmul(*moved(*case), torch.float32, tile).cpu() for tile in tiles]
+    assert [torch.equal(y, expected) for y in found] == [True] * len(tiles)
 
 
 def test_int8_matmul_keeps_a_token_that_is_not_finite_apart():
@@ -323,19 +396,83 @@ def test_product_of_few_tokens_equals_the_reference(shape, dtype):
     guarded.check()
 
 
-def test_every_tile_of_few_tokens_equals_the_reference(monkeypatch):
+@pytest.mark.parametrize("tokens", [3, 5, 35])
+def test_every_tile_of_few_tokens_equals_the_reference(tokens):
     from arbitor.ops.int8_matmul import reference
     from arbitor.ops.ternary_linear import triton
 
-    codes, trits, scale, row_scale = int8_case(35, 70, 170)
+    codes, trits, scale, row_scale = int8_case(tokens, 70, 170)
     exponent = row_scale.log2().to(torch.int8)[:, None]
     expected = reference.int8_matmul(codes, trits, scale, row_scale, torch.float32)
     given = moved(codes, trit_pack(trits), exponent, scale)
-    for tokens, rows in ((1, 70), (17, 70), (1, 1 << 14), (17, 1 << 14)):
-        tile = triton._tile(tokens, rows)
-        monkeypatch.setattr(triton, "_tile", lambda *_, tile=tile: tile)
-        assert torch.equal(triton.few_tokens(*given, torch.float32).cpu(), expected)
-        monkeypatch.undo()
+    tiles = triton.LARGE_TILES + triton.SMALL_TILES
+    found = [triton.few_tokens(*given, torch.float32, tile=tile).cpu() for tile in tiles]
+    assert [torch.equal(y, expected) for y in found] == [True] * len(tiles)
+
+
+def test_there_are_tiles_for_every_number_of_few_tokens():
+    from arbitor.ops.ternary_linear import triton
+
+    for rows in (1, triton.MANY_ROWS):
+        for tokens in range(1, triton.FEW_TOKENS + 1):
+            tile = triton._tile(tokens, rows)
+            assert tile.tokens >= min(tokens, 32)
+
+
+def grouped_case(shape, group, octaves):
+    tokens, rows, columns = shape
+    codes, trits, scale, _ = int8_case(tokens, rows, columns)
+    lowest = torch.randint(-30, 20, (rows, 1))
+    exponent = lowest + torch.randint(0, octaves + 1, (rows, -(-columns // group)))
+    return codes, trits, scale, exponent.to(torch.int8)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 40), (3, 20, 400), (5, 0, 33), (2, 3, 321)], ids=str)
+@pytest.mark.parametrize("group", [32, 96])
+@pytest.mark.parametrize("octaves", [6, 9])
+def test_products_with_grouped_exponents_equal_the_reference(shape, group, octaves):
+    """Exactly: every product and sum is an integer below 2^24 times a power of two."""
+    from arbitor.ops.ternary_linear import triton
+    from arbitor.ops.trit_codec import reference
+
+    codes, trits, scale, exponent = grouped_case(shape, group, octaves)
+    packed = trit_pack(trits)
+    weight = reference.decode(packed, exponent, shape[-1], group, torch.float64)
+    expected = (codes.double() @ weight.t()).float() * scale
+    given = moved(codes, scale, packed, exponent)
+    assert torch.equal(triton.grouped(*given, group, torch.float32).cpu(), expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 40), (3, 400), (7, 161), (2, 1000)], ids=str)
+@pytest.mark.parametrize("group", [32, 96])
+@pytest.mark.parametrize("octaves", [0, 6, 7])
+def test_decode_to_integers_equals_the_reference(shape, group, octaves):
+    from arbitor.ops.trit_codec import reference, triton
+
+    _, trits, _, exponent = grouped_case((1, *shape), group, octaves)
+    if octaves and exponent.shape[-1] > 1:
+        exponent[0] = -3
+        exponent[0, -1] += octaves
+    packed = trit_pack(trits)
+    integers, scale, wide = triton.decode_integers(*moved(packed, exponent), shape[-1], group)
+    if exponent.shape[-1] > 1:
+        assert bool(wide) == (octaves > triton.MAX_SHIFT)
+    if octaves <= triton.MAX_SHIFT:
+        weight = reference.decode(packed, exponent, shape[-1], group, torch.float64)
+        assert torch.equal(integers.cpu() * scale.cpu()[:, None].double(), weight)
+    packed[0, 0] = 1  # which packing never produces
+    assert triton.decode_integers(*moved(packed, exponent), shape[-1], group)[1].isnan().tolist() == [
+        True, *[False] * (shape[0] - 1)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("tokens", "columns"), [(5, 40), (3, 1), (2, 9000)])
+def test_sums_of_codes(tokens, columns):
+    from arbitor.ops.activations import triton
+
+    (sums,) = moved(torch.full((tokens, 1), 77, dtype=torch.int32))
+    codes, _, _ = triton.quantize(*moved(torch.randn(tokens, columns)), True, sums=sums)
+    assert torch.equal(sums, codes.sum(dim=1, keepdim=True, dtype=torch.int32))
 
 
 def test_illegal_bytes_show_in_products_of_few_tokens():

@@ -9,9 +9,9 @@ import triton.language as tl
 from torch import Tensor
 
 from arbitor.ops.activations.reference import CODE_SCALE, RMS_EPS
-from arbitor.ops.triton import round_even
+from arbitor.ops.triton import has_ptx, rounded
 
-MAX_BLOCK = 8192
+MAX_BLOCK = 16384
 # Most columns and the elements of a program that has no sums: 16 elements for each of 128 threads.
 PATCH_COLUMNS, PATCH_ELEMENTS = 512, 2048
 
@@ -23,10 +23,20 @@ def _squared_relu(x, dtype: tl.constexpr):
     return (positive * positive).to(dtype).to(tl.float32)
 
 
+@triton.jit
+def _input(x, column, columns, SQUARED: tl.constexpr):
+    """Elements of a token as fp32, or the squares of their positive part; 0 behind the last one."""
+    value = tl.load(x + column, mask=column < columns, other=0.0).to(tl.float32)
+    if SQUARED:
+        value = _squared_relu(value, x.dtype.element_ty)
+    return value
+
+
 @triton.jit(do_not_specialize=["last"])
 def _quantize_kernel(
-    x, codes, scale, rstd, offsets, last, columns, eps, code_scale, smallest,
-    NORM: tl.constexpr, SQUARED: tl.constexpr, COUNTED: tl.constexpr, BLOCK: tl.constexpr,
+    x, codes, scale, rstd, sums, offsets, last, columns, eps, code_scale, smallest, NORM: tl.constexpr,
+    SQUARED: tl.constexpr, SUMS: tl.constexpr, COUNTED: tl.constexpr, ONCE: tl.constexpr, BLOCK: tl.constexpr,
+    PTX: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     if COUNTED:
@@ -35,18 +45,21 @@ def _quantize_kernel(
             tl.store(scale + token, 0.0)
             tl.store(rstd + token, 0.0)
             return
-    here = x + token * columns
-    square = tl.zeros((BLOCK,), dtype=tl.float32)
-    largest = tl.zeros((BLOCK,), dtype=tl.float32)
-    strange = tl.zeros((BLOCK,), dtype=tl.float32)
-    for first in range(0, columns, BLOCK):
-        column = first + tl.arange(0, BLOCK)
-        value = tl.load(here + column, mask=column < columns, other=0.0).to(tl.float32)
-        if SQUARED:
-            value = _squared_relu(value, x.dtype.element_ty)
-        square += value * value
-        largest = tl.maximum(largest, tl.abs(value))
-        strange += value - value
+    x += token * columns
+    codes += token * columns
+    column = tl.arange(0, BLOCK)
+    if ONCE:
+        kept = _input(x, column, columns, SQUARED)
+        square, largest, strange = kept * kept, tl.abs(kept), kept - kept
+    else:
+        square = tl.zeros((BLOCK,), dtype=tl.float32)
+        largest = tl.zeros((BLOCK,), dtype=tl.float32)
+        strange = tl.zeros((BLOCK,), dtype=tl.float32)
+        for first in range(0, columns, BLOCK):
+            value = _input(x, first + column, columns, SQUARED)
+            square += value * value
+            largest = tl.maximum(largest, tl.abs(value))
+            strange += value - value
     # A maximum passes over NaN, so such a token's scale is made NaN by what is 0 for every finite value.
     absmax = tl.maximum(tl.max(largest, axis=0), smallest) + tl.sum(strange, axis=0)
     inverse = 1.0
@@ -55,15 +68,19 @@ def _quantize_kernel(
         # The difference is 0, or NaN where the square overflowed: rsqrt alone would make such a token 0.
         inverse = 1.0 / tl.sqrt(mean) + (mean - mean)
     factor = code_scale / absmax
-    for first in range(0, columns, BLOCK):
-        column = first + tl.arange(0, BLOCK)
-        used = column < columns
-        value = tl.load(here + column, mask=used, other=0.0).to(tl.float32)
-        if SQUARED:
-            value = _squared_relu(value, x.dtype.element_ty)
-        tl.store(codes + token * columns + column, round_even(value * factor).to(tl.int8), mask=used)
     tl.store(scale + token, absmax * inverse / code_scale)
     tl.store(rstd + token, inverse)
+    if ONCE:
+        total = rounded(kept * factor, PTX)
+        tl.store(codes + column, total.to(tl.int8), mask=column < columns)
+    else:
+        total = tl.zeros((BLOCK,), dtype=tl.int32)
+        for first in range(0, columns, BLOCK):
+            code = rounded(_input(x, first + column, columns, SQUARED) * factor, PTX)
+            tl.store(codes + first + column, code.to(tl.int8), mask=first + column < columns)
+            total += code
+    if SUMS:
+        tl.store(sums + token, tl.sum(total, axis=0))
 
 
 @triton.jit
@@ -142,12 +159,17 @@ def _scale_kernel(x, scale, y, tokens, columns, TOKENS: tl.constexpr, BLOCK: tl.
 
 
 def quantize(
-    x: Tensor, input_norm: bool, squared: bool = False, offsets: Tensor | None = None
+    x: Tensor,
+    input_norm: bool,
+    squared: bool = False,
+    offsets: Tensor | None = None,
+    *,
+    sums: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.normalize_and_quantize` of x [N, I] in fp32 or bf16; the codes are int8.
 
     With `offsets`, int32 [E], rows behind the last of them are left out: their scale and rstd are 0, and
-    their codes anything.
+    their codes anything. `sums`, int32 [N, 1], are overwritten with the sums of each token's codes.
     """
     tokens, columns = x.shape
     codes = torch.empty((tokens, columns), dtype=torch.int8, device=x.device)
@@ -155,9 +177,10 @@ def quantize(
     if tokens:
         smallest = torch.finfo(torch.float32).tiny * CODE_SCALE
         _quantize_kernel[(tokens,)](
-            x.contiguous(), codes, scale, rstd, *_counted(x, offsets), columns, RMS_EPS, CODE_SCALE, smallest,
-            NORM=input_norm, SQUARED=squared, COUNTED=offsets is not None, BLOCK=_block(columns),
-            num_warps=_warps(columns), enable_fp_fusion=False,
+            x.contiguous(), codes, scale, rstd, codes if sums is None else sums, *_counted(x, offsets),
+            columns, RMS_EPS, CODE_SCALE, smallest, NORM=input_norm, SQUARED=squared, SUMS=sums is not None,
+            COUNTED=offsets is not None, ONCE=columns <= _block(columns), BLOCK=_block(columns),
+            PTX=has_ptx(), num_warps=_warps(columns), enable_fp_fusion=False,
         )  # fmt: skip
     return codes, scale, rstd
 

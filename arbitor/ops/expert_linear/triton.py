@@ -10,8 +10,6 @@ Shape letters: M rows (sorted by expert), I in, O out, E experts, P packed bytes
 sum.
 """
 
-import os
-
 import torch
 import triton
 import triton.language as tl
@@ -21,8 +19,7 @@ from arbitor.ops import activations
 from arbitor.ops.activations import triton as activation_kernels
 from arbitor.ops.expert_linear import reference
 from arbitor.ops.int8_matmul import MAX_IN_FEATURES, has_int8_kernels
-from arbitor.ops.ternary_linear.triton import _trits
-from arbitor.ops.triton import exp2_int
+from arbitor.ops.triton import digit, exp2_int, has_ptx, is_legal
 
 FEW_ROWS = 64  # altogether, or
 FEW_ROWS_EACH = 16  # for each expert on average, are multiplied by what is decoded on the way
@@ -32,6 +29,53 @@ BYTES = 64  # packed bytes of a row at a time: two blocks of 160 trits
 PROGRAMS = 1024  # about as many as keep a large GPU busy
 MIN_ROWS_EACH = 256  # least output rows of a part of a sum over them
 TILES_AT_ONCE = 8  # tiles of rows that share the weights in the second-level cache
+
+
+# Trits of four bytes at once: a byte and three times a byte fit into 16 bits, so a 32-bit product has two,
+# and the digit in the upper half. Added 127 and with its first bit turned it is the trit. $0...$4 are the
+# planes of trits, $5 is $7 with 1 added in the bytes that packing never produces, $6 are the bytes.
+_PLANE = """
+    mad.lo.u32 e, e, 3, 0x7F007F00;
+    mad.lo.u32 o, o, 3, 0x7F007F00;
+    prmt.b32 a, e, o, 0x7351;
+    xor.b32 ${plane}, a, 0x80808080;
+    and.b32 e, e, 0x00FF00FF;
+    and.b32 o, o, 0x00FF00FF;
+"""
+_TRITS = tl.constexpr(
+    """{
+    .reg .b32 e, o, a;
+    and.b32 e, $6, 0x00FF00FF;
+    shr.u32 o, $6, 8;
+    and.b32 o, o, 0x00FF00FF;
+"""
+    + "".join(_PLANE.replace("{plane}", str(plane)) for plane in range(5))
+    + """
+    add.u32 e, e, 0x000D000D;
+    add.u32 o, o, 0x000D000D;
+    prmt.b32 a, e, o, 0x7351;
+    or.b32 $5, a, $7;
+}"""
+)
+
+
+@triton.jit
+def _trits(code, illegal, PACKED: tl.constexpr):
+    """The five trits (int8) of bytes (uint8), and `illegal` (int8), 1 where a byte is."""
+    if PACKED:
+        t0, t1, t2, t3, t4, illegal = tl.inline_asm_elementwise(
+            _TRITS, "=&r,=&r,=&r,=&r,=&r,=&r,r,r", [code, illegal],
+            dtype=(tl.int8, tl.int8, tl.int8, tl.int8, tl.int8, tl.int8), is_pure=True, pack=4,
+        )  # fmt: skip
+    else:
+        byte = code.to(tl.int32)
+        t0 = (digit(byte, 0) - 1).to(tl.int8)
+        t1 = (digit(byte, 1) - 1).to(tl.int8)
+        t2 = (digit(byte, 2) - 1).to(tl.int8)
+        t3 = (digit(byte, 3) - 1).to(tl.int8)
+        t4 = (digit(byte, 4) - 1).to(tl.int8)
+        illegal |= tl.where(is_legal(byte), 0, 1).to(tl.int8)
+    return t0, t1, t2, t3, t4, illegal
 
 
 @triton.jit
@@ -417,12 +461,12 @@ def product(
     if _has_integer_product(codes, exponent):
         _few_rows_kernel[grid](
             codes, offsets, packed, exponent, scale, y, experts, tokens, rows, columns, width, **sizes,
-            PACKED=_has_ptx(), num_warps=warps, num_stages=3,
+            PACKED=has_ptx(), num_warps=warps, num_stages=3,
         )  # fmt: skip
     else:
         _few_rows_by_group_kernel[grid](
             codes, offsets, packed, exponent, scale, y, experts, tokens, rows, columns, width, group,
-            exponent.shape[-1], **sizes, PACKED=_has_ptx(),
+            exponent.shape[-1], **sizes, PACKED=has_ptx(),
             DTYPE=tl.bfloat16 if codes.is_cuda else tl.float32, num_warps=warps, num_stages=2,
             enable_fp_fusion=False,
         )  # fmt: skip
@@ -478,7 +522,7 @@ def decode_experts(
     scale = torch.empty((experts, rows), dtype=torch.float32, device=packed.device)
     _decode_experts_kernel[(triton.cdiv(rows, 16), experts)](
         packed, offsets, exponent, weights, scale, first, rows, all_rows, columns, width, max(1, group),
-        exponent.shape[-1], ROWS=16, BYTES=BYTES, PACKED=_has_ptx(), INTEGERS=dtype == torch.int8,
+        exponent.shape[-1], ROWS=16, BYTES=BYTES, PACKED=has_ptx(), INTEGERS=dtype == torch.int8,
         BY_ROW=exponent.shape[-1] == 1, num_warps=4,
     )  # fmt: skip
     return weights, scale
@@ -523,7 +567,7 @@ def _few_rows_gradient(
     _few_rows_backward_kernel[(tiles, slots, count)](
         dy, offsets, packed, exponent, parts, experts, tokens, rows, columns, width, group,
         exponent.shape[-1], each, EXPERTS=_places(experts), TOKENS=FEW_TOKENS, ROWS=64, BYTES=BYTES,
-        PACKED=_has_ptx(), BY_ROW=exponent.shape[-1] == 1,
+        PACKED=has_ptx(), BY_ROW=exponent.shape[-1] == 1,
         DTYPE=tl.bfloat16 if dy.dtype == torch.bfloat16 else tl.float32, num_warps=4, num_stages=2,
     )  # fmt: skip
     return parts[0] if count == 1 else parts.sum(dim=0)
@@ -552,11 +596,6 @@ def clear_idle(gradient: Tensor, offsets: Tensor) -> Tensor:
     if gradient.numel():
         _clear_idle_kernel[(triton.cdiv(count, 4096), experts)](gradient, offsets, count, BLOCK=4096)
     return gradient
-
-
-def _has_ptx() -> bool:
-    """Whether assembly for NVIDIA's GPUs can be run: not in the interpreter, nor on AMD's."""
-    return os.environ.get("TRITON_INTERPRET") != "1" and torch.version.hip is None
 
 
 def _places(experts: int) -> int:

@@ -4,12 +4,42 @@ A program computes a tile of tokens times rows. Both operands lie along I, as 8-
 Shape letters: N tokens, I in, O out.
 """
 
+from functools import cache
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from arbitor.ops.triton import has_halves
 
 TILES_AT_ONCE = 8  # tiles of tokens that share the weights in the second-level cache
+
+
+class Tile(NamedTuple):
+    """Sizes of a program's tile; `persistent`: as many programs as processors, tile after tile."""
+
+    tokens: int
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+    persistent: bool = False
+
+
+# The first of each is in use, others may be timed.
+FEW_TILES = (Tile(16, 64, 128, 4, 4),)
+SOME_TILES = (Tile(64, 128, 128, 4, 4), Tile(64, 256, 128, 4, 4), Tile(128, 128, 128, 4, 3))
+MANY_TILES = (
+    Tile(128, 256, 128, 8, 3),
+    Tile(128, 256, 128, 8, 4),
+    Tile(128, 128, 128, 4, 3),
+    Tile(256, 128, 128, 8, 3),
+    Tile(128, 256, 128, 8, 3, True),
+    Tile(128, 256, 128, 8, 4, True),
+)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -47,29 +77,85 @@ def _matmul_kernel(
     tl.store(y_at, result.to(y.dtype.element_ty), mask=used)
 
 
+@triton.jit(do_not_specialize=["tokens"])
+def _persistent_kernel(
+    codes, weight, scale, row_scale, y, tokens, rows, columns, programs,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    tiles_n, tiles_o = tl.cdiv(tokens, TOKENS), tl.cdiv(rows, ROWS)
+    for tile in tl.range(tl.program_id(0), tiles_n * tiles_o, programs, flatten=True):
+        first_n = tile // (TILES * tiles_o) * TILES
+        height = tl.minimum(tiles_n - first_n, TILES)
+        within = tile % (TILES * tiles_o)
+        first_token = (first_n + within % height) * TOKENS
+        first_row = within // height * ROWS
+        total = tl.zeros((TOKENS, ROWS), dtype=tl.int32)
+        for first in range(0, columns, COLUMNS):
+            a = codes.load([first_token, first])
+            b = weight.load([first_row, first])
+            total = tl.dot(a, b.T, total, out_dtype=tl.int32)
+        token = first_token + tl.arange(0, TOKENS)
+        row = first_row + tl.arange(0, ROWS)
+        by_token = tl.load(scale + token, mask=token < tokens, other=0.0)
+        by_row = tl.load(row_scale + row, mask=row < rows, other=0.0)
+        result = total.to(tl.float32) * by_row[None, :] * by_token[:, None]
+        used = (token < tokens)[:, None] & (row < rows)[None, :]
+        y_at = y + token.to(tl.int64)[:, None] * rows + row[None, :]
+        tl.store(y_at, result.to(y.dtype.element_ty), mask=used)
+
+
 def int8_matmul(
-    codes: Tensor, weight: Tensor, scale: Tensor, row_scale: Tensor, out_dtype: torch.dtype
+    codes: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    row_scale: Tensor,
+    out_dtype: torch.dtype,
+    tile: Tile | None = None,
 ) -> Tensor:
     """As `reference.int8_matmul`, equal to the last bit where I is at most MAX_IN_FEATURES."""
     (tokens, columns), rows = codes.shape, weight.shape[0]
     y = torch.empty((tokens, rows), dtype=out_dtype, device=codes.device)
     if not columns:
         return y.zero_()
-    if y.numel():
-        block_n, block_o, block_i, warps, stages = _tile(tokens, rows)
-        grid = (triton.cdiv(tokens, block_n) * triton.cdiv(rows, block_o),)
-        _matmul_kernel[grid](
-            codes.contiguous(), weight.contiguous(), scale, row_scale, y, tokens, rows, columns,
-            TOKENS=block_n, ROWS=block_o, COLUMNS=block_i, EVEN=columns % block_i == 0, TILES=TILES_AT_ONCE,
-            num_warps=warps, num_stages=stages,
+    if not y.numel():
+        return y
+    tile = tile or _tile(tokens, rows)
+    codes, weight = codes.contiguous(), weight.contiguous()
+    tiles = triton.cdiv(tokens, tile.tokens) * triton.cdiv(rows, tile.rows)
+    sizes = {"TOKENS": tile.tokens, "ROWS": tile.rows, "COLUMNS": tile.columns, "TILES": TILES_AT_ONCE}
+    launch = {"num_warps": tile.warps, "num_stages": tile.stages}
+    if tile.persistent and _has_descriptors(codes, weight):
+        programs = min(tiles, _processors(codes.device))
+        _persistent_kernel[(programs,)](
+            TensorDescriptor.from_tensor(codes, [tile.tokens, tile.columns]),
+            TensorDescriptor.from_tensor(weight, [tile.rows, tile.columns]),
+            scale, row_scale, y, tokens, rows, columns, programs, **sizes, **launch,
+        )  # fmt: skip
+    else:
+        _matmul_kernel[(tiles,)](
+            codes, weight, scale, row_scale, y, tokens, rows, columns, EVEN=columns % tile.columns == 0,
+            **sizes, **launch,
         )  # fmt: skip
     return y
 
 
-def _tile(tokens: int, rows: int) -> tuple[int, int, int, int, int]:
-    """Tokens, rows and columns of a tile; warps; stages."""
+def _has_descriptors(codes: Tensor, weight: Tensor) -> bool:
+    """Whether the GPU copies tiles of these matrices by itself: since Hopper, aligned to 16 bytes."""
+    aligned = codes.shape[-1] % 16 == 0 and codes.data_ptr() % 16 == 0 and weight.data_ptr() % 16 == 0
+    return aligned and has_halves(codes.device)
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 3  # of the interpreter, so that a program has several tiles
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _tile(tokens: int, rows: int) -> Tile:
+    """The tile for some tokens and rows."""
     if tokens <= 64:
-        return 16, 64, 128, 4, 4
+        return FEW_TILES[0]
     if tokens <= 1024 or rows <= 128:
-        return 64, 128, 128, 4, 4
-    return 128, 256, 128, 8, 3
+        return SOME_TILES[0]
+    return MANY_TILES[0]

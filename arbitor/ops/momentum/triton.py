@@ -1,7 +1,7 @@
 """Triton kernel of `momentum_fold`: decode, fold, round and repack in one pass.
 
-A program takes some groups of neighbours, as even and odd elements, which are the low and high halves of a
-byte of 4-bit codes.
+A program takes a group of neighbours of some rows; of 4-bit codes, even and odd ones are the low and high
+halves of a byte.
 
 Shape letters: n matrices, O out, I in, C code bytes a row, H groups a row.
 """
@@ -14,9 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from arbitor.ops.momentum import reference
-from arbitor.ops.triton import dense_rows, exp2_int, random_word, round_even, shift_right
+from arbitor.ops.triton import dense_rows, exp2_int, has_ptx, random_word, rounded, shift_right
 
-GROUPS = 16
+# Rows of a program; the first is in use, others may be timed.
+TILES = (64, 128, 32)
 
 
 @triton.jit
@@ -38,10 +39,10 @@ def _group_exponent(largest, thresholds):
 
 
 @triton.jit
-def _rounded(value, scale, word, largest_fixed, largest: tl.constexpr):
+def _rounded(value, scale, word, largest_fixed, largest: tl.constexpr, PTX: tl.constexpr):
     """Stochastic rounding of value * scale (codes in 2^-16) to codes."""
     fixed = tl.minimum(tl.maximum(value * scale, -largest_fixed), largest_fixed)
-    code = (round_even(fixed).to(tl.int32) + shift_right(word, 16)) >> 16
+    code = (rounded(fixed, PTX) + shift_right(word, 16)) >> 16
     return tl.minimum(tl.maximum(code, -largest), largest)
 
 
@@ -73,61 +74,54 @@ def _fold_kernel(
     largest_fixed,
     BITS: tl.constexpr,
     LARGEST: tl.constexpr,
-    GROUPS: tl.constexpr,
+    ROWS: tl.constexpr,
     GROUP: tl.constexpr,
+    WHOLE: tl.constexpr,
+    PTX: tl.constexpr,
 ):
-    matrix = tl.program_id(1).to(tl.int64)
-    group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
-    inside = group < rows * groups
-    row = group // groups
-    first = (group % groups) * GROUP
-    pair = tl.arange(0, GROUP // 2)
-    even = first[:, None] + 2 * pair[None, :]
-    odd = even + 1
-    even_used = inside[:, None] & (even < columns)
-    odd_used = inside[:, None] & (odd < columns)
-    even_element = row[:, None] * columns + even
-    odd_element = even_element + 1
+    group = tl.program_id(0)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    matrix = tl.program_id(2).to(tl.int64)
+    inside = row < rows
+    place = tl.arange(0, GROUP)[None, :]
+    column = group * GROUP + place
+    used = inside[:, None] & (WHOLE | (column < columns))
+    element = row[:, None] * columns + column
     flag = active + matrix * active_matrix_stride + row * active_row_stride
-    moves = tl.load(flag, mask=inside, other=0) != 0
+    moves = inside & (tl.load(flag, mask=inside, other=0) != 0)
 
-    here = gradient + matrix * gradient_stride
-    even_g = tl.load(here + even_element, mask=even_used, other=0.0)
-    odd_g = tl.load(here + odd_element, mask=odd_used, other=0.0)
-    exponent_at = exponents + matrix * exponents_stride + group
-    old = tl.load(exponent_at, mask=inside, other=0)
-    scale = _scale(decode_table, old.to(tl.int32), 1)[:, None]
-    code_row = codes + matrix * codes_stride + row[:, None] * width
+    g = tl.load(gradient + matrix * gradient_stride + element, mask=used, other=0.0)
+    exponent_at = exponents + matrix * exponents_stride + (row * groups + group)
+    scale = _scale(decode_table, tl.load(exponent_at, mask=inside, other=0).to(tl.int32), 1)[:, None]
+    codes += matrix * codes_stride
     if BITS == 8:
-        even_old = tl.load(code_row + even, mask=even_used, other=0).to(tl.int32)
-        odd_old = tl.load(code_row + odd, mask=odd_used, other=0).to(tl.int32)
+        code_at = codes + (row[:, None] * width + column)
+        code_used = used
+        old = tl.load(code_at, mask=used, other=0).to(tl.int32)
     else:
-        packed = tl.load(code_row + even // 2, mask=even_used, other=0x88).to(tl.int32)
-        even_old = (packed & 15) - 8
-        odd_old = (packed >> 4) - 8
-    even_m = (even_old.to(tl.float32) * scale) * beta + even_g * one_minus_beta
-    odd_m = (odd_old.to(tl.float32) * scale) * beta + odd_g * one_minus_beta
-    even_m = tl.where(even_used, even_m, 0.0)
-    odd_m = tl.where(odd_used, odd_m, 0.0)
+        pair = group * (GROUP // 2) + tl.arange(0, GROUP // 2)[None, :]
+        code_at = codes + (row[:, None] * width + pair)
+        code_used = inside[:, None] & (WHOLE | (pair < width))
+        byte = tl.load(code_at, mask=code_used, other=0x88).to(tl.int32)
+        old = tl.reshape(tl.join((byte & 15) - 8, (byte >> 4) - 8), (ROWS, GROUP))
+    m = (old.to(tl.float32) * scale) * beta + g * one_minus_beta
+    if not WHOLE:
+        m = tl.where(used, m, 0.0)
 
-    largest = tl.maximum(tl.max(tl.abs(even_m), axis=1), tl.max(tl.abs(odd_m), axis=1))
-    exponent = _group_exponent(largest, thresholds)
+    exponent = _group_exponent(tl.max(tl.abs(m), axis=1), thresholds)
     inverse = _scale(encode_table, exponent, -1)[:, None]
-    key_a, key_b = tl.load(keys + 2 * matrix), tl.load(keys + 2 * matrix + 1)
-    even_new = _rounded(even_m, inverse, random_word(even_element, key_a, key_b), largest_fixed, LARGEST)
-    odd_new = _rounded(odd_m, inverse, random_word(odd_element, key_a, key_b), largest_fixed, LARGEST)
-    change = moves[:, None]
+    word = random_word(element, tl.load(keys + 2 * matrix), tl.load(keys + 2 * matrix + 1))
+    new = _rounded(m, inverse, word, largest_fixed, LARGEST, PTX)
     if BITS == 8:
-        tl.store(code_row + even, even_new.to(tl.int8), mask=even_used & change)
-        tl.store(code_row + odd, odd_new.to(tl.int8), mask=odd_used & change)
+        tl.store(code_at, new.to(tl.int8), mask=code_used & moves[:, None])
     else:
-        odd_new = tl.where(odd_used, odd_new, 0)
-        byte = (even_new + 8) | ((odd_new + 8) << 4)
-        tl.store(code_row + even // 2, byte.to(tl.uint8), mask=even_used & change)
-    tl.store(exponent_at, exponent.to(tl.int16), mask=inside & moves)
-    there = direction + matrix * direction_stride
-    tl.store(there + even_element, even_m * lookahead + even_g * one_minus_lookahead, mask=even_used)
-    tl.store(there + odd_element, odd_m * lookahead + odd_g * one_minus_lookahead, mask=odd_used)
+        if not WHOLE:
+            new = tl.where(used, new, 0)
+        low, high = tl.split(tl.reshape(new + 8, (ROWS, GROUP // 2, 2)))
+        tl.store(code_at, (low | (high << 4)).to(tl.uint8), mask=code_used & moves[:, None])
+    tl.store(exponent_at, exponent.to(tl.int16), mask=moves)
+    there = direction + matrix * direction_stride + element
+    tl.store(there, m * lookahead + g * one_minus_lookahead, mask=used)
 
 
 @cache
@@ -150,6 +144,7 @@ def fold(
     bits: int,
     beta: float,
     lookahead: float,
+    tile: int | None = None,
 ) -> Tensor:
     """As `reference.fold` of bits drawn from `keys`, on [n, O, I]."""
     assert codes.stride(-2) == codes.shape[-1]
@@ -161,7 +156,9 @@ def fold(
     if gradient.numel() == 0:
         return direction
     active = active.expand(matrices, active.shape[-2] if active.shape[-2] == 1 else rows, 1)
-    grid = (triton.cdiv(rows * groups, GROUPS), matrices)
+    tile = tile or TILES[0]
+    group = reference.group_of(columns, groups)
+    grid = (groups, triton.cdiv(rows, tile), matrices)
     largest = reference.code_max(bits)
     _fold_kernel[grid](
         gradient,
@@ -188,8 +185,11 @@ def fold(
         largest * 65536.0,
         BITS=bits,
         LARGEST=largest,
-        GROUPS=GROUPS,
-        GROUP=reference.group_of(columns, groups),
+        ROWS=tile,
+        GROUP=group,
+        WHOLE=columns % group == 0,
+        PTX=has_ptx(),
+        num_warps=4,
         enable_fp_fusion=False,
     )
     return direction

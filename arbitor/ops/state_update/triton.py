@@ -1,7 +1,7 @@
 """Triton kernel of `state_update`: votes, flips, repacking and the random bits in one pass.
 
-Shape letters: n matrices, O out, I in, P packed bytes a row. A program takes some packed bytes of one matrix;
-digit d of a byte is one of five weights that stand 32 apart.
+Shape letters: n matrices, O out, I in, P packed bytes a row. A program takes a block of 32 packed bytes of
+some rows of one matrix; digit d of a byte is one of five weights that stand 32 apart.
 """
 
 import torch
@@ -9,9 +9,43 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from arbitor.ops.triton import dense_rows, digit, random_word, stochastic_floor
+from arbitor.ops.state_update import assembly
+from arbitor.ops.trit_codec.reference import BLOCK, PLANE
+from arbitor.ops.triton import dense_rows, digit, fixed_point, has_halves, random_word
 
-BYTES = 512
+# Rows of a program, which takes the 32 bytes of one block of each; the first is in use, others may be timed.
+TILES = (16, 8, 32)
+
+
+@triton.jit
+def _sums(direction, factor, element, key_a, key_b, used, SPAN: tl.constexpr, PTX: tl.constexpr):
+    """(vote - span) * 2^16 plus what is rounded away: int32, its upper half the vote less the span."""
+    u = tl.load(direction, mask=used, other=0.0)
+    return fixed_point(u, factor, PTX) + ((random_word(element, key_a, key_b) & 0xFFFF) - (SPAN << 16))
+
+
+@triton.jit
+def _voted(
+    code, accumulator, sums, value, count, plane: tl.constexpr, SPAN: tl.constexpr, THRESHOLD: tl.constexpr,
+    LOWEST: tl.constexpr, RAIL: tl.constexpr, RESET: tl.constexpr,
+):  # fmt: skip
+    """The rule on one plane: its accumulator, the value of the digits so far, and flips so far."""
+    votes = (sums >> 16) + SPAN
+    trit = digit(code.to(tl.int32), plane) - 1
+    total = votes + accumulator.to(tl.int32)
+    flip = tl.where((total >= THRESHOLD) & (trit < 1), 1, 0) - tl.where(
+        (total <= -LOWEST) & (trit > -1), 1, 0
+    )
+    flip = tl.where(votes != 0, flip, 0)
+    trit += flip
+    if RESET:
+        total = tl.where(flip != 0, 0, total)
+    else:
+        total -= flip * SPAN
+    excess = tl.maximum(total * trit - RAIL, 0) * trit
+    total -= tl.where(votes != 0, excess, 0)
+    total = tl.minimum(tl.maximum(total, -127), 127)
+    return total.to(tl.int8), value * 3 + (trit + 1), count + tl.abs(flip)
 
 
 @triton.jit
@@ -31,56 +65,68 @@ def _update_kernel(
     active_matrix_stride,
     active_row_stride,
     step,
-    span,
-    threshold,
-    lowest,
-    rail,
+    SPAN: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+    LOWEST: tl.constexpr,
+    RAIL: tl.constexpr,
     RESET: tl.constexpr,
-    BYTES: tl.constexpr,
+    ROWS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    RULE: tl.constexpr,
+    OPERANDS: tl.constexpr,
 ):
-    matrix = tl.program_id(1).to(tl.int64)
-    byte = tl.program_id(0) * BYTES + tl.arange(0, BYTES)
-    inside = byte < rows * width
-    row = byte // width
-    within = byte % width
-    column = (within // 32) * 160 + within % 32
+    PTX: tl.constexpr = RULE is not None
+    block = tl.program_id(0)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
+    matrix = tl.program_id(2).to(tl.int64)
+    byte = tl.arange(0, 32)[None, :]
+    flag = active + matrix * active_matrix_stride + row * active_row_stride
+    moves = (row < rows) & (tl.load(flag, mask=row < rows, other=0) != 0)
+    element = row * columns + (block * 160 + byte)
     key_a, key_b = tl.load(keys + 2 * matrix), tl.load(keys + 2 * matrix + 1)
     factor = tl.load(step) * -65536.0
-    flag = active + matrix * active_matrix_stride + row * active_row_stride
-    moves = tl.load(flag, mask=inside, other=0) != 0
-    here = packed + matrix * packed_stride + byte
-    code = tl.load(here, mask=inside, other=0).to(tl.int32)
-    value = tl.zeros((BYTES,), dtype=tl.int32)
-    count = tl.zeros((BYTES,), dtype=tl.int32)
-    for plane in tl.static_range(5):
-        col = column + 32 * plane
-        used = inside & (col < columns)
-        element = row * columns + col
-        offset = element.to(tl.int64)
-        u = tl.load(direction + matrix * direction_stride + offset, mask=used, other=0.0)
-        votes = stochastic_floor(u, factor, random_word(element, key_a, key_b))
-        votes = tl.where(moves & used, votes, 0)
-        trit = digit(code, plane) - 1
-        state = accumulator + matrix * accumulator_stride + offset
-        total = votes + tl.load(state, mask=used, other=0).to(tl.int32)
-        flip = tl.where((total >= threshold) & (trit < 1), 1, 0) - tl.where(
-            (total <= -lowest) & (trit > -1), 1, 0
-        )
-        flip = tl.where(votes != 0, flip, 0)
-        trit += flip
-        if RESET:
-            total = tl.where(flip != 0, 0, total)
-        else:
-            total -= flip * span
-        excess = tl.maximum(total * trit - rail, 0) * trit
-        total -= tl.where(votes != 0, excess, 0)
-        total = tl.minimum(tl.maximum(total, -127), 127)
-        tl.store(state, total.to(tl.int8), mask=used)
-        value = value * 3 + tl.where(used, trit + 1, 1)
-        count += tl.abs(flip)
-    repacked = value + (13 * value + 242) // 243
-    tl.store(here, repacked.to(tl.uint8), mask=inside)
-    tl.atomic_add(flips + matrix, tl.sum(count).to(tl.int64))
+    code_at = packed + matrix * packed_stride + (row * width + (block * 32 + byte))
+    u_at = direction + matrix * direction_stride + element
+    state_at = accumulator + matrix * accumulator_stride + element
+    # Columns that are left, seen from byte 0 of the plane. What is not used has no vote and stays as it is.
+    left = columns - block * 160
+    u0 = moves & (WHOLE | (byte < left))
+    u1 = moves & (WHOLE | (byte < left - 32))
+    u2 = moves & (WHOLE | (byte < left - 64))
+    u3 = moves & (WHOLE | (byte < left - 96))
+    u4 = moves & (WHOLE | (byte < left - 128))
+    code = tl.load(code_at, mask=moves & (byte < 32), other=128)
+    a0 = tl.load(state_at, mask=u0, other=0)
+    a1 = tl.load(state_at + 32, mask=u1, other=0)
+    a2 = tl.load(state_at + 64, mask=u2, other=0)
+    a3 = tl.load(state_at + 96, mask=u3, other=0)
+    a4 = tl.load(state_at + 128, mask=u4, other=0)
+    s0 = _sums(u_at, factor, element, key_a, key_b, u0, SPAN, PTX)
+    s1 = _sums(u_at + 32, factor, element + 32, key_a, key_b, u1, SPAN, PTX)
+    s2 = _sums(u_at + 64, factor, element + 64, key_a, key_b, u2, SPAN, PTX)
+    s3 = _sums(u_at + 96, factor, element + 96, key_a, key_b, u3, SPAN, PTX)
+    s4 = _sums(u_at + 128, factor, element + 128, key_a, key_b, u4, SPAN, PTX)
+    if PTX:
+        code, a0, a1, a2, a3, a4, count = tl.inline_asm_elementwise(
+            RULE, OPERANDS, [code, a0, a1, a2, a3, a4, s0, s1, s2, s3, s4],
+            dtype=(tl.uint8, tl.int8, tl.int8, tl.int8, tl.int8, tl.int8, tl.int32), is_pure=True, pack=4,
+        )  # fmt: skip
+    else:
+        value = tl.zeros((ROWS, 32), dtype=tl.int32)
+        count = tl.zeros((ROWS, 32), dtype=tl.int32)
+        a0, value, count = _voted(code, a0, s0, value, count, 0, SPAN, THRESHOLD, LOWEST, RAIL, RESET)
+        a1, value, count = _voted(code, a1, s1, value, count, 1, SPAN, THRESHOLD, LOWEST, RAIL, RESET)
+        a2, value, count = _voted(code, a2, s2, value, count, 2, SPAN, THRESHOLD, LOWEST, RAIL, RESET)
+        a3, value, count = _voted(code, a3, s3, value, count, 3, SPAN, THRESHOLD, LOWEST, RAIL, RESET)
+        a4, value, count = _voted(code, a4, s4, value, count, 4, SPAN, THRESHOLD, LOWEST, RAIL, RESET)
+        code = (value + (13 * value + 242) // 243).to(tl.uint8)
+    tl.store(state_at, a0, mask=u0)
+    tl.store(state_at + 32, a1, mask=u1)
+    tl.store(state_at + 64, a2, mask=u2)
+    tl.store(state_at + 96, a3, mask=u3)
+    tl.store(state_at + 128, a4, mask=u4)
+    tl.store(code_at, code, mask=moves & (byte < 32))
+    tl.atomic_add(flips + matrix, tl.sum(count).to(tl.int64), sem="relaxed")
 
 
 def update(
@@ -94,6 +140,7 @@ def update(
     threshold: int,
     rail: int,
     reset: bool,
+    tile: int | None = None,
 ) -> Tensor:
     """As `reference.update` of bits drawn from `keys`; see `arbitor.ops.state_update.state_update`."""
     assert packed.stride(-2) == packed.shape[-1]
@@ -105,7 +152,10 @@ def update(
     if flips.numel() == 0 or rows * columns == 0:
         return flips
     active = active.expand(matrices, active.shape[-2] if active.shape[-2] == 1 else rows, 1)
-    grid = (triton.cdiv(rows * width, BYTES), matrices)
+    lowest = threshold if reset or 2 * threshold > span else threshold + 1
+    ptx = has_halves(packed.device) and assembly.fits(span, threshold, rail)
+    tile = tile or TILES[0]
+    grid = (width // PLANE, triton.cdiv(rows, tile), matrices)
     _update_kernel[grid](
         packed,
         accumulator,
@@ -122,12 +172,16 @@ def update(
         active.stride(0),
         0 if active.shape[-2] == 1 else active.stride(1),
         step,
-        span,
-        threshold,
-        threshold if reset or 2 * threshold > span else threshold + 1,
-        rail,
+        SPAN=span,
+        THRESHOLD=threshold,
+        LOWEST=lowest,
+        RAIL=rail,
         RESET=reset,
-        BYTES=BYTES,
+        ROWS=tile,
+        WHOLE=columns % BLOCK == 0,
+        RULE=assembly.rule(span, threshold, lowest, rail, reset) if ptx else None,
+        OPERANDS=assembly.constraints() if ptx else None,
+        num_warps=tile // 4,  # four bytes a thread
         enable_fp_fusion=False,
     )
     return flips

@@ -1,12 +1,14 @@
 """Triton forward of the linear on packed trits.
 
 Where a row has one exponent, few tokens are multiplied by trits that are decoded on the way; for many, trits
-are decoded once, into int8. With more exponents a row, or on GPUs before Ampere, they become floats.
+are decoded once, into int8. So they are where groups of a multiple of 32 have exponents of their own, with
+the exponents' differences multiplied in. For other groups, for few tokens with groups, and on GPUs before
+Ampere, they become floats.
 
 Shape letters: N tokens, I in, O out, P packed bytes a row.
 """
 
-import os
+from typing import NamedTuple
 
 import torch
 import triton
@@ -14,147 +16,234 @@ import triton.language as tl
 from torch import Tensor
 
 from arbitor.ops import activations
+from arbitor.ops.activations.triton import quantize
 from arbitor.ops.int8_matmul import MAX_IN_FEATURES, has_int8_kernels, int8_matmul
 from arbitor.ops.trit_codec import triton as trit_codec
-from arbitor.ops.triton import digit, exp2_int, is_legal
+from arbitor.ops.trit_codec.triton import digits, leading, marked
+from arbitor.ops.triton import exp2_int, has_ptx
 
 FEW_TOKENS = 64
-BYTES = 128  # packed bytes of a row at a time: four blocks of 160 trits
+MANY_ROWS = 8192  # from here on, large tiles are enough for a large GPU
+PAIRED_TOKENS = 4  # up to so many tokens, each takes two of the eight columns that a product has at least
 
-# Trits of four bytes at once: a byte and three times a byte fit into 16 bits, so a 32-bit product has two,
-# and the digit in the upper half. Added 127 and with its first bit turned it is the trit. $0...$4 are the
-# planes of trits, $5 is $7 with 1 added in the bytes that packing never produces, $6 are the bytes.
-_PLANE = """
-    mad.lo.u32 e, e, 3, 0x7F007F00;
-    mad.lo.u32 o, o, 3, 0x7F007F00;
-    prmt.b32 a, e, o, 0x7351;
-    xor.b32 ${plane}, a, 0x80808080;
-    and.b32 e, e, 0x00FF00FF;
-    and.b32 o, o, 0x00FF00FF;
-"""
-_TRITS = tl.constexpr(
-    """{
-    .reg .b32 e, o, a;
-    and.b32 e, $6, 0x00FF00FF;
-    shr.u32 o, $6, 8;
-    and.b32 o, o, 0x00FF00FF;
-"""
-    + "".join(_PLANE.replace("{plane}", str(plane)) for plane in range(5))
-    + """
-    add.u32 e, e, 0x000D000D;
-    add.u32 o, o, 0x000D000D;
-    prmt.b32 a, e, o, 0x7351;
-    or.b32 $5, a, $7;
-}"""
+
+class Tile(NamedTuple):
+    """Sizes of a program for few tokens: its part of the result, and packed bytes of a row at a time."""
+
+    tokens: int
+    rows: int
+    bytes: int
+    warps: int
+    stages: int
+
+
+WIDE_TILE = (128, 128, 64, 8, 3)  # tokens, rows and columns of a tile of floats; its warps; stages
+
+# For every number of tokens, the first one is in use, and others may be timed.
+LARGE_TILES = (
+    Tile(8, 64, 256, 4, 3),
+    Tile(8, 32, 256, 2, 3),
+    Tile(8, 16, 256, 1, 3),
+    Tile(8, 64, 128, 4, 4),
+    Tile(8, 128, 256, 8, 3),
+    Tile(16, 64, 128, 4, 3),
+    Tile(16, 32, 128, 2, 3),
+    Tile(16, 128, 128, 8, 3),
+    Tile(32, 64, 128, 4, 3),
+    Tile(32, 128, 128, 8, 3),
+)
+SMALL_TILES = (
+    Tile(8, 16, 256, 1, 3),
+    Tile(8, 16, 128, 1, 4),
+    Tile(8, 32, 128, 2, 4),
+    Tile(16, 16, 128, 1, 4),
+    Tile(32, 16, 128, 1, 3),
+    Tile(32, 32, 128, 2, 3),
 )
 
 
 @triton.jit
-def _trits(code, illegal, PACKED: tl.constexpr):
-    """The five trits (int8) of bytes (uint8), and `illegal` (int8), 1 where a byte is."""
-    if PACKED:
-        t0, t1, t2, t3, t4, illegal = tl.inline_asm_elementwise(
-            _TRITS, "=&r,=&r,=&r,=&r,=&r,=&r,r,r", [code, illegal],
-            dtype=(tl.int8, tl.int8, tl.int8, tl.int8, tl.int8, tl.int8), is_pure=True, pack=4,
-        )  # fmt: skip
-    else:
-        byte = code.to(tl.int32)
-        t0 = (digit(byte, 0) - 1).to(tl.int8)
-        t1 = (digit(byte, 1) - 1).to(tl.int8)
-        t2 = (digit(byte, 2) - 1).to(tl.int8)
-        t3 = (digit(byte, 3) - 1).to(tl.int8)
-        t4 = (digit(byte, 4) - 1).to(tl.int8)
-        illegal |= tl.where(is_legal(byte), 0, 1).to(tl.int8)
-    return t0, t1, t2, t3, t4, illegal
-
-
-@triton.jit
-def _codes(codes, first, tokens, columns, plane: tl.constexpr, TOKENS: tl.constexpr, BYTES: tl.constexpr):
-    """Codes [BYTES, TOKENS] of the columns that trit `plane` of `BYTES` packed bytes stands for."""
-    block = tl.arange(0, BYTES // 32)[:, None, None] * 160
-    column = first // 32 * 160 + block + 32 * plane + tl.arange(0, 32)[None, :, None]
-    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)[None, None, :]
-    at = codes + token.to(tl.int64) * columns + column
-    return tl.reshape(tl.load(at, mask=(column < columns) & (token < tokens), other=0), (BYTES, TOKENS))
+def _codes(at, column, left, used, EVEN: tl.constexpr):
+    """Codes [BYTES, TOKENS] of one plane, 0 behind the last column; those of all rows are the same."""
+    if EVEN:
+        return tl.load(at, mask=used, other=0, cache_modifier=".ca")
+    return tl.load(at, mask=used & (column < left), other=0, cache_modifier=".ca")
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def _few_tokens_kernel(
-    codes, packed, exponents, scale, y, tokens, rows, columns, width,
-    TOKENS: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr, PACKED: tl.constexpr,
+    codes, packed, exponents, scale, sums, y, tokens, rows, columns, width,
+    TOKENS: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr, EVEN: tl.constexpr,
+    PTX: tl.constexpr,
 ):  # fmt: skip
+    HALF: tl.constexpr = TOKENS // 2
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    place = tl.arange(0, TOKENS)[None, :]
     byte = tl.arange(0, BYTES)
     # Beyond the end, tiles read what other tiles read, and do not write.
     packed_at = packed + (row % rows).to(tl.int64)[:, None] * width + byte[None, :]
-    product = tl.zeros((ROWS, TOKENS), dtype=tl.int32)
-    illegal = tl.zeros((ROWS, BYTES), dtype=tl.int8)
+    column = (byte // 32 * 160 + byte % 32)[:, None]
+    everywhere, first_half = place < TOKENS, place < TOKENS
+    if PAIRS:
+        # Digit k is V_k - 3 V_(k-1). Of a token's two columns, one has the codes of plane k beside V_k, the
+        # other those of the next plane, and the difference is taken of the sums, not of every digit.
+        column = column + place // HALF * 32
+        token = place % HALF
+        first_half = place < HALF
+    else:
+        token = tl.program_id(1) * TOKENS + place
+    codes_at = codes + (token % tokens).to(tl.int64) * columns + column
+    even = tl.zeros((ROWS, TOKENS), dtype=tl.int32)
+    odd = tl.zeros((ROWS, TOKENS), dtype=tl.int32)
+    illegal = tl.zeros((ROWS, 8), dtype=tl.int32)
+    plus = tl.full((BYTES, 8), 1, dtype=tl.int8)
+    minus = tl.full((BYTES, 8), -1, dtype=tl.int8)
     for first in range(0, width, BYTES):
-        code = tl.load(packed_at + first, mask=byte[None, :] < width - first, other=0)
-        t0, t1, t2, t3, t4, illegal = _trits(code, illegal, PACKED)
-        c0 = _codes(codes, first, tokens, columns, 0, TOKENS, BYTES)
-        c1 = _codes(codes, first, tokens, columns, 1, TOKENS, BYTES)
-        c2 = _codes(codes, first, tokens, columns, 2, TOKENS, BYTES)
-        c3 = _codes(codes, first, tokens, columns, 3, TOKENS, BYTES)
-        c4 = _codes(codes, first, tokens, columns, 4, TOKENS, BYTES)
-        product = tl.dot(t0, c0, product, out_dtype=tl.int32)
-        product = tl.dot(t1, c1, product, out_dtype=tl.int32)
-        product = tl.dot(t2, c2, product, out_dtype=tl.int32)
-        product = tl.dot(t3, c3, product, out_dtype=tl.int32)
-        product = tl.dot(t4, c4, product, out_dtype=tl.int32)
+        if EVEN:
+            code = tl.load(packed_at + first)
+        else:
+            code = tl.load(packed_at + first, mask=byte[None, :] < width - first, other=0)
+        left = columns - 5 * first
+        c0 = _codes(codes_at, column, left, everywhere, EVEN)
+        c1 = _codes(codes_at + 32, column, left - 32, everywhere, EVEN)
+        c2 = _codes(codes_at + 64, column, left - 64, everywhere, EVEN)
+        c3 = _codes(codes_at + 96, column, left - 96, first_half, EVEN)
+        c4 = _codes(codes_at + 128, column, left - 128, first_half, EVEN)
+        even = tl.dot(leading(code, 1, PTX), c0, even, out_dtype=tl.int32)
+        if PAIRS:
+            odd = tl.dot(leading(code, 2, PTX), c1, odd, out_dtype=tl.int32)
+            even = tl.dot(leading(code, 3, PTX), c2, even, out_dtype=tl.int32)
+            odd = tl.dot(leading(code, 4, PTX), c3, odd, out_dtype=tl.int32)
+        else:
+            odd = tl.dot(digits(code, 1, PTX), c1, odd, out_dtype=tl.int32)
+            even = tl.dot(digits(code, 2, PTX), c2, even, out_dtype=tl.int32)
+            odd = tl.dot(digits(code, 3, PTX), c3, odd, out_dtype=tl.int32)
+        even = tl.dot(digits(code, 4, PTX), c4, even, out_dtype=tl.int32)
+        # Nothing remains of these but what `marked` adds for bytes that packing never produces.
+        illegal = tl.dot(marked(code, PTX), plus, illegal, out_dtype=tl.int32)
+        illegal = tl.dot(leading(code, 5, PTX), minus, illegal, out_dtype=tl.int32)
+        codes_at += 5 * BYTES
+    total = even + odd
+    if PAIRS:
+        total = tl.sum(tl.reshape(total * (1 - place // HALF * 4), (ROWS, 2, HALF)), axis=1)
+        token = tl.arange(0, HALF)[None, :]
+    used = (row < rows)[:, None] & (token < tokens)
+    total -= tl.load(sums + token % tokens)  # digits are trits plus 1
     by_row = exp2_int(tl.load(exponents + row % rows).to(tl.int32))
-    by_row = tl.where(tl.max(illegal.to(tl.int32), axis=1) == 0, by_row, float("nan"))
-    by_token = tl.load(scale + token, mask=token < tokens, other=0.0)
-    result = product.to(tl.float32) * by_row[:, None] * by_token[None, :]
-    at = y + token.to(tl.int64)[None, :] * rows + row[:, None]
-    tl.store(at, result.to(y.dtype.element_ty), mask=(row < rows)[:, None] & (token < tokens)[None, :])
+    by_row = tl.where(tl.max(tl.abs(illegal), axis=1) == 0, by_row, float("nan"))
+    result = total.to(tl.float32) * by_row[:, None] * tl.load(scale + token % tokens)
+    at = y + token.to(tl.int64) * rows + row[:, None]
+    tl.store(at, result.to(y.dtype.element_ty), mask=used)
 
 
 def few_tokens(
-    codes: Tensor, packed: Tensor, exponent: Tensor, scale: Tensor, out_dtype: torch.dtype
+    codes: Tensor,
+    packed: Tensor,
+    exponent: Tensor,
+    scale: Tensor,
+    out_dtype: torch.dtype,
+    sums: Tensor | None = None,
+    tile: Tile | None = None,
 ) -> Tensor:
-    """Product of codes int8 [N, I] and the trits, equal to `int8_matmul` of the decoded ones."""
+    """Product of codes int8 [N, I] and the trits, equal to `int8_matmul` of the decoded ones.
+
+    `sums`, int32 [N, 1] of the codes, are computed where they are not given.
+    """
     tokens, columns = codes.shape
     rows, width = packed.shape
     y = torch.empty((tokens, rows), dtype=out_dtype, device=codes.device)
     if not columns:
         return y.zero_()
     if y.numel():
-        block_n, block_o, warps = _tile(tokens, rows)
-        _few_tokens_kernel[(triton.cdiv(rows, block_o), triton.cdiv(tokens, block_n))](
-            codes.contiguous(), packed.contiguous(), exponent.contiguous(), scale, y,
-            tokens, rows, columns, width, TOKENS=block_n, ROWS=block_o, BYTES=BYTES,
-            PACKED=_has_ptx(), num_warps=warps, num_stages=3,
+        tile = tile or _tile(tokens, rows)
+        pairs = tile.tokens == 2 * PAIRED_TOKENS and tokens <= PAIRED_TOKENS
+        if sums is None:
+            sums = codes.sum(dim=1, dtype=torch.int32)
+        _few_tokens_kernel[(triton.cdiv(rows, tile.rows), triton.cdiv(tokens, tile.tokens))](
+            codes.contiguous(), packed.contiguous(), exponent.contiguous(), scale, sums, y,
+            tokens, rows, columns, width, TOKENS=tile.tokens, PAIRS=pairs, ROWS=tile.rows, BYTES=tile.bytes,
+            EVEN=columns % (5 * tile.bytes) == 0, PTX=has_ptx(), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return y
 
 
-def _has_ptx() -> bool:
-    """Whether assembly for NVIDIA's GPUs can be run: not in the interpreter, nor on AMD's."""
-    return os.environ.get("TRITON_INTERPRET") != "1" and torch.version.hip is None
+def _tile(tokens: int, rows: int) -> Tile:
+    """The tile for some tokens and rows."""
+    width = 8 if tokens <= 8 else 16 if tokens <= 16 else 32
+    if rows >= MANY_ROWS:
+        return next(tile for tile in LARGE_TILES if tile.tokens == width)
+    return next(tile for tile in SMALL_TILES if tile.tokens == width)
 
 
-def _tile(tokens: int, rows: int) -> tuple[int, int, int]:
-    """Tokens and rows of a tile, and its warps: large tiles where there are enough for a large GPU."""
-    block_n = 16 if tokens <= 16 else 32
-    if rows >= 8192:
-        return block_n, 64, 4
-    return (16, 16, 1) if block_n == 16 else (32, 32, 4)
+@triton.jit(do_not_specialize=["tokens"])
+def _wide_kernel(
+    codes, weight, wide, scale, y, tokens, rows, columns,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    if tl.load(wide) == 0:
+        return
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    codes_at = codes + (token % tokens).to(tl.int64)[:, None] * columns + column[None, :]
+    weight_at = weight + (row % rows).to(tl.int64)[None, :] * columns + column[:, None]
+    total = tl.zeros((TOKENS, ROWS), dtype=tl.float32)
+    for first in range(0, columns, COLUMNS):
+        code = tl.load(codes_at + first, mask=column[None, :] < columns - first, other=0)
+        part = tl.load(weight_at + first, mask=column[:, None] < columns - first, other=0.0)
+        total = tl.dot(code.to(part.dtype), part, total)
+    result = total * tl.load(scale + token, mask=token < tokens, other=0.0)[:, None]
+    at = y + token.to(tl.int64)[:, None] * rows + row[None, :]
+    tl.store(at, result.to(y.dtype.element_ty), mask=(token < tokens)[:, None] & (row < rows)[None, :])
+
+
+def grouped(
+    codes: Tensor, scale: Tensor, packed: Tensor, exponent: Tensor, group: int, out_dtype: torch.dtype
+) -> Tensor:
+    """`product` for groups of a multiple of 32: as integers times the lowest scale of each row.
+
+    Exponents that lie too far apart for that are found out on the device, and the product is then taken once
+    more with floats; two kernels are launched for it that otherwise end at once.
+    """
+    columns = codes.shape[-1]
+    trits, row_scale, wide = trit_codec.decode_integers(packed, exponent, columns, group)
+    y = int8_matmul(codes, trits, scale, row_scale, out_dtype)
+    if y.numel() and columns:
+        weight = trit_codec.decode(
+            packed, exponent, columns, group, activations.weight_dtype(scale, True), wanted=wide
+        )
+        (tokens, rows), (block_n, block_o, block_i, warps, stages) = y.shape, WIDE_TILE
+        _wide_kernel[(triton.cdiv(tokens, block_n), triton.cdiv(rows, block_o))](
+            codes.contiguous(), weight, wide, scale, y, tokens, rows, columns,
+            TOKENS=block_n, ROWS=block_o, COLUMNS=block_i, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+    return y
 
 
 def product(
-    codes: Tensor, scale: Tensor, packed: Tensor, exponent: Tensor, group: int, out_dtype: torch.dtype
+    codes: Tensor,
+    scale: Tensor,
+    packed: Tensor,
+    exponent: Tensor,
+    group: int,
+    out_dtype: torch.dtype,
+    sums: Tensor | None = None,
 ) -> Tensor:
-    """Output [N, O] of a linear from its quantised input: codes int8 [N, I] and their scale fp32 [N, 1]."""
+    """Output [N, O] of a linear from its quantised input: codes int8 [N, I] and their scale fp32 [N, 1].
+
+    `sums`, int32 [N, 1], are those of the codes, where they are known.
+    """
     columns = codes.shape[-1]
-    if exponent.shape[-1] > 1 or columns > MAX_IN_FEATURES or not has_int8_kernels(codes.device):
-        weight = trit_codec.decode(packed, exponent, columns, group, activations.weight_dtype(scale, True))
-        return activations.scale_tokens(activations.exact_matmul(codes, weight, True), scale, out_dtype)
-    if len(codes) <= FEW_TOKENS:
-        return few_tokens(codes, packed, exponent, scale, out_dtype)
-    trits, row_scale = trit_codec.decode_rows(packed, exponent, columns)
-    return int8_matmul(codes, trits, scale, row_scale, out_dtype)
+    if columns <= MAX_IN_FEATURES and has_int8_kernels(codes.device):
+        if exponent.shape[-1] == 1:
+            if len(codes) <= FEW_TOKENS:
+                return few_tokens(codes, packed, exponent, scale, out_dtype, sums)
+            trits, row_scale = trit_codec.decode_rows(packed, exponent, columns)
+            return int8_matmul(codes, trits, scale, row_scale, out_dtype)
+        if group % trit_codec.PLANE == 0 and len(codes) > FEW_TOKENS:
+            return grouped(codes, scale, packed, exponent, group, out_dtype)
+    weight = trit_codec.decode(packed, exponent, columns, group, activations.weight_dtype(scale, True))
+    return activations.scale_tokens(activations.exact_matmul(codes, weight, True), scale, out_dtype)
 
 
 def forward(
@@ -167,6 +256,9 @@ def forward(
     squared: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `reference.forward` of x [N, I], fp32 or narrower, quantised."""
-    codes, scale, rstd = activations.normalize_and_quantize(x, input_norm, True, squared)
+    sums = None
+    if exponent.shape[-1] == 1 and len(x) <= FEW_TOKENS:
+        sums = torch.empty((len(x), 1), dtype=torch.int32, device=x.device)
+    codes, scale, rstd = quantize(x, input_norm, squared, sums=sums)
     with torch.autocast(x.device.type, enabled=False):
-        return product(codes, scale, packed, exponent, group, out_dtype), codes, scale, rstd
+        return product(codes, scale, packed, exponent, group, out_dtype, sums), codes, scale, rstd

@@ -131,8 +131,10 @@ class Step:
         keys = self._keys([name], gradient.device)
         bits = random_bits(keys, module.numel()).view(gradient.shape)
         if uses_triton(gradient):  # the same bits, in one kernel
-            parts = (t[None] for t in (gradient, state["M"], state["M_exp"]))
-            direction = momentum_fold_drawn(*parts, keys, active[None, :, None], 8, beta, LOOKAHEAD)[0]
+            codes, exponent = state["M"][None], state["M_exp"][None]
+            direction = momentum_fold_drawn(
+                gradient[None], codes, exponent, keys, active[None, :, None], 8, beta, LOOKAHEAD
+            )[0]
         else:
             direction = momentum_fold(
                 gradient, state["M"], state["M_exp"], bits, active[:, None], 8, beta, LOOKAHEAD

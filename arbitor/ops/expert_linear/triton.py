@@ -19,6 +19,7 @@ from arbitor.ops import activations
 from arbitor.ops.activations import triton as activation_kernels
 from arbitor.ops.expert_linear import reference
 from arbitor.ops.int8_matmul import MAX_IN_FEATURES, has_int8_kernels
+from arbitor.ops.trit_codec.triton import scaled_weights
 from arbitor.ops.triton import digit, exp2_int, has_ptx, is_legal
 
 FEW_ROWS = 64  # altogether, or
@@ -258,19 +259,15 @@ def _few_rows_backward_kernel(
         used = inside[:, None] & (byte < width)[None, :]
         # Where nothing is, 128 stands for five zeros.
         code = tl.load(packed + row_number[:, None] * width + byte[None, :], mask=used, other=128)
-        t0, t1, t2, t3, t4, illegal = _trits(code, illegal, PACKED)
         dy_at = dy + token.to(tl.int64)[:, None] * rows + row[None, :]
         gradient = tl.load(dy_at, mask=(token < end)[:, None] & inside[None, :], other=0.0)
         gradient = gradient.to(DTYPE)
         if BY_ROW:
             exponent = tl.load(exponents + row_number, mask=inside, other=0).to(tl.int32)
-            gradient = (gradient.to(tl.float32) * exp2_int(exponent)[None, :]).to(DTYPE)
-            s0 = tl.dot(gradient, t0.to(DTYPE), s0, input_precision="ieee")
-            s1 = tl.dot(gradient, t1.to(DTYPE), s1, input_precision="ieee")
-            s2 = tl.dot(gradient, t2.to(DTYPE), s2, input_precision="ieee")
-            s3 = tl.dot(gradient, t3.to(DTYPE), s3, input_precision="ieee")
-            s4 = tl.dot(gradient, t4.to(DTYPE), s4, input_precision="ieee")
+            scale = tl.broadcast_to(exp2_int(exponent)[:, None], (ROWS, BYTES))
+            w0, w1, w2, w3, w4 = scaled_weights(code, scale, scale, scale, scale, scale, PACKED)
         else:
+            t0, t1, t2, t3, t4, illegal = _trits(code, illegal, PACKED)
             legal = tl.zeros((ROWS, BYTES), dtype=tl.int8)  # NaN comes at the end
             at = exponents + tl.where(inside, row_number, 0)[:, None] * groups
             c0 = _columns(first_byte, 0, BYTES)
@@ -279,11 +276,11 @@ def _few_rows_backward_kernel(
             w2 = _weights(t2, legal, at, c0 + 64, columns, group, DTYPE)
             w3 = _weights(t3, legal, at, c0 + 96, columns, group, DTYPE)
             w4 = _weights(t4, legal, at, c0 + 128, columns, group, DTYPE)
-            s0 = tl.dot(gradient, w0, s0, input_precision="ieee")
-            s1 = tl.dot(gradient, w1, s1, input_precision="ieee")
-            s2 = tl.dot(gradient, w2, s2, input_precision="ieee")
-            s3 = tl.dot(gradient, w3, s3, input_precision="ieee")
-            s4 = tl.dot(gradient, w4, s4, input_precision="ieee")
+        s0 = tl.dot(gradient, w0.to(DTYPE), s0, input_precision="ieee")
+        s1 = tl.dot(gradient, w1.to(DTYPE), s1, input_precision="ieee")
+        s2 = tl.dot(gradient, w2.to(DTYPE), s2, input_precision="ieee")
+        s3 = tl.dot(gradient, w3.to(DTYPE), s3, input_precision="ieee")
+        s4 = tl.dot(gradient, w4.to(DTYPE), s4, input_precision="ieee")
     bad = tl.max(illegal.to(tl.int32), axis=0)
     part = parts + tl.program_id(2).to(tl.int64) * tokens * columns
     _store_plane(part, s0, bad, first_byte, token, end, columns, 0, BYTES)
@@ -314,9 +311,16 @@ def _decode_experts_kernel(
         byte = start + tl.arange(0, BYTES)
         used = inside[:, None] & (byte < width)[None, :]
         code = tl.load(packed + packed_row[:, None] * width + byte[None, :], mask=used, other=128)
-        if not INTEGERS:
+        if INTEGERS:
+            t0, t1, t2, t3, t4, illegal = _trits(code, illegal, PACKED)
+        elif BY_ROW:
+            scale_there = tl.broadcast_to(by_row, (ROWS, BYTES))
+            t0, t1, t2, t3, t4 = scaled_weights(
+                code, scale_there, scale_there, scale_there, scale_there, scale_there, PACKED
+            )
+        else:
             illegal = tl.zeros((ROWS, BYTES), dtype=tl.int8)
-        t0, t1, t2, t3, t4, illegal = _trits(code, illegal, PACKED)
+            t0, t1, t2, t3, t4, illegal = _trits(code, illegal, PACKED)
         for plane in tl.static_range(5):
             column = _columns(start, plane, BYTES)
             if plane == 0:
@@ -335,8 +339,7 @@ def _decode_experts_kernel(
             there = inside[:, None, None] & (place < columns)
             if not INTEGERS:
                 if BY_ROW:
-                    value = tl.where(illegal == 0, trit.to(tl.float32) * by_row, float("nan"))
-                    trit = value.to(weights.dtype.element_ty)
+                    trit = trit.to(weights.dtype.element_ty)
                 else:
                     trit = _weights(
                         trit, illegal, exponents_at, column, columns, group, weights.dtype.element_ty

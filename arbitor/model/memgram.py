@@ -21,9 +21,11 @@ from arbitor.model.precision import sigmoid
 from arbitor.model.vocab import PAD
 from arbitor.ops.ngram_hash import ngram_hash
 from arbitor.ops.trit_codec import ternary_decode, trit_pack
+from arbitor.ops.trit_gather import ternary_gather
 from arbitor.ternary import TernaryEmbeddingTable, TernaryLinear
 from arbitor.ternary.capture import RowCapture, wants_weights
 from arbitor.ternary.layers import root_of
+from arbitor.ternary.stream import read_stream
 from arbitor.ternary.tensor import RESIDUAL_UNITS
 
 
@@ -36,6 +38,9 @@ class _Fetch(torch.autograd.Function):
     ) -> Tensor:
         ctx.table = table
         ctx.save_for_backward(rows)
+        if table.T_packed.device == device:
+            layout = table.in_features, table.group, torch.float32
+            return ternary_gather(table.T_packed, table.E, rows, *layout)
         flat = rows.flatten()
         # Packed rows cross over, a tenth of the bytes of decoded ones.
         packed, exponent = (part[flat].to(device) for part in (table.T_packed, table.E))
@@ -155,7 +160,7 @@ class MemGram(nn.Module):
         """
         rows_BNT = ngram_hash(ids_BL, self.num_heads, self.num_rows)
         e_BNE = self.table.fetch(rows_BNT, h_BND.device).flatten(-2)
-        key_BND, value_BND = self.key(e_BNE), self.value(e_BNE)
+        _, key_BND, value_BND = read_stream(e_BNE, self.key, self.value)
         match_BN1 = (rms_norm(h_BND) * rms_norm(key_BND.to(h_BND.dtype))).sum(-1, keepdim=True)
         return sigmoid(match_BN1 * h_BND.shape[-1] ** -0.5) * value_BND
 

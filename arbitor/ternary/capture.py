@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from arbitor.ops.expert_linear import grouped_outer
+from arbitor.ops.row_sums import row_sums
 
 if TYPE_CHECKING:
     from arbitor.ternary.optimizer import VoteOptimizer
@@ -261,18 +262,10 @@ class RowCapture(Capture):
         Returns:
             ids int64 [N] and fp32 [N, D].
         """
-        ids = torch.cat([ids for ids, _ in self._uses])
+        ids = _cat([ids for ids, _ in self._uses])
         # A table in host memory may be looked up for another device; its gradients come over only here.
         # In fp32 they add up without loss.
-        gradient = torch.cat([gradient.to(ids.device, torch.float32) for _, gradient in self._uses])
-        ids, order = torch.sort(ids, stable=True)
-        begins = torch.ones_like(ids)
-        begins[1:] = ids[1:] != ids[:-1]
-        segment = begins.cumsum(0) - 1
-        sums = torch.ops.aten.embedding_dense_backward(gradient[order], segment, len(ids), -1, False)
-        slot = torch.minimum(torch.arange(len(ids), device=ids.device), segment[-1])
-        first = torch.searchsorted(segment, slot)
-        return ids[first], sums[slot]
+        return row_sums(ids, _cat([gradient.to(ids.device, torch.float32) for _, gradient in self._uses]))
 
     def magnitudes(self) -> list[Tensor]:
         """For each column the sum of all look-ups' magnitudes, fp32 [D]: a bound on every row's sum."""

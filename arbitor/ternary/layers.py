@@ -15,7 +15,7 @@ from arbitor.ops.activations import scale_tokens
 from arbitor.ops.backend import rounds_gradients, uses_triton
 from arbitor.ops.int8_table import Q_MAX, int8_gather, int8_linear, int8_linear_backward
 from arbitor.ops.ternary_linear import ternary_linear, ternary_linear_backward
-from arbitor.ops.trit_codec import ternary_decode
+from arbitor.ops.trit_gather import ternary_gather
 from arbitor.ternary.capture import (
     GradientCapture,
     RowCapture,
@@ -255,15 +255,7 @@ class TernaryEmbeddingTable(TernaryScaleTensor):
                 self.E.zero_()
 
     def _rows(self, ids: Tensor) -> Tensor:
-        flat = ids.reshape(-1)
-        rows = ternary_decode(
-            self.T_packed[flat],
-            self.E[flat],
-            self.in_features,
-            self.group,
-            torch.float32,
-        )
-        return rows.view(*ids.shape, self.in_features)
+        return ternary_gather(self.T_packed, self.E, ids, self.in_features, self.group, torch.float32)
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids int [...] -> fp32 [..., dim]; UserError for an id that is no row (not checked on CUDA)."""

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from arbitor.ops.backend import uses_triton
-from arbitor.ops.int8_table import int8_table_update
-from arbitor.ops.momentum import momentum_fold, momentum_fold_drawn
+from arbitor.ops.int8_table import int8_table_step
 from arbitor.ops.random_bits import random_bits, skip, step_keys
 from arbitor.ops.rows import write_rows
 from arbitor.ternary.capture import ExpertCapture, GradientCapture, RowCapture
@@ -38,6 +37,7 @@ from arbitor.ternary.update import (
 )
 
 MOST_FACTORED_TOKENS = 1024  # of experts together, where kernels run: the product of their pairs is small
+ROWS_AT_ONCE = (1 << 16) - 1  # as many matrices as the second or third axis of a GPU's grid takes
 _MATRIX_STATE = ("T_accum", "E_accum", "M", "M_exp")
 
 
@@ -128,19 +128,10 @@ class Step:
         state = self.state[module.q]
         gradient = module.capture.gradient().to(torch.float32)
         active = gradient.any(dim=-1) & self.ok.to(gradient.device)
-        keys = self._keys([name], gradient.device)
-        bits = random_bits(keys, module.numel()).view(gradient.shape)
-        if uses_triton(gradient):  # the same bits, in one kernel
-            codes, exponent = state["M"][None], state["M_exp"][None]
-            direction = momentum_fold_drawn(
-                gradient[None], codes, exponent, keys, active[None, :, None], 8, beta, LOOKAHEAD
-            )[0]
-        else:
-            direction = momentum_fold(
-                gradient, state["M"], state["M_exp"], bits, active[:, None], 8, beta, LOOKAHEAD
-            )
-        step = self.numbers[gradient.device].table
-        int8_table_update(module.q.view(gradient.shape), direction, step, bits, active)
+        int8_table_step(
+            module.q.view(gradient.shape), gradient, state["M"], state["M_exp"],
+            self._keys([name], gradient.device), active, self.numbers[gradient.device].table, beta, LOOKAHEAD,
+        )  # fmt: skip
 
     def advance(self, name: str, counters: IntegerCounters) -> None:
         """Apply what counters noted."""
@@ -367,7 +358,7 @@ class Step:
         """The rows of a large table that were looked up, each as a matrix of its own; their flips."""
         ids, gradient = capture.touched()
         total = torch.zeros((), dtype=torch.int64, device=ids.device)
-        size = max(1, self.constants.workspace_weights // module.in_features)
+        size = max(1, min(self.constants.workspace_weights // module.in_features, ROWS_AT_ONCE))
         first_place = torch.searchsorted(ids, ids)
         for start in range(0, len(ids), size):
             part = slice(start, start + size)

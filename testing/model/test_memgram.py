@@ -374,3 +374,27 @@ def test_collisions_of_motifs_are_those_of_their_ids():
         len(set(itertools.pairwise(itertools.pairwise(big.tolist())))),
     ]
     assert figures[0]["in_one_head"] == 0
+
+
+def test_kernels_give_what_torch_gives(monkeypatch):
+    pytest.importorskip("triton", reason="needs Triton, which the extra `test` installs on Linux")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    memory = make().to(device)
+    optimizer = VoteOptimizer(memory, state="full")
+    ids, h = text().to(device), stream().to(device)
+    dy = torch.randn(3, 12, DIM, generator=torch.Generator().manual_seed(2)).to(device)
+    results = []
+    for backend in ("torch", "triton"):
+        monkeypatch.setenv("ARB_TERNARY_BACKEND", backend)
+        y = memory(h, ids)
+        y.backward(dy)
+        rows, sums = memory.table.capture.touched()
+        results.append(
+            (rows, y.detach(), sums, memory.key.capture.gradient(), memory.value.capture.gradient())
+        )
+        optimizer.zero_grad()
+    assert torch.equal(results[0][0], results[1][0])
+    for expected, found in zip(results[0][1:], results[1][1:], strict=True):
+        # Sums in another order, of the norms' squares, of a row's gradients and of two linears' ones.
+        error = (found - expected).norm() / expected.norm()
+        assert error <= 2**-23 * (8 + (TABLES * WIDTH) ** 0.5 + DIM**0.5)

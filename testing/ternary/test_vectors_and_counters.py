@@ -180,10 +180,15 @@ def test_touched_rows_and_their_gradients_are_captured(tscale):
 @each_rule
 @pytest.mark.parametrize("tscale", ["ROW", "T4"])
 @pytest.mark.parametrize(
-    "bytes_per_weight", [40, 1 << 21, 1 << 40], ids=["at once", "in parts", "one by one"]
+    ("bytes_per_weight", "rows_at_once"),
+    [(40, 1 << 16), (1 << 21, 1 << 16), (1 << 40, 1 << 16), (40, 3)],
+    ids=["at once", "in parts", "one by one", "in parts of three"],
 )
-def test_every_touched_row_moves_as_a_matrix_of_one_row(state, rule, tscale, bytes_per_weight, monkeypatch):
+def test_every_touched_row_moves_as_a_matrix_of_one_row(
+    state, rule, tscale, bytes_per_weight, rows_at_once, monkeypatch
+):
     monkeypatch.setattr("arbitor.ternary.optimizer.WORKSPACE_BYTES_PER_WEIGHT", bytes_per_weight)
+    monkeypatch.setattr("arbitor.ternary.step.ROWS_AT_ONCE", rows_at_once)
     sparse, dense = table(tscale=tscale), table(sparse=False, tscale=tscale)
     options = {"state": state, "lr": 0.3, "seed": 9}
     one = VoteOptimizer(sparse, rule=rule, **options)

@@ -6,6 +6,7 @@ Shape letters: M queries, R rows, C width, P packed bytes a row.
 import torch
 from torch import Tensor
 
+from arbitor.ops.backend import uses_triton
 from arbitor.ops.codebook import reference
 from arbitor.ops.codebook.reference import MAX_WIDTH
 from arbitor.ops.registry import register
@@ -41,8 +42,16 @@ def codebook_nearest(x: Tensor, packed: Tensor, exponent: Tensor) -> Tensor:
     return _nearest(x, packed, exponent)
 
 
+def _dispatch(x: Tensor, packed: Tensor, exponent: Tensor) -> Tensor:
+    if uses_triton(x):
+        from arbitor.ops.codebook import triton
+
+        return triton.nearest(x, packed, exponent)
+    return reference.nearest(x, packed, exponent)
+
+
 _nearest = register(
     "codebook_nearest(Tensor x, Tensor packed, Tensor exponent) -> Tensor",
-    reference.nearest,
+    _dispatch,
     lambda x, packed, exponent: x.new_empty((x.shape[0],), dtype=torch.int64),
 )

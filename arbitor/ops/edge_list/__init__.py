@@ -3,9 +3,12 @@
 Shape letters: C capacity, P pairs, K neighbours.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from arbitor.ops.backend import uses_triton
 from arbitor.ops.edge_list import reference
 from arbitor.ops.edge_list.reference import MAX_SCORE, UNUSED
 from arbitor.ops.registry import register
@@ -81,15 +84,24 @@ def _require(names: str, tensors: tuple[Tensor, ...], dtypes: tuple[torch.dtype,
             raise ValueError(f"{names} must be vectors of length {length} ({wanted}), got {given}")
 
 
+def _kernels(src: Tensor) -> Any:
+    """The module whose functions work on this list."""
+    if uses_triton(src):
+        from arbitor.ops.edge_list import triton
+
+        return triton
+    return reference
+
+
 _merge = register(
     "edge_list_merge(Tensor(a!) src, Tensor(b!) dst, Tensor(c!) score, Tensor pair_src, Tensor pair_dst, "
     "Tensor bits, int rate_bits, Tensor ok) -> ()",
-    reference.merge,
+    lambda src, *rest: _kernels(src).merge(src, *rest),
     lambda src, dst, score, pair_src, pair_dst, bits, rate_bits, ok: None,
 )
 _look_up = register(
     "edge_list_look_up(Tensor src, Tensor dst, Tensor score, Tensor ids, int count) -> (Tensor, Tensor)",
-    reference.look_up,
+    lambda src, *rest: _kernels(src).look_up(src, *rest),
     lambda src, dst, score, ids, count: (
         ids.new_empty((*ids.shape, count), dtype=torch.int64),
         score.new_empty((*ids.shape, count)),

@@ -6,9 +6,12 @@ and +1: a codebook of 3^K codes that is never stored.
 Shape letters: K trits of a code; `...` positions.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from arbitor.ops.backend import uses_triton
 from arbitor.ops.fsq import reference
 from arbitor.ops.registry import register
 
@@ -59,18 +62,27 @@ def fsq_trits(ids: Tensor, k: int) -> Tensor:
     return _trits(ids, k)
 
 
+def _kernels(x: Tensor) -> Any:
+    """The module whose functions compute for x."""
+    if x.dtype != torch.float64 and uses_triton(x):
+        from arbitor.ops.fsq import triton
+
+        return triton
+    return reference
+
+
 _fsq = register(
     "fsq(Tensor x) -> (Tensor, Tensor)",
-    reference.quantize,
+    lambda x: _kernels(x).quantize(x),
     lambda x: (x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=torch.int64)),
 )
 _backward = register(
     "fsq_backward(Tensor dy, Tensor x) -> Tensor",
-    reference.backward,
+    lambda dy, x: _kernels(x).backward(dy, x),
     lambda dy, x: x.new_empty(x.shape),
 )
 _trits = register(
     "fsq_trits(Tensor ids, int k) -> Tensor",
-    reference.trits,
+    lambda ids, k: _kernels(ids).trits(ids, k),
     lambda ids, k: ids.new_empty((*ids.shape, k), dtype=torch.int8),
 )

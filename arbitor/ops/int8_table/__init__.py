@@ -1,5 +1,7 @@
 """Byte tables in int8: `int8_gather`, `int8_linear`, `int8_linear_backward`, `int8_table_update`.
 
+`int8_table_step` is momentum and update together.
+
 Shape letters: V rows, D dim, N tokens.
 """
 
@@ -7,8 +9,11 @@ import torch
 from torch import Tensor
 
 from arbitor.ops import activations
+from arbitor.ops.backend import uses_triton
 from arbitor.ops.int8_table import reference
 from arbitor.ops.int8_table.reference import FRACTION_BITS, Q_MAX
+from arbitor.ops.momentum import momentum_fold, momentum_fold_drawn
+from arbitor.ops.random_bits import random_bits
 from arbitor.ops.registry import register
 from arbitor.ops.scalar import scalar
 
@@ -18,12 +23,16 @@ __all__ = [
     "int8_gather",
     "int8_linear",
     "int8_linear_backward",
+    "int8_table_step",
     "int8_table_update",
 ]
 
 
 def int8_gather(q: Tensor, exponent: Tensor, ids: Tensor) -> Tensor:
-    """Rows ids [...] of the table q [V, D], exponent [V] -> fp32 [..., D]."""
+    """Rows ids int64 [...] of the table q [V, D], exponent [V] -> fp32 [..., D].
+
+    An id that is no row raises IndexError on a CPU; on a GPU its row is NaN.
+    """
     return _gather(q, exponent, ids)
 
 
@@ -60,9 +69,51 @@ def int8_table_update(
     _update(q, direction, scalar(step, q.device), bits, active)
 
 
+def int8_table_step(
+    q: Tensor,
+    gradient: Tensor,
+    codes: Tensor,
+    exponent: Tensor,
+    keys: Tensor,
+    active: Tensor,
+    step: float | Tensor,
+    beta: float,
+    lookahead: float,
+) -> None:
+    """`momentum_fold` of a table with 8-bit codes, then `int8_table_update`, both with the same random bits.
+
+    Args:
+        q: int8 [V, D], changed.
+        gradient: fp32 [V, D].
+        codes, exponent: of the momentum, as in `momentum_fold`; changed.
+        keys: int32 [1, 2], random stream of the table.
+        active: bool [V]; other rows stay, and so does their momentum.
+        step: as in `int8_table_update`.
+        beta, lookahead: as in `momentum_fold`.
+    """
+    if uses_triton(q):
+        from arbitor.ops.int8_table import triton
+
+        matrix = gradient[None], codes[None], exponent[None], keys, active[None, :, None]
+        direction = momentum_fold_drawn(*matrix, 8, beta, lookahead)[0]
+        triton.update(q, direction, scalar(step, q.device), keys, active)
+        return
+    bits = random_bits(keys, q.numel()).view(q.shape)
+    direction = momentum_fold(gradient, codes, exponent, bits, active[:, None], 8, beta, lookahead)
+    int8_table_update(q, direction, step, bits, active)
+
+
+def _dispatch_gather(q: Tensor, exponent: Tensor, ids: Tensor) -> Tensor:
+    if uses_triton(q):
+        from arbitor.ops.int8_table import triton
+
+        return triton.gather(q, exponent, ids)
+    return reference.gather(q, exponent, ids)
+
+
 _gather = register(
     "int8_gather(Tensor q, Tensor exponent, Tensor ids) -> Tensor",
-    reference.gather,
+    _dispatch_gather,
     lambda q, exponent, ids: q.new_empty((*ids.shape, q.shape[1]), dtype=torch.float32),
 )
 _linear = register(

@@ -6,6 +6,7 @@ Shape letters: L ids, N positions (L - 2), H heads for each n, T tables (2 H).
 import torch
 from torch import Tensor
 
+from arbitor.ops.backend import uses_triton
 from arbitor.ops.ngram_hash import reference
 from arbitor.ops.ngram_hash.reference import multipliers
 from arbitor.ops.registry import register
@@ -41,8 +42,16 @@ def ngram_hash(ids: Tensor, heads: int, num_rows: int) -> Tensor:
     return _rows(ids, heads, num_rows)
 
 
+def _dispatch(ids: Tensor, heads: int, num_rows: int) -> Tensor:
+    if uses_triton(ids):
+        from arbitor.ops.ngram_hash import triton
+
+        return triton.rows(ids, heads, num_rows)
+    return reference.rows(ids, heads, num_rows)
+
+
 _rows = register(
     "ngram_hash(Tensor ids, int heads, int num_rows) -> Tensor",
-    reference.rows,
+    _dispatch,
     lambda ids, heads, num_rows: ids.new_empty((*ids.shape[:-1], ids.shape[-1] - 2, 2 * heads)),
 )

@@ -48,8 +48,16 @@ def skip(keys: Tensor, counts: int | Tensor) -> Tensor:
     return torch.stack([first.to(torch.int32), keys[..., 1].expand_as(first)], dim=-1)
 
 
+def _dispatch(keys: Tensor, count: int) -> Tensor:
+    if uses_triton(keys):
+        from arbitor.ops.random_bits import triton
+
+        return triton.random_bits(keys, count)
+    return reference.random_bits(keys, count)
+
+
 _random_bits = register(
     "random_bits(Tensor keys, int count) -> Tensor",
-    reference.random_bits,
+    _dispatch,
     lambda keys, count: keys.new_empty((*keys.shape[:-1], count)),
 )

@@ -12,6 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 CODE_SCALE = tl.constexpr(126.99)
+# Programs that a grid may have along its second and third dimension.
+MOST_PROGRAMS = 65535
 
 
 @triton.jit
@@ -67,6 +69,14 @@ def digit(byte, plane: tl.constexpr):
 
 
 @triton.jit
+def part_of_rows(TURNED: tl.constexpr):
+    """Places of a program across and down a grid of `grid_of_rows`."""
+    if TURNED:
+        return tl.program_id(1), tl.program_id(0)
+    return tl.program_id(0), tl.program_id(1)
+
+
+@triton.jit
 def is_legal(byte):
     """Whether packing produces a byte (int32). q = ceil(256 v / 243) is 243 q = 256 v + r with r < 243."""
     return ((byte * 243) & 255) < 243
@@ -80,6 +90,12 @@ def has_ptx() -> bool:
 def has_halves(device: torch.device) -> bool:
     """Whether assembly may also use instructions on pairs of 16 bits, which came with Hopper."""
     return has_ptx() and (device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0))
+
+
+def grid_of_rows(across: int, down: int, matrices: int = 1) -> tuple[tuple[int, int, int], bool]:
+    """Grid of parts of matrices, neighbours in a row first, and whether it is turned for being too tall."""
+    turned = down > MOST_PROGRAMS
+    return ((down, across, matrices) if turned else (across, down, matrices)), turned
 
 
 def dense_rows(x: Tensor) -> Tensor:

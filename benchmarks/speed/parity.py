@@ -21,8 +21,9 @@ from arbitor.ops.state_update import state_update_drawn
 from arbitor.ops.trit_codec import reference as codec_reference
 from arbitor.ternary import TernaryLinear, VoteOptimizer
 
-# Sizes that divide by nothing, one that fills tiles, and one with tokens enough for the other code path.
-SHAPES = ((5, 161, 67), (64, 480, 480), (1100, 320, 160))
+# Sizes that divide by nothing, for up to four tokens and for up to eight, one that fills tiles, and one
+# with tokens enough for the other code path.
+SHAPES = ((3, 161, 67), (5, 161, 67), (64, 480, 480), (1100, 320, 160))
 TSCALES = ("ROW", "T32")
 BF16_PRECISION = 2.0**-8
 FP32_EPS = 2.0**-23

@@ -28,6 +28,7 @@ from torch import Tensor
 from arbitor.errors import UserError
 from arbitor.ops import trit_codec
 from arbitor.ops.int8_matmul import reference as matmul_reference
+from arbitor.ops.momentum import reference as momentum_reference
 from arbitor.ops.random_bits import reference as random_reference
 from arbitor.ops.state_update import reference as update_reference
 from arbitor.train.device import Device, resolve_device
@@ -154,8 +155,22 @@ def state_update(device: torch.device) -> Iterator[Candidate]:
         )  # fmt: skip
 
 
+def momentum(device: torch.device) -> Iterator[Candidate]:
+    """Folding gradients into momentum of 8 and of 4 bits."""
+    from arbitor.ops.momentum import triton
+
+    matrices, rows, columns = UPDATE
+    for bits, tile in itertools.product((8, 4), triton.TILES):
+        yield Candidate(
+            f"momentum of {bits} bits", f"{matrices} x {rows} x {columns}", str(tile),
+            partial(_momentum_right, device, bits, tile), partial(_momentum_work, device, bits, tile),
+            "bandwidth", matrices * rows * columns * (8 + bits / 4 + 4 / momentum_reference.GROUP),
+        )  # fmt: skip
+
+
 KERNELS: dict[str, Callable[[torch.device], Iterator[Candidate]]] = {
     "state update": state_update,
+    "momentum": momentum,
     "few tokens": few_tokens,
     "decoding": decoding,
     "many tokens": many_tokens,
@@ -393,6 +408,35 @@ def _update_work(device: torch.device, tile: int) -> tuple[Callable[[], object],
     active = torch.ones((matrices, 1, 1), dtype=torch.bool, device=device)
     step = torch.tensor(6.4, device=device)
     return lambda: triton.update(packed, accumulator, direction, keys, active, step, **RULE, tile=tile), 1
+
+
+def _momentum_right(device: torch.device, bits: int, tile: int) -> bool:
+    from arbitor.ops.momentum import triton
+
+    generator, shape = _generator(), (2, 35, 208)
+    gradient, keys = torch.randn(shape, generator=generator), torch.tensor([[3, -7], [1 << 30, 5]]).int()
+    random = random_reference.random_bits(keys, shape[1] * shape[2]).view(shape)
+    codes, exponent = momentum_reference.encode(torch.randn(shape, generator=generator), random, bits)
+    our_codes, our_exponent = _on(device, codes, exponent)
+    active = torch.ones((2, 1, 1), dtype=torch.bool)
+    expected = momentum_reference.fold(gradient, codes, exponent, random, active, bits, 0.9, 0.95)
+    gradient, keys, active = _on(device, gradient, keys, active)
+    found = triton.fold(gradient, our_codes, our_exponent, keys, active, bits, 0.9, 0.95, tile)
+    both = zip((found, our_codes, our_exponent), (expected, codes, exponent), strict=True)
+    return all(torch.equal(ours.cpu(), reference) for ours, reference in both)
+
+
+def _momentum_work(device: torch.device, bits: int, tile: int) -> tuple[Callable[[], object], int]:
+    from arbitor.ops.momentum import triton
+
+    matrices, rows, columns = UPDATE
+    gradient = torch.randn(UPDATE, device=device)
+    width, dtype = (columns, torch.int8) if bits == 8 else (columns // 2, torch.uint8)
+    codes = torch.randint(17, 120, (matrices, rows, width), dtype=dtype, device=device)
+    exponent = torch.zeros((matrices, rows, columns // 32), dtype=torch.int16, device=device)
+    keys = torch.randint(0, 1 << 30, (matrices, 2), dtype=torch.int32, device=device)
+    active = torch.ones((matrices, 1, 1), dtype=torch.bool, device=device)
+    return lambda: triton.fold(gradient, codes, exponent, keys, active, bits, 0.9, 0.95, tile), 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

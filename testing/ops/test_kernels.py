@@ -83,6 +83,16 @@ def test_state_update_equals_the_reference(shape, by_row, span, threshold, rail,
     guarded.check()
 
 
+@pytest.fixture(params=[False, True], ids=["", "taller than a grid"])
+def tall(request, monkeypatch):
+    """Matrices that have more parts than a grid's second dimension takes: here, more than one."""
+    from arbitor.ops import triton
+
+    if request.param:
+        monkeypatch.setattr(triton, "MOST_PROGRAMS", 1)
+
+
+@pytest.mark.usefixtures("tall")
 def test_every_tile_of_the_state_update_equals_the_reference():
     from arbitor.ops.state_update import reference, triton
 
@@ -164,6 +174,7 @@ def test_momentum_equals_the_reference_over_several_steps(shape, bits, by_row, g
     guarded.check()
 
 
+@pytest.mark.usefixtures("tall")
 @pytest.mark.parametrize("bits", [8, 4])
 def test_every_tile_of_momentum_equals_the_reference(bits):
     from arbitor.ops.momentum import reference, triton
@@ -209,6 +220,7 @@ def test_decode_with_groups_that_planes_do_not_hold():
     assert torch.equal(triton.decode(*moved(packed, exponent), 161, 6, torch.float32).cpu(), expected)
 
 
+@pytest.mark.usefixtures("tall")
 @pytest.mark.parametrize("group", [32, 161])
 def test_every_tile_of_decode_equals_the_reference(group):
     from arbitor.ops.trit_codec import reference, triton

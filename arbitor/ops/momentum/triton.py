@@ -14,7 +14,16 @@ import triton.language as tl
 from torch import Tensor
 
 from arbitor.ops.momentum import reference
-from arbitor.ops.triton import dense_rows, exp2_int, has_ptx, random_word, rounded, shift_right
+from arbitor.ops.triton import (
+    dense_rows,
+    exp2_int,
+    grid_of_rows,
+    has_ptx,
+    part_of_rows,
+    random_word,
+    rounded,
+    shift_right,
+)
 
 # Rows of a program; the first is in use, others may be timed.
 TILES = (64, 128, 32)
@@ -77,10 +86,11 @@ def _fold_kernel(
     ROWS: tl.constexpr,
     GROUP: tl.constexpr,
     WHOLE: tl.constexpr,
+    TURNED: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    group = tl.program_id(0)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    group, part = part_of_rows(TURNED)
+    row = part * ROWS + tl.arange(0, ROWS)
     matrix = tl.program_id(2).to(tl.int64)
     inside = row < rows
     place = tl.arange(0, GROUP)[None, :]
@@ -158,7 +168,7 @@ def fold(
     active = active.expand(matrices, active.shape[-2] if active.shape[-2] == 1 else rows, 1)
     tile = tile or TILES[0]
     group = reference.group_of(columns, groups)
-    grid = (groups, triton.cdiv(rows, tile), matrices)
+    grid, turned = grid_of_rows(groups, triton.cdiv(rows, tile), matrices)
     largest = reference.code_max(bits)
     _fold_kernel[grid](
         gradient,
@@ -188,6 +198,7 @@ def fold(
         ROWS=tile,
         GROUP=group,
         WHOLE=columns % group == 0,
+        TURNED=turned,
         PTX=has_ptx(),
         num_warps=4,
         enable_fp_fusion=False,

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from arbitor.ops.state_update import assembly
 from arbitor.ops.trit_codec.reference import BLOCK, PLANE
-from arbitor.ops.triton import dense_rows, digit, fixed_point, has_halves, random_word
+from arbitor.ops.triton import (
+    dense_rows,
+    digit,
+    fixed_point,
+    grid_of_rows,
+    has_halves,
+    part_of_rows,
+    random_word,
+)
 
 # Rows of a program, which takes the 32 bytes of one block of each; the first is in use, others may be timed.
 TILES = (16, 8, 32)
@@ -72,12 +80,13 @@ def _update_kernel(
     RESET: tl.constexpr,
     ROWS: tl.constexpr,
     WHOLE: tl.constexpr,
+    TURNED: tl.constexpr,
     RULE: tl.constexpr,
     OPERANDS: tl.constexpr,
 ):
     PTX: tl.constexpr = RULE is not None
-    block = tl.program_id(0)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
+    block, part = part_of_rows(TURNED)
+    row = part * ROWS + tl.arange(0, ROWS)[:, None]
     matrix = tl.program_id(2).to(tl.int64)
     byte = tl.arange(0, 32)[None, :]
     flag = active + matrix * active_matrix_stride + row * active_row_stride
@@ -155,7 +164,7 @@ def update(
     lowest = threshold if reset or 2 * threshold > span else threshold + 1
     ptx = has_halves(packed.device) and assembly.fits(span, threshold, rail)
     tile = tile or TILES[0]
-    grid = (width // PLANE, triton.cdiv(rows, tile), matrices)
+    grid, turned = grid_of_rows(width // PLANE, triton.cdiv(rows, tile), matrices)
     _update_kernel[grid](
         packed,
         accumulator,
@@ -179,6 +188,7 @@ def update(
         RESET=reset,
         ROWS=tile,
         WHOLE=columns % BLOCK == 0,
+        TURNED=turned,
         RULE=assembly.rule(span, threshold, lowest, rail, reset) if ptx else None,
         OPERANDS=assembly.constraints() if ptx else None,
         num_warps=tile // 4,  # four bytes a thread

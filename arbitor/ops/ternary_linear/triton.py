@@ -2,8 +2,7 @@
 
 Where a row has one exponent, few tokens are multiplied by trits that are decoded on the way; for many, trits
 are decoded once, into int8. So they are where groups of a multiple of 32 have exponents of their own, with
-the exponents' differences multiplied in. For other groups, for few tokens with groups, and on GPUs before
-Ampere, they become floats.
+the exponents' differences multiplied in. For other groups, and on GPUs before Ampere, they become floats.
 
 Shape letters: N tokens, I in, O out, P packed bytes a row.
 """
@@ -240,7 +239,7 @@ def product(
                 return few_tokens(codes, packed, exponent, scale, out_dtype, sums)
             trits, row_scale = trit_codec.decode_rows(packed, exponent, columns)
             return int8_matmul(codes, trits, scale, row_scale, out_dtype)
-        if group % trit_codec.PLANE == 0 and len(codes) > FEW_TOKENS:
+        if group % trit_codec.PLANE == 0:
             return grouped(codes, scale, packed, exponent, group, out_dtype)
     weight = trit_codec.decode(packed, exponent, columns, group, activations.weight_dtype(scale, True))
     return activations.scale_tokens(activations.exact_matmul(codes, weight, True), scale, out_dtype)

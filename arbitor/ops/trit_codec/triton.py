@@ -14,7 +14,7 @@ from torch import Tensor
 
 from arbitor.ops.trit_codec import assembly
 from arbitor.ops.trit_codec.reference import PLANE
-from arbitor.ops.triton import digit, exp2_int, has_halves, has_ptx, is_legal
+from arbitor.ops.triton import digit, exp2_int, grid_of_rows, has_halves, has_ptx, is_legal, part_of_rows
 
 BYTES = 1024
 MAX_BLOCKS = 64  # of a row at once: 2048 bytes, 16 for each of 128 threads
@@ -140,14 +140,14 @@ def _scale(exponents, column, group, groups, used):
 @triton.jit
 def _decode_planes_kernel(
     packed, exponents, weights, wanted, rows, columns, width, group, groups,
-    ROWS: tl.constexpr, WHOLE: tl.constexpr, ASKED: tl.constexpr, PTX: tl.constexpr,
+    ROWS: tl.constexpr, WHOLE: tl.constexpr, TURNED: tl.constexpr, ASKED: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     if ASKED:
         asked = tl.load(wanted)
         if asked == 0:
             return
-    block = tl.program_id(0)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
+    block, part = part_of_rows(TURNED)
+    row = part * ROWS + tl.arange(0, ROWS)[:, None]
     byte = tl.arange(0, 32)[None, :]
     inside = (row < rows) & (byte < 32)
     code = tl.load(packed + row.to(tl.int64) * width + (block * 32 + byte), mask=inside, other=0)
@@ -223,8 +223,7 @@ def decode_rows(packed: Tensor, exponent: Tensor, in_features: int) -> tuple[Ten
     Returns:
         int8 [..., O, I], and 2^exponent as fp32 [..., O]: NaN for a row with an illegal byte.
     """
-    trits, scale, _ = _decode_rows(packed, exponent, in_features, in_features)
-    return trits, scale
+    return _decode_rows(packed, exponent, in_features, in_features, None)
 
 
 def decode_integers(
@@ -242,24 +241,27 @@ def decode_integers(
         int8 [..., O, I]; the scale of a unit, fp32 [..., O], NaN for a row with an illegal byte; int32 [1],
         which is not 0 where the exponents of some row lie too far apart for that, by more than MAX_SHIFT.
     """
-    return _decode_rows(packed, exponent, in_features, group)
+    wide = torch.zeros(1, dtype=torch.int32, device=packed.device)
+    return *_decode_rows(packed, exponent, in_features, group, wide), wide
 
 
 def _decode_rows(
-    packed: Tensor, exponent: Tensor, in_features: int, group: int
-) -> tuple[Tensor, Tensor, Tensor]:
+    packed: Tensor, exponent: Tensor, in_features: int, group: int, wide: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Integers and scales; `wide` is for matrices with several exponents a row."""
     *leading_shape, width = packed.shape
     groups = exponent.shape[-1]
     trits = torch.empty((*leading_shape, in_features), dtype=torch.int8, device=packed.device)
     scale = torch.empty(leading_shape, dtype=torch.float32, device=packed.device)
-    wide = torch.zeros(1, dtype=torch.int32, device=packed.device) if groups > 1 else trits
+    assert groups == 1 or wide is not None
     if scale.numel():
         _decode_rows_kernel[(scale.numel(),)](
-            packed.contiguous(), exponent.contiguous(), trits, scale, wide, in_features, width, group, groups,
-            MAX_SHIFT=MAX_SHIFT, BLOCKS=min(MAX_BLOCKS, triton.next_power_of_2(width // PLANE)),
+            packed.contiguous(), exponent.contiguous(), trits, scale, scale if wide is None else wide,
+            in_features, width, group, groups, MAX_SHIFT=MAX_SHIFT,
+            BLOCKS=min(MAX_BLOCKS, triton.next_power_of_2(width // PLANE)),
             GROUPS=triton.next_power_of_2(groups), GROUPED=groups > 1, PTX=has_ptx(), num_warps=4,
         )  # fmt: skip
-    return trits, scale, wide
+    return trits, scale
 
 
 def decode(
@@ -284,10 +286,11 @@ def decode(
         return weights
     if groups == 1 or group % PLANE == 0:
         tile = tile or TILES[0]
-        _decode_planes_kernel[(width // PLANE, triton.cdiv(rows, tile))](
+        grid, turned = grid_of_rows(width // PLANE, triton.cdiv(rows, tile))
+        _decode_planes_kernel[grid](
             *given, weights if wanted is None else wanted, rows, in_features, width,
             group, groups,
-            ROWS=tile, WHOLE=in_features % (5 * PLANE) == 0, ASKED=wanted is not None,
+            ROWS=tile, WHOLE=in_features % (5 * PLANE) == 0, TURNED=turned, ASKED=wanted is not None,
             PTX=dtype == torch.bfloat16 and has_halves(packed.device), num_warps=tile // 4,
         )  # fmt: skip
     else:

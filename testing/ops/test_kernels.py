@@ -443,16 +443,20 @@ def grouped_case(shape, group, octaves):
 @pytest.mark.parametrize("group", [32, 96])
 @pytest.mark.parametrize("octaves", [6, 9])
 def test_products_with_grouped_exponents_equal_the_reference(shape, group, octaves):
-    """Exactly: every product and sum is an integer below 2^24 times a power of two."""
+    """Exactly up to MAX_SHIFT octaves, since every sum is an integer below 2^24 times a power of two."""
     from arbitor.ops.ternary_linear import triton
     from arbitor.ops.trit_codec import reference
+    from arbitor.ops.trit_codec import triton as trit_codec
 
     codes, trits, scale, exponent = grouped_case(shape, group, octaves)
     packed = trit_pack(trits)
     weight = reference.decode(packed, exponent, shape[-1], group, torch.float64)
     expected = (codes.double() @ weight.t()).float() * scale
-    given = moved(codes, scale, packed, exponent)
-    assert torch.equal(triton.grouped(*given, group, torch.float32).cpu(), expected)
+    found = triton.grouped(*moved(codes, scale, packed, exponent), group, torch.float32).cpu()
+    if octaves <= trit_codec.MAX_SHIFT:
+        assert torch.equal(found, expected)
+    else:  # sums of floats, in an order of the GPU's
+        assert (found - expected).norm() <= 2**-16 * expected.norm()
 
 
 @pytest.mark.parametrize("shape", [(1, 40), (3, 400), (7, 161), (2, 1000)], ids=str)

@@ -26,7 +26,7 @@ from arbitor.ops.triton import (
 )
 
 # Rows of a program; the first is in use, others may be timed.
-TILES = (64, 128, 32)
+TILES = (64, 32)
 
 
 @triton.jit

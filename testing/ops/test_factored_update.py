@@ -15,7 +15,7 @@ CASES = [  # ends of the experts' rows, rows altogether, O, I
     ([0, 0, 0], 3, 5, 7),
     ([2, 2, 9], 9, 37, 161),
     ([0, 3, 3, 4, 5, 5], 7, 18, 40),
-    ([3], 3, 33, 700),
+    ([3], 5, 33, 700),
 ]
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 CONSTANTS = [(128, 64, 63), (128, 80, 64)]
@@ -61,6 +61,7 @@ def expected_update(case, ok, constants):
 def test_equals_state_update_of_the_product(case, ok, constants, monkeypatch):
     monkeypatch.setattr(reference, "WEIGHTS_AT_ONCE", 1000)  # several slices
     packed, accumulator, *rest = factored_case(case)
+    rest[1][case[0][-1] :] = torch.nan  # right, behind the last expert's rows
     flips = torch.tensor(5)
     factored_update(packed, accumulator, *rest, torch.tensor(ok), flips, 12.8, *constants)
     flips -= 5

@@ -10,8 +10,6 @@ Shape letters: M rows (sorted by expert), I in, O out, E experts, P packed bytes
 sum.
 """
 
-import os
-
 import torch
 import triton
 import triton.language as tl
@@ -21,8 +19,8 @@ from arbitor.ops import activations
 from arbitor.ops.activations import triton as activation_kernels
 from arbitor.ops.expert_linear import reference
 from arbitor.ops.int8_matmul import MAX_IN_FEATURES, has_int8_kernels
-from arbitor.ops.ternary_linear.triton import _trits
-from arbitor.ops.triton import exp2_int
+from arbitor.ops.trit_codec.triton import scaled_weights
+from arbitor.ops.triton import digit, exp2_int, has_ptx, is_legal
 
 FEW_ROWS = 64  # altogether, or
 FEW_ROWS_EACH = 16  # for each expert on average, are multiplied by what is decoded on the way
@@ -32,6 +30,53 @@ BYTES = 64  # packed bytes of a row at a time: two blocks of 160 trits
 PROGRAMS = 1024  # about as many as keep a large GPU busy
 MIN_ROWS_EACH = 256  # least output rows of a part of a sum over them
 TILES_AT_ONCE = 8  # tiles of rows that share the weights in the second-level cache
+
+
+# Trits of four bytes at once: a byte and three times a byte fit into 16 bits, so a 32-bit product has two,
+# and the digit in the upper half. Added 127 and with its first bit turned it is the trit. $0...$4 are the
+# planes of trits, $5 is $7 with 1 added in the bytes that packing never produces, $6 are the bytes.
+_PLANE = """
+    mad.lo.u32 e, e, 3, 0x7F007F00;
+    mad.lo.u32 o, o, 3, 0x7F007F00;
+    prmt.b32 a, e, o, 0x7351;
+    xor.b32 ${plane}, a, 0x80808080;
+    and.b32 e, e, 0x00FF00FF;
+    and.b32 o, o, 0x00FF00FF;
+"""
+_TRITS = tl.constexpr(
+    """{
+    .reg .b32 e, o, a;
+    and.b32 e, $6, 0x00FF00FF;
+    shr.u32 o, $6, 8;
+    and.b32 o, o, 0x00FF00FF;
+"""
+    + "".join(_PLANE.replace("{plane}", str(plane)) for plane in range(5))
+    + """
+    add.u32 e, e, 0x000D000D;
+    add.u32 o, o, 0x000D000D;
+    prmt.b32 a, e, o, 0x7351;
+    or.b32 $5, a, $7;
+}"""
+)
+
+
+@triton.jit
+def _trits(code, illegal, PACKED: tl.constexpr):
+    """The five trits (int8) of bytes (uint8), and `illegal` (int8), 1 where a byte is."""
+    if PACKED:
+        t0, t1, t2, t3, t4, illegal = tl.inline_asm_elementwise(
+            _TRITS, "=&r,=&r,=&r,=&r,=&r,=&r,r,r", [code, illegal],
+            dtype=(tl.int8, tl.int8, tl.int8, tl.int8, tl.int8, tl.int8), is_pure=True, pack=4,
+        )  # fmt: skip
+    else:
+        byte = code.to(tl.int32)
+        t0 = (digit(byte, 0) - 1).to(tl.int8)
+        t1 = (digit(byte, 1) - 1).to(tl.int8)
+        t2 = (digit(byte, 2) - 1).to(tl.int8)
+        t3 = (digit(byte, 3) - 1).to(tl.int8)
+        t4 = (digit(byte, 4) - 1).to(tl.int8)
+        illegal |= tl.where(is_legal(byte), 0, 1).to(tl.int8)
+    return t0, t1, t2, t3, t4, illegal
 
 
 @triton.jit
@@ -214,19 +259,15 @@ def _few_rows_backward_kernel(
         used = inside[:, None] & (byte < width)[None, :]
         # Where nothing is, 128 stands for five zeros.
         code = tl.load(packed + row_number[:, None] * width + byte[None, :], mask=used, other=128)
-        t0, t1, t2, t3, t4, illegal = _trits(code, illegal, PACKED)
         dy_at = dy + token.to(tl.int64)[:, None] * rows + row[None, :]
         gradient = tl.load(dy_at, mask=(token < end)[:, None] & inside[None, :], other=0.0)
         gradient = gradient.to(DTYPE)
         if BY_ROW:
             exponent = tl.load(exponents + row_number, mask=inside, other=0).to(tl.int32)
-            gradient = (gradient.to(tl.float32) * exp2_int(exponent)[None, :]).to(DTYPE)
-            s0 = tl.dot(gradient, t0.to(DTYPE), s0, input_precision="ieee")
-            s1 = tl.dot(gradient, t1.to(DTYPE), s1, input_precision="ieee")
-            s2 = tl.dot(gradient, t2.to(DTYPE), s2, input_precision="ieee")
-            s3 = tl.dot(gradient, t3.to(DTYPE), s3, input_precision="ieee")
-            s4 = tl.dot(gradient, t4.to(DTYPE), s4, input_precision="ieee")
+            scale = tl.broadcast_to(exp2_int(exponent)[:, None], (ROWS, BYTES))
+            w0, w1, w2, w3, w4 = scaled_weights(code, scale, scale, scale, scale, scale, PACKED)
         else:
+            t0, t1, t2, t3, t4, illegal = _trits(code, illegal, PACKED)
             legal = tl.zeros((ROWS, BYTES), dtype=tl.int8)  # NaN comes at the end
             at = exponents + tl.where(inside, row_number, 0)[:, None] * groups
             c0 = _columns(first_byte, 0, BYTES)
@@ -235,11 +276,11 @@ def _few_rows_backward_kernel(
             w2 = _weights(t2, legal, at, c0 + 64, columns, group, DTYPE)
             w3 = _weights(t3, legal, at, c0 + 96, columns, group, DTYPE)
             w4 = _weights(t4, legal, at, c0 + 128, columns, group, DTYPE)
-            s0 = tl.dot(gradient, w0, s0, input_precision="ieee")
-            s1 = tl.dot(gradient, w1, s1, input_precision="ieee")
-            s2 = tl.dot(gradient, w2, s2, input_precision="ieee")
-            s3 = tl.dot(gradient, w3, s3, input_precision="ieee")
-            s4 = tl.dot(gradient, w4, s4, input_precision="ieee")
+        s0 = tl.dot(gradient, w0.to(DTYPE), s0, input_precision="ieee")
+        s1 = tl.dot(gradient, w1.to(DTYPE), s1, input_precision="ieee")
+        s2 = tl.dot(gradient, w2.to(DTYPE), s2, input_precision="ieee")
+        s3 = tl.dot(gradient, w3.to(DTYPE), s3, input_precision="ieee")
+        s4 = tl.dot(gradient, w4.to(DTYPE), s4, input_precision="ieee")
     bad = tl.max(illegal.to(tl.int32), axis=0)
     part = parts + tl.program_id(2).to(tl.int64) * tokens * columns
     _store_plane(part, s0, bad, first_byte, token, end, columns, 0, BYTES)
@@ -270,9 +311,16 @@ def _decode_experts_kernel(
         byte = start + tl.arange(0, BYTES)
         used = inside[:, None] & (byte < width)[None, :]
         code = tl.load(packed + packed_row[:, None] * width + byte[None, :], mask=used, other=128)
-        if not INTEGERS:
+        if INTEGERS:
+            t0, t1, t2, t3, t4, illegal = _trits(code, illegal, PACKED)
+        elif BY_ROW:
+            scale_there = tl.broadcast_to(by_row, (ROWS, BYTES))
+            t0, t1, t2, t3, t4 = scaled_weights(
+                code, scale_there, scale_there, scale_there, scale_there, scale_there, PACKED
+            )
+        else:
             illegal = tl.zeros((ROWS, BYTES), dtype=tl.int8)
-        t0, t1, t2, t3, t4, illegal = _trits(code, illegal, PACKED)
+            t0, t1, t2, t3, t4, illegal = _trits(code, illegal, PACKED)
         for plane in tl.static_range(5):
             column = _columns(start, plane, BYTES)
             if plane == 0:
@@ -291,8 +339,7 @@ def _decode_experts_kernel(
             there = inside[:, None, None] & (place < columns)
             if not INTEGERS:
                 if BY_ROW:
-                    value = tl.where(illegal == 0, trit.to(tl.float32) * by_row, float("nan"))
-                    trit = value.to(weights.dtype.element_ty)
+                    trit = trit.to(weights.dtype.element_ty)
                 else:
                     trit = _weights(
                         trit, illegal, exponents_at, column, columns, group, weights.dtype.element_ty
@@ -417,12 +464,12 @@ def product(
     if _has_integer_product(codes, exponent):
         _few_rows_kernel[grid](
             codes, offsets, packed, exponent, scale, y, experts, tokens, rows, columns, width, **sizes,
-            PACKED=_has_ptx(), num_warps=warps, num_stages=3,
+            PACKED=has_ptx(), num_warps=warps, num_stages=3,
         )  # fmt: skip
     else:
         _few_rows_by_group_kernel[grid](
             codes, offsets, packed, exponent, scale, y, experts, tokens, rows, columns, width, group,
-            exponent.shape[-1], **sizes, PACKED=_has_ptx(),
+            exponent.shape[-1], **sizes, PACKED=has_ptx(),
             DTYPE=tl.bfloat16 if codes.is_cuda else tl.float32, num_warps=warps, num_stages=2,
             enable_fp_fusion=False,
         )  # fmt: skip
@@ -478,7 +525,7 @@ def decode_experts(
     scale = torch.empty((experts, rows), dtype=torch.float32, device=packed.device)
     _decode_experts_kernel[(triton.cdiv(rows, 16), experts)](
         packed, offsets, exponent, weights, scale, first, rows, all_rows, columns, width, max(1, group),
-        exponent.shape[-1], ROWS=16, BYTES=BYTES, PACKED=_has_ptx(), INTEGERS=dtype == torch.int8,
+        exponent.shape[-1], ROWS=16, BYTES=BYTES, PACKED=has_ptx(), INTEGERS=dtype == torch.int8,
         BY_ROW=exponent.shape[-1] == 1, num_warps=4,
     )  # fmt: skip
     return weights, scale
@@ -523,7 +570,7 @@ def _few_rows_gradient(
     _few_rows_backward_kernel[(tiles, slots, count)](
         dy, offsets, packed, exponent, parts, experts, tokens, rows, columns, width, group,
         exponent.shape[-1], each, EXPERTS=_places(experts), TOKENS=FEW_TOKENS, ROWS=64, BYTES=BYTES,
-        PACKED=_has_ptx(), BY_ROW=exponent.shape[-1] == 1,
+        PACKED=has_ptx(), BY_ROW=exponent.shape[-1] == 1,
         DTYPE=tl.bfloat16 if dy.dtype == torch.bfloat16 else tl.float32, num_warps=4, num_stages=2,
     )  # fmt: skip
     return parts[0] if count == 1 else parts.sum(dim=0)
@@ -552,11 +599,6 @@ def clear_idle(gradient: Tensor, offsets: Tensor) -> Tensor:
     if gradient.numel():
         _clear_idle_kernel[(triton.cdiv(count, 4096), experts)](gradient, offsets, count, BLOCK=4096)
     return gradient
-
-
-def _has_ptx() -> bool:
-    """Whether assembly for NVIDIA's GPUs can be run: not in the interpreter, nor on AMD's."""
-    return os.environ.get("TRITON_INTERPRET") != "1" and torch.version.hip is None
 
 
 def _places(experts: int) -> int:

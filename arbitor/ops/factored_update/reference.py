@@ -27,9 +27,14 @@ def update(
     rail: int,
 ) -> None:
     """In place; see `arbitor.ops.factored_update.factored_update`."""
-    _, rows, columns = accumulator.shape
+    experts, rows, columns = accumulator.shape
     size = max(1, WEIGHTS_AT_ONCE // max(1, columns))
-    ends = offsets.tolist()
+    if experts == 1:  # without asking a GPU how many tokens it has
+        counts = torch.arange(len(left), device=left.device)[:, None] < offsets
+        left, right = torch.where(counts, left, 0), torch.where(counts, right, 0)
+        ends = [len(left)]
+    else:
+        ends = offsets.tolist()
     for expert, (begin, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
         if begin == end:
             continue

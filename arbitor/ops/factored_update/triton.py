@@ -1,7 +1,7 @@
 """Triton kernel of `factored_update`: the direction of some weights, their votes, flips and repacking.
 
-A program takes a patch of rows and packed bytes of an expert that has rows, which it finds in the offsets.
-Shape letters: R rows of the factors, O out, I in, E experts, P packed bytes a row.
+A program takes a block of 32 packed bytes of some rows of an expert that has rows, which it finds in the
+offsets. Shape letters: R rows of the factors, O out, I in, E experts, P packed bytes a row.
 """
 
 import torch
@@ -10,119 +10,108 @@ import triton.language as tl
 from torch import Tensor
 
 from arbitor.ops.expert_linear.triton import _tile_of
-from arbitor.ops.triton import digit, random_word, round_even
+from arbitor.ops.state_update import assembly
+from arbitor.ops.state_update.triton import _voted
+from arbitor.ops.trit_codec.reference import BLOCK, PLANE
+from arbitor.ops.triton import fixed_point, has_halves, random_word
 
 ROWS = 16
-BYTES = 64  # two blocks of 160 trits
 ANY = tl.constexpr(1 << 30)  # more rows than an expert can have: one tile takes all
 
 
 @triton.jit
-def _columns(first, plane: tl.constexpr, BLOCKS: tl.constexpr):
-    """Columns int32 [1, BLOCKS, 32] of trit `plane` of the packed bytes from number `first` on."""
-    block = tl.arange(0, BLOCKS)[None, :, None] * 160
-    return first // 32 * 160 + block + 32 * plane + tl.arange(0, 32)[None, None, :]
+def _with_product(total, left, right_at, left_columns, byte, WHOLE: tl.constexpr):
+    """The sums [ROWS, 32] of one plane with a token's products."""
+    right = tl.load(right_at + byte, mask=WHOLE | (byte < left_columns), other=0.0)
+    return total + left * right
 
 
 @triton.jit
-def _add_product(total, left, right_at, first, columns, plane: tl.constexpr, BLOCKS: tl.constexpr):
-    column = _columns(first, plane, BLOCKS)
-    return total + left * tl.load(right_at + column, mask=column < columns, other=0.0)
-
-
-@triton.jit
-def _vote(
-    direction, code, value, count, accumulator, row, first, rows, columns, base, factor, key_a, key_b,
-    span, threshold, lowest, rail, plane: tl.constexpr, BLOCKS: tl.constexpr,
-):  # fmt: skip
-    """The digits so far with those of `plane` after their votes, and the flips so far."""
-    column = _columns(first, plane, BLOCKS)
-    used = (row < rows) & (column < columns)
-    element = row * columns + column
-    # `stochastic_floor` of ops/state_update; `factor` is times 2^16 already.
-    fixed = tl.minimum(tl.maximum(direction * factor, -1073741824.0), 1073741824.0)
-    word = random_word(element + base, key_a, key_b)
-    votes = (round_even(fixed).to(tl.int32) + (word & 0xFFFF)) >> 16
-    votes = tl.where(used, votes, 0)
-    trit = digit(code, plane) - 1
-    at = accumulator + element.to(tl.int64)
-    total = votes + tl.load(at, mask=used, other=0).to(tl.int32)
-    flip = tl.where((total >= threshold) & (trit < 1), 1, 0)
-    flip -= tl.where((total <= -lowest) & (trit > -1), 1, 0)
-    flip = tl.where(votes != 0, flip, 0)
-    trit += flip
-    total -= flip * span
-    excess = tl.maximum(total * trit - rail, 0) * trit
-    total -= tl.where(votes != 0, excess, 0)
-    total = tl.minimum(tl.maximum(total, -127), 127)
-    tl.store(at, total.to(tl.int8), mask=used)
-    return value * 3 + tl.where(used, trit + 1, 1), count + tl.abs(flip)
+def _sums(direction, factor, element, key_a, key_b, SPAN: tl.constexpr, PTX: tl.constexpr):
+    """(vote - span) * 2^16 plus what is rounded away: int32, its upper half the vote less the span."""
+    return fixed_point(direction, factor, PTX) + (
+        (random_word(element, key_a, key_b) & 0xFFFF) - (SPAN << 16)
+    )
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def _factored_update_kernel(
     packed, accumulator, left, right, offsets, keys, ok, flips, step, experts, tokens, rows, columns, width,
-    span, threshold, lowest, rail, EXPERTS: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+    SPAN: tl.constexpr, THRESHOLD: tl.constexpr, LOWEST: tl.constexpr, RAIL: tl.constexpr,
+    EXPERTS: tl.constexpr, ROWS: tl.constexpr, WHOLE: tl.constexpr, RULE: tl.constexpr,
+    OPERANDS: tl.constexpr,
 ):  # fmt: skip
+    PTX: tl.constexpr = RULE is not None
     if tl.load(ok) == 0:
         return
-    expert, begin, end = _tile_of(offsets, tl.program_id(1), experts, tokens, ANY, EXPERTS)
+    expert, begin, end = _tile_of(offsets, tl.program_id(2), experts, tokens, ANY, EXPERTS)
     if (begin >= end) | (expert == experts):
         return
-    tiles = tl.cdiv(width, 32 * BLOCKS)
-    first = tl.program_id(0) % tiles * (32 * BLOCKS)
-    row = tl.program_id(0) // tiles * ROWS + tl.arange(0, ROWS)[:, None, None]
+    block = tl.program_id(0)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
+    byte = tl.arange(0, 32)[None, :]
     inside = row < rows
-    d0 = tl.zeros((ROWS, BLOCKS, 32), dtype=tl.float32)
-    d1 = tl.zeros((ROWS, BLOCKS, 32), dtype=tl.float32)
-    d2 = tl.zeros((ROWS, BLOCKS, 32), dtype=tl.float32)
-    d3 = tl.zeros((ROWS, BLOCKS, 32), dtype=tl.float32)
-    d4 = tl.zeros((ROWS, BLOCKS, 32), dtype=tl.float32)
+    # Columns that are left, seen from byte 0 of the plane. What is not used has no vote and stays as it is.
+    cols = columns - block * 160
+    d0 = tl.zeros((ROWS, 32), dtype=tl.float32)
+    d1 = tl.zeros((ROWS, 32), dtype=tl.float32)
+    d2 = tl.zeros((ROWS, 32), dtype=tl.float32)
+    d3 = tl.zeros((ROWS, 32), dtype=tl.float32)
+    d4 = tl.zeros((ROWS, 32), dtype=tl.float32)
     left_at = left + begin.to(tl.int64) * rows + row
-    right_at = right + begin.to(tl.int64) * columns
+    right_at = right + begin.to(tl.int64) * columns + block * 160
     for _ in range(begin, end):
         factor = tl.load(left_at, mask=inside, other=0.0)
-        d0 = _add_product(d0, factor, right_at, first, columns, 0, BLOCKS)
-        d1 = _add_product(d1, factor, right_at, first, columns, 1, BLOCKS)
-        d2 = _add_product(d2, factor, right_at, first, columns, 2, BLOCKS)
-        d3 = _add_product(d3, factor, right_at, first, columns, 3, BLOCKS)
-        d4 = _add_product(d4, factor, right_at, first, columns, 4, BLOCKS)
+        d0 = _with_product(d0, factor, right_at, cols, byte, WHOLE)
+        d1 = _with_product(d1, factor, right_at + 32, cols - 32, byte, WHOLE)
+        d2 = _with_product(d2, factor, right_at + 64, cols - 64, byte, WHOLE)
+        d3 = _with_product(d3, factor, right_at + 96, cols - 96, byte, WHOLE)
+        d4 = _with_product(d4, factor, right_at + 128, cols - 128, byte, WHOLE)
         left_at += rows
         right_at += columns
-    byte = first + tl.arange(0, BLOCKS)[None, :, None] * 32 + tl.arange(0, 32)[None, None, :]
-    whole = inside & (byte < width)
-    here = packed + (expert.to(tl.int64) * rows + row) * width + byte
-    code = tl.load(here, mask=whole, other=0).to(tl.int32)
-    state = accumulator + expert.to(tl.int64) * rows * columns
-    base = (expert.to(tl.int64) * rows * columns).to(tl.int32)
+    element = row * columns + (block * 160 + byte)
+    number = element + (expert.to(tl.int64) * rows * columns).to(tl.int32)
     factor = tl.load(step) * -65536.0
     key_a, key_b = tl.load(keys), tl.load(keys + 1)
-    value = tl.zeros((ROWS, BLOCKS, 32), dtype=tl.int32)
-    count = tl.zeros((ROWS, BLOCKS, 32), dtype=tl.int32)
-    value, count = _vote(
-        d0, code, value, count, state, row, first, rows, columns, base, factor, key_a, key_b,
-        span, threshold, lowest, rail, 0, BLOCKS,
-    )  # fmt: skip
-    value, count = _vote(
-        d1, code, value, count, state, row, first, rows, columns, base, factor, key_a, key_b,
-        span, threshold, lowest, rail, 1, BLOCKS,
-    )  # fmt: skip
-    value, count = _vote(
-        d2, code, value, count, state, row, first, rows, columns, base, factor, key_a, key_b,
-        span, threshold, lowest, rail, 2, BLOCKS,
-    )  # fmt: skip
-    value, count = _vote(
-        d3, code, value, count, state, row, first, rows, columns, base, factor, key_a, key_b,
-        span, threshold, lowest, rail, 3, BLOCKS,
-    )  # fmt: skip
-    value, count = _vote(
-        d4, code, value, count, state, row, first, rows, columns, base, factor, key_a, key_b,
-        span, threshold, lowest, rail, 4, BLOCKS,
-    )  # fmt: skip
-    repacked = value + (13 * value + 242) // 243
-    tl.store(here, repacked.to(tl.uint8), mask=whole)
-    by_row = tl.sum(tl.reshape(count, (ROWS, 32 * BLOCKS)), axis=1)
-    tl.atomic_add(flips, tl.sum(by_row, axis=0).to(tl.int64))
+    code_at = packed + (expert.to(tl.int64) * rows + row) * width + (block * 32 + byte)
+    state_at = accumulator + expert.to(tl.int64) * rows * columns + element
+    u0 = inside & (WHOLE | (byte < cols))
+    u1 = inside & (WHOLE | (byte < cols - 32))
+    u2 = inside & (WHOLE | (byte < cols - 64))
+    u3 = inside & (WHOLE | (byte < cols - 96))
+    u4 = inside & (WHOLE | (byte < cols - 128))
+    code = tl.load(code_at, mask=inside & (byte < 32), other=128)
+    a0 = tl.load(state_at, mask=u0, other=0)
+    a1 = tl.load(state_at + 32, mask=u1, other=0)
+    a2 = tl.load(state_at + 64, mask=u2, other=0)
+    a3 = tl.load(state_at + 96, mask=u3, other=0)
+    a4 = tl.load(state_at + 128, mask=u4, other=0)
+    s0 = _sums(d0, factor, number, key_a, key_b, SPAN, PTX)
+    s1 = _sums(d1, factor, number + 32, key_a, key_b, SPAN, PTX)
+    s2 = _sums(d2, factor, number + 64, key_a, key_b, SPAN, PTX)
+    s3 = _sums(d3, factor, number + 96, key_a, key_b, SPAN, PTX)
+    s4 = _sums(d4, factor, number + 128, key_a, key_b, SPAN, PTX)
+    if PTX:
+        code, a0, a1, a2, a3, a4, count = tl.inline_asm_elementwise(
+            RULE, OPERANDS, [code, a0, a1, a2, a3, a4, s0, s1, s2, s3, s4],
+            dtype=(tl.uint8, tl.int8, tl.int8, tl.int8, tl.int8, tl.int8, tl.int32), is_pure=True, pack=4,
+        )  # fmt: skip
+    else:
+        value = tl.zeros((ROWS, 32), dtype=tl.int32)
+        count = tl.zeros((ROWS, 32), dtype=tl.int32)
+        a0, value, count = _voted(code, a0, s0, value, count, 0, SPAN, THRESHOLD, LOWEST, RAIL, False)
+        a1, value, count = _voted(code, a1, s1, value, count, 1, SPAN, THRESHOLD, LOWEST, RAIL, False)
+        a2, value, count = _voted(code, a2, s2, value, count, 2, SPAN, THRESHOLD, LOWEST, RAIL, False)
+        a3, value, count = _voted(code, a3, s3, value, count, 3, SPAN, THRESHOLD, LOWEST, RAIL, False)
+        a4, value, count = _voted(code, a4, s4, value, count, 4, SPAN, THRESHOLD, LOWEST, RAIL, False)
+        code = (value + (13 * value + 242) // 243).to(tl.uint8)
+    tl.store(state_at, a0, mask=u0)
+    tl.store(state_at + 32, a1, mask=u1)
+    tl.store(state_at + 64, a2, mask=u2)
+    tl.store(state_at + 96, a3, mask=u3)
+    tl.store(state_at + 128, a4, mask=u4)
+    tl.store(code_at, code, mask=inside & (byte < 32))
+    tl.atomic_add(flips, tl.sum(count).to(tl.int64), sem="relaxed")
 
 
 def update(
@@ -146,11 +135,14 @@ def update(
     tokens, width = len(left), packed.shape[-1]
     if not tokens or not accumulator.numel():
         return
-    patches = triton.cdiv(rows, ROWS) * triton.cdiv(width, BYTES)
-    _factored_update_kernel[(patches, min(experts + 1, tokens))](
+    lowest = threshold if 2 * threshold > span else threshold + 1
+    ptx = has_halves(packed.device) and assembly.fits(span, threshold, rail)
+    grid = (width // PLANE, triton.cdiv(rows, ROWS), min(experts + 1, tokens))
+    _factored_update_kernel[grid](
         packed, accumulator, left.contiguous(), right.contiguous(), offsets, keys, ok.view(torch.uint8),
-        flips, step, experts, tokens, rows, columns, width, span, threshold,
-        threshold if 2 * threshold > span else threshold + 1, rail,
-        EXPERTS=triton.next_power_of_2(experts + 1), ROWS=ROWS, BLOCKS=BYTES // 32,
+        flips, step, experts, tokens, rows, columns, width, SPAN=span, THRESHOLD=threshold, LOWEST=lowest,
+        RAIL=rail, EXPERTS=triton.next_power_of_2(experts + 1), ROWS=ROWS, WHOLE=columns % BLOCK == 0,
+        RULE=assembly.rule(span, threshold, lowest, rail, False) if ptx else None,
+        OPERANDS=assembly.constraints() if ptx else None, num_warps=ROWS // 4,  # four bytes a thread
         enable_fp_fusion=False,
     )  # fmt: skip

@@ -20,7 +20,7 @@ from arbitor.ops.int8_matmul import MAX_IN_FEATURES, has_int8_kernels, int8_matm
 from arbitor.ops.thresholds import DEFAULTS, threshold
 from arbitor.ops.trit_codec import triton as trit_codec
 from arbitor.ops.trit_codec.triton import digits, leading, marked
-from arbitor.ops.triton import digit, exp2_int, has_ptx, is_legal
+from arbitor.ops.triton import exp2_int, has_ptx
 
 PAIRED_TOKENS = 4  # up to so many tokens, each takes two of the eight columns that a product has at least
 
@@ -58,52 +58,6 @@ SMALL_TILES = (
     Tile(32, 16, 128, 1, 3),
     Tile(32, 32, 128, 2, 3),
 )
-
-# Trits of four bytes at once: a byte and three times a byte fit into 16 bits, so a 32-bit product has two,
-# and the digit in the upper half. Added 127 and with its first bit turned it is the trit. $0...$4 are the
-# planes of trits, $5 is $7 with 1 added in the bytes that packing never produces, $6 are the bytes.
-_PLANE = """
-    mad.lo.u32 e, e, 3, 0x7F007F00;
-    mad.lo.u32 o, o, 3, 0x7F007F00;
-    prmt.b32 a, e, o, 0x7351;
-    xor.b32 ${plane}, a, 0x80808080;
-    and.b32 e, e, 0x00FF00FF;
-    and.b32 o, o, 0x00FF00FF;
-"""
-_TRITS = tl.constexpr(
-    """{
-    .reg .b32 e, o, a;
-    and.b32 e, $6, 0x00FF00FF;
-    shr.u32 o, $6, 8;
-    and.b32 o, o, 0x00FF00FF;
-"""
-    + "".join(_PLANE.replace("{plane}", str(plane)) for plane in range(5))
-    + """
-    add.u32 e, e, 0x000D000D;
-    add.u32 o, o, 0x000D000D;
-    prmt.b32 a, e, o, 0x7351;
-    or.b32 $5, a, $7;
-}"""
-)
-
-
-@triton.jit
-def _trits(code, illegal, PACKED: tl.constexpr):
-    """The five trits (int8) of bytes (uint8), and `illegal` (int8), 1 where a byte is."""
-    if PACKED:
-        t0, t1, t2, t3, t4, illegal = tl.inline_asm_elementwise(
-            _TRITS, "=&r,=&r,=&r,=&r,=&r,=&r,r,r", [code, illegal],
-            dtype=(tl.int8, tl.int8, tl.int8, tl.int8, tl.int8, tl.int8), is_pure=True, pack=4,
-        )  # fmt: skip
-    else:
-        byte = code.to(tl.int32)
-        t0 = (digit(byte, 0) - 1).to(tl.int8)
-        t1 = (digit(byte, 1) - 1).to(tl.int8)
-        t2 = (digit(byte, 2) - 1).to(tl.int8)
-        t3 = (digit(byte, 3) - 1).to(tl.int8)
-        t4 = (digit(byte, 4) - 1).to(tl.int8)
-        illegal |= tl.where(is_legal(byte), 0, 1).to(tl.int8)
-    return t0, t1, t2, t3, t4, illegal
 
 
 @triton.jit

@@ -63,11 +63,11 @@ class _Read(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         from arbitor.ops.ternary_linear import triton
 
-        codes, scale, rstd = activations.normalize_and_quantize(x, True, True)
+        codes, scale, rstd, sums = triton.quantized(x, True)
         weights = [(linear.T_packed, linear.E) for linear in linears]
         with outside_autocast():
             outputs = [
-                triton.product(codes, scale, packed, exponent, linear.group, out_dtype)
+                triton.product(codes, scale, packed, exponent, linear.group, out_dtype, sums)
                 for linear, (packed, exponent) in zip(linears, weights, strict=True)
             ]
         captures = any(linear.capture is not None for linear in linears)

@@ -244,6 +244,16 @@ def product(
     return activations.scale_tokens(activations.exact_matmul(codes, weight, True), scale, out_dtype)
 
 
+def quantized(
+    x: Tensor, input_norm: bool, squared: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Codes, scale and rstd as `activations.triton.quantize`, and the sums of codes that few tokens need."""
+    sums = None
+    if len(x) <= threshold("few_tokens", x.device):
+        sums = torch.empty((len(x), 1), dtype=torch.int32, device=x.device)
+    return *quantize(x, input_norm, squared, sums=sums), sums
+
+
 def forward(
     x: Tensor,
     packed: Tensor,
@@ -254,9 +264,6 @@ def forward(
     squared: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `reference.forward` of x [N, I], fp32 or narrower, quantised."""
-    sums = None
-    if exponent.shape[-1] == 1 and len(x) <= threshold("few_tokens", x.device):
-        sums = torch.empty((len(x), 1), dtype=torch.int32, device=x.device)
-    codes, scale, rstd = quantize(x, input_norm, squared, sums=sums)
+    codes, scale, rstd, sums = quantized(x, input_norm, squared)
     with torch.autocast(x.device.type, enabled=False):
         return product(codes, scale, packed, exponent, group, out_dtype, sums), codes, scale, rstd

@@ -21,7 +21,7 @@ from arbitor.data.stream import ByteStream
 from arbitor.errors import UserError
 from arbitor.model import ARBModel
 from arbitor.ternary.audit import audit
-from arbitor.train.device import deterministic, peak_memory, resolve_device
+from arbitor.train.device import deterministic, keep_freed_memory, peak_memory, resolve_device
 from arbitor.train.loop import Trainer
 from benchmarks.counts import counts
 from benchmarks.learning.twins import DenseLinear, make_twin
@@ -182,6 +182,8 @@ def _dense(contestant: str, setting: Setting) -> Iterator[Made]:
     if contestant not in CONTESTANTS:
         raise UserError(f"unknown contestant {contestant!r}; choose from {', '.join(CONTESTANTS)}")
     device = resolve_device(setting.device)
+    if not device.is_cuda:
+        keep_freed_memory()  # as the trainer does
     model = ARBModel(config=setting.config().model, device=device.device)
     make_twin(model, DenseLinear)
     if contestant == "dense-bf16":

@@ -14,7 +14,7 @@ SMALL = [
 ]  # fmt: skip
 CODEC = ["--codec-dim", "16", "--codec-layers", "1"]
 PATCHES = ["--image-size", "8", "--image-patch", "4"]
-WITHOUT = ["--code-weight", "0", "--audio-weight", "0"]
+WITHOUT = ["--code-weight", "0", "--audio-weight", "0", "--video-weight", "0"]
 COMMANDS = {
     "vision": (
         arbitor,

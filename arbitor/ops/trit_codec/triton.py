@@ -137,7 +137,7 @@ def _scale(exponents, column, group, groups, used):
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _decode_planes_kernel(
     packed, exponents, weights, wanted, rows, columns, width, group, groups,
     ROWS: tl.constexpr, WHOLE: tl.constexpr, TURNED: tl.constexpr, ASKED: tl.constexpr, PTX: tl.constexpr,

@@ -80,7 +80,7 @@ def _trits(code, illegal, PACKED: tl.constexpr):
 
 
 @triton.jit
-def _tile_of(offsets, slot, experts, tokens, TOKENS: tl.constexpr, EXPERTS: tl.constexpr):
+def tile_of(offsets, slot, experts, tokens, TOKENS: tl.constexpr, EXPERTS: tl.constexpr):
     """Expert, first row and end of the rows of tile number `slot`; first = end if there are fewer tiles.
 
     Expert number `experts` stands for the rows behind the last expert's, up to `tokens`.
@@ -122,7 +122,7 @@ def _few_rows_kernel(
     EXPERTS: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr,
     PACKED: tl.constexpr,
 ):  # fmt: skip
-    expert, first_token, end = _tile_of(offsets, tl.program_id(1), experts, tokens, TOKENS, EXPERTS)
+    expert, first_token, end = tile_of(offsets, tl.program_id(1), experts, tokens, TOKENS, EXPERTS)
     if first_token >= end:
         return
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -185,7 +185,7 @@ def _few_rows_by_group_kernel(
     EXPERTS: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr,
     PACKED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    expert, first_token, end = _tile_of(offsets, tl.program_id(1), experts, tokens, TOKENS, EXPERTS)
+    expert, first_token, end = tile_of(offsets, tl.program_id(1), experts, tokens, TOKENS, EXPERTS)
     if first_token >= end:
         return
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -238,7 +238,7 @@ def _few_rows_backward_kernel(
     EXPERTS: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr,
     PACKED: tl.constexpr, BY_ROW: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    expert, first_token, end = _tile_of(offsets, tl.program_id(1), experts, tokens, TOKENS, EXPERTS)
+    expert, first_token, end = tile_of(offsets, tl.program_id(1), experts, tokens, TOKENS, EXPERTS)
     if (first_token >= end) | (expert == experts):
         return
     first_byte = tl.program_id(0) * BYTES
@@ -363,7 +363,7 @@ def _many_rows_kernel(
     height = tl.minimum(slots - first_slot, TILES)
     within = tile % (TILES * tiles_o)
     slot = first_slot + within % height
-    expert, first_token, end = _tile_of(offsets, slot, experts, tokens, TOKENS, EXPERTS)
+    expert, first_token, end = tile_of(offsets, slot, experts, tokens, TOKENS, EXPERTS)
     if first_token >= end:
         return
     token = first_token + tl.arange(0, TOKENS)

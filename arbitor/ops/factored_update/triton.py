@@ -9,11 +9,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from arbitor.ops.expert_linear.triton import _tile_of
-from arbitor.ops.state_update import assembly
-from arbitor.ops.state_update.triton import _voted
+from arbitor.ops.expert_linear.triton import tile_of
+from arbitor.ops.state_update.triton import (
+    load_state,
+    planes_used,
+    rule_options,
+    sums,
+    vote_and_store,
+)
 from arbitor.ops.trit_codec.reference import BLOCK, PLANE
-from arbitor.ops.triton import fixed_point, has_halves, random_word
 
 ROWS = 16
 ANY = tl.constexpr(1 << 30)  # more rows than an expert can have: one tile takes all
@@ -26,14 +30,6 @@ def _with_product(total, left, right_at, left_columns, byte, WHOLE: tl.constexpr
     return total + left * right
 
 
-@triton.jit
-def _sums(direction, factor, element, key_a, key_b, SPAN: tl.constexpr, PTX: tl.constexpr):
-    """(vote - span) * 2^16 plus what is rounded away: int32, its upper half the vote less the span."""
-    return fixed_point(direction, factor, PTX) + (
-        (random_word(element, key_a, key_b) & 0xFFFF) - (SPAN << 16)
-    )
-
-
 @triton.jit(do_not_specialize=["tokens"])
 def _factored_update_kernel(
     packed, accumulator, left, right, offsets, keys, ok, flips, step, experts, tokens, rows, columns, width,
@@ -44,14 +40,14 @@ def _factored_update_kernel(
     PTX: tl.constexpr = RULE is not None
     if tl.load(ok) == 0:
         return
-    expert, begin, end = _tile_of(offsets, tl.program_id(2), experts, tokens, ANY, EXPERTS)
+    expert, begin, end = tile_of(offsets, tl.program_id(2), experts, tokens, ANY, EXPERTS)
     if (begin >= end) | (expert == experts):
         return
     block = tl.program_id(0)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
     byte = tl.arange(0, 32)[None, :]
     inside = row < rows
-    # Columns that are left, seen from byte 0 of the plane. What is not used has no vote and stays as it is.
+    # Columns that are left, seen from byte 0 of the plane.
     cols = columns - block * 160
     d0 = tl.zeros((ROWS, 32), dtype=tl.float32)
     d1 = tl.zeros((ROWS, 32), dtype=tl.float32)
@@ -75,42 +71,18 @@ def _factored_update_kernel(
     key_a, key_b = tl.load(keys), tl.load(keys + 1)
     code_at = packed + (expert.to(tl.int64) * rows + row) * width + (block * 32 + byte)
     state_at = accumulator + expert.to(tl.int64) * rows * columns + element
-    u0 = inside & (WHOLE | (byte < cols))
-    u1 = inside & (WHOLE | (byte < cols - 32))
-    u2 = inside & (WHOLE | (byte < cols - 64))
-    u3 = inside & (WHOLE | (byte < cols - 96))
-    u4 = inside & (WHOLE | (byte < cols - 128))
-    code = tl.load(code_at, mask=inside & (byte < 32), other=128)
-    a0 = tl.load(state_at, mask=u0, other=0)
-    a1 = tl.load(state_at + 32, mask=u1, other=0)
-    a2 = tl.load(state_at + 64, mask=u2, other=0)
-    a3 = tl.load(state_at + 96, mask=u3, other=0)
-    a4 = tl.load(state_at + 128, mask=u4, other=0)
-    s0 = _sums(d0, factor, number, key_a, key_b, SPAN, PTX)
-    s1 = _sums(d1, factor, number + 32, key_a, key_b, SPAN, PTX)
-    s2 = _sums(d2, factor, number + 64, key_a, key_b, SPAN, PTX)
-    s3 = _sums(d3, factor, number + 96, key_a, key_b, SPAN, PTX)
-    s4 = _sums(d4, factor, number + 128, key_a, key_b, SPAN, PTX)
-    if PTX:
-        code, a0, a1, a2, a3, a4, count = tl.inline_asm_elementwise(
-            RULE, OPERANDS, [code, a0, a1, a2, a3, a4, s0, s1, s2, s3, s4],
-            dtype=(tl.uint8, tl.int8, tl.int8, tl.int8, tl.int8, tl.int8, tl.int32), is_pure=True, pack=4,
-        )  # fmt: skip
-    else:
-        value = tl.zeros((ROWS, 32), dtype=tl.int32)
-        count = tl.zeros((ROWS, 32), dtype=tl.int32)
-        a0, value, count = _voted(code, a0, s0, value, count, 0, SPAN, THRESHOLD, LOWEST, RAIL, False)
-        a1, value, count = _voted(code, a1, s1, value, count, 1, SPAN, THRESHOLD, LOWEST, RAIL, False)
-        a2, value, count = _voted(code, a2, s2, value, count, 2, SPAN, THRESHOLD, LOWEST, RAIL, False)
-        a3, value, count = _voted(code, a3, s3, value, count, 3, SPAN, THRESHOLD, LOWEST, RAIL, False)
-        a4, value, count = _voted(code, a4, s4, value, count, 4, SPAN, THRESHOLD, LOWEST, RAIL, False)
-        code = (value + (13 * value + 242) // 243).to(tl.uint8)
-    tl.store(state_at, a0, mask=u0)
-    tl.store(state_at + 32, a1, mask=u1)
-    tl.store(state_at + 64, a2, mask=u2)
-    tl.store(state_at + 96, a3, mask=u3)
-    tl.store(state_at + 128, a4, mask=u4)
-    tl.store(code_at, code, mask=inside & (byte < 32))
+    u0, u1, u2, u3, u4 = planes_used(inside, byte, cols, WHOLE)
+    present = inside & (byte < 32)
+    code, a0, a1, a2, a3, a4 = load_state(code_at, state_at, present, u0, u1, u2, u3, u4)
+    s0 = sums(d0, factor, number, key_a, key_b, SPAN, PTX)
+    s1 = sums(d1, factor, number + 32, key_a, key_b, SPAN, PTX)
+    s2 = sums(d2, factor, number + 64, key_a, key_b, SPAN, PTX)
+    s3 = sums(d3, factor, number + 96, key_a, key_b, SPAN, PTX)
+    s4 = sums(d4, factor, number + 128, key_a, key_b, SPAN, PTX)
+    count = vote_and_store(
+        code_at, state_at, present, u0, u1, u2, u3, u4, code, a0, a1, a2, a3, a4, s0, s1, s2, s3, s4,
+        SPAN, THRESHOLD, LOWEST, RAIL, False, RULE, OPERANDS,
+    )  # fmt: skip
     tl.atomic_add(flips, tl.sum(count).to(tl.int64), sem="relaxed")
 
 
@@ -135,14 +107,12 @@ def update(
     tokens, width = len(left), packed.shape[-1]
     if not tokens or not accumulator.numel():
         return
-    lowest = threshold if 2 * threshold > span else threshold + 1
-    ptx = has_halves(packed.device) and assembly.fits(span, threshold, rail)
     grid = (width // PLANE, triton.cdiv(rows, ROWS), min(experts + 1, tokens))
     _factored_update_kernel[grid](
         packed, accumulator, left.contiguous(), right.contiguous(), offsets, keys, ok.view(torch.uint8),
-        flips, step, experts, tokens, rows, columns, width, SPAN=span, THRESHOLD=threshold, LOWEST=lowest,
-        RAIL=rail, EXPERTS=triton.next_power_of_2(experts + 1), ROWS=ROWS, WHOLE=columns % BLOCK == 0,
-        RULE=assembly.rule(span, threshold, lowest, rail, False) if ptx else None,
-        OPERANDS=assembly.constraints() if ptx else None, num_warps=ROWS // 4,  # four bytes a thread
+        flips, step, experts, tokens, rows, columns, width,
+        **rule_options(packed.device, span, threshold, rail, reset=False),
+        EXPERTS=triton.next_power_of_2(experts + 1), ROWS=ROWS, WHOLE=columns % BLOCK == 0,
+        num_warps=ROWS // 4,  # four bytes a thread
         enable_fp_fusion=False,
     )  # fmt: skip

@@ -7,7 +7,7 @@ conditions are written as those.
 import torch
 from torch import Tensor
 
-from arbitor.ops.state_update.reference import stochastic_floor
+from arbitor.ops.state_update.reference import lowest_of, stochastic_floor
 from arbitor.ops.trit_codec import cpu as trit_codec
 from arbitor.ops.trit_codec.reference import PLANE
 
@@ -40,7 +40,7 @@ def update(
     voted = total.abs().clamp_max_(1).to(torch.int8)
     trits = trit_codec.unpack(packed, accumulator.shape[-1])
     total.add_(accumulator.to(torch.int16))
-    lowest = threshold if reset or 2 * threshold > span else threshold + 1
+    lowest = lowest_of(span, threshold, reset)
     limited = total.clamp(-128, 127).to(torch.int8)
     # 1 at the threshold and above, -1 at -lowest and below, else 0.
     crossed = limited.clamp(threshold - 1, threshold)

@@ -29,6 +29,11 @@ def stochastic_floor(values: Tensor, factor: float | Tensor, bits: Tensor) -> Te
     return fixed.add_(bits & 0xFFFF).bitwise_right_shift_(16)
 
 
+def lowest_of(span: int, threshold: int, reset: bool) -> int:
+    """How far below zero an accumulator flips a trit down: one further where it could swing back at once."""
+    return threshold if reset or 2 * threshold > span else threshold + 1
+
+
 def update(
     packed: Tensor,
     accumulator: Tensor,
@@ -46,7 +51,7 @@ def update(
     voted = (votes != 0).view(torch.int8)
     trits = trit_codec.unpack(packed, direction.shape[-1])
     total = votes.add_(accumulator)
-    lowest = threshold if reset or 2 * threshold > span else threshold + 1
+    lowest = lowest_of(span, threshold, reset)
     up = (total >= threshold).logical_and_(trits < 1)
     down = (total <= -lowest).logical_and_(trits > -1)
     flip = (up.view(torch.int8) - down.view(torch.int8)).mul_(voted)

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from arbitor.ops.state_update import assembly
+from arbitor.ops.state_update.reference import lowest_of
 from arbitor.ops.trit_codec.reference import BLOCK, PLANE
 from arbitor.ops.triton import (
     dense_rows,
@@ -26,10 +27,34 @@ TILES = (16, 8, 32)
 
 
 @triton.jit
-def _sums(direction, factor, element, key_a, key_b, used, SPAN: tl.constexpr, PTX: tl.constexpr):
+def sums(direction, factor, element, key_a, key_b, SPAN: tl.constexpr, PTX: tl.constexpr):
     """(vote - span) * 2^16 plus what is rounded away: int32, its upper half the vote less the span."""
-    u = tl.load(direction, mask=used, other=0.0)
-    return fixed_point(u, factor, PTX) + ((random_word(element, key_a, key_b) & 0xFFFF) - (SPAN << 16))
+    return fixed_point(direction, factor, PTX) + (
+        (random_word(element, key_a, key_b) & 0xFFFF) - (SPAN << 16)
+    )
+
+
+@triton.jit
+def planes_used(moves, byte, columns, WHOLE: tl.constexpr):
+    """Which weights of each plane there are, of rows that move; `columns` are seen from byte 0 of plane 0."""
+    u0 = moves & (WHOLE | (byte < columns))
+    u1 = moves & (WHOLE | (byte < columns - 32))
+    u2 = moves & (WHOLE | (byte < columns - 64))
+    u3 = moves & (WHOLE | (byte < columns - 96))
+    u4 = moves & (WHOLE | (byte < columns - 128))
+    return u0, u1, u2, u3, u4
+
+
+@triton.jit
+def load_state(code_at, state_at, present, u0, u1, u2, u3, u4):
+    """Packed bytes, and the accumulators of their five planes; 128 stands for five zeros."""
+    code = tl.load(code_at, mask=present, other=128)
+    a0 = tl.load(state_at, mask=u0, other=0)
+    a1 = tl.load(state_at + 32, mask=u1, other=0)
+    a2 = tl.load(state_at + 64, mask=u2, other=0)
+    a3 = tl.load(state_at + 96, mask=u3, other=0)
+    a4 = tl.load(state_at + 128, mask=u4, other=0)
+    return code, a0, a1, a2, a3, a4
 
 
 @triton.jit
@@ -54,6 +79,36 @@ def _voted(
     total -= tl.where(votes != 0, excess, 0)
     total = tl.minimum(tl.maximum(total, -127), 127)
     return total.to(tl.int8), value * 3 + (trit + 1), count + tl.abs(flip)
+
+
+@triton.jit
+def vote_and_store(
+    code_at, state_at, present, u0, u1, u2, u3, u4, code, a0, a1, a2, a3, a4, s0, s1, s2, s3, s4,
+    SPAN: tl.constexpr, THRESHOLD: tl.constexpr, LOWEST: tl.constexpr, RAIL: tl.constexpr,
+    RESET: tl.constexpr, RULE: tl.constexpr, OPERANDS: tl.constexpr,
+):  # fmt: skip
+    """The rule on what `load_state` gave and the `sums` of five planes; stored. Returns the flips, int32."""
+    if RULE is not None:
+        code, a0, a1, a2, a3, a4, count = tl.inline_asm_elementwise(
+            RULE, OPERANDS, [code, a0, a1, a2, a3, a4, s0, s1, s2, s3, s4],
+            dtype=(tl.uint8, tl.int8, tl.int8, tl.int8, tl.int8, tl.int8, tl.int32), is_pure=True, pack=4,
+        )  # fmt: skip
+    else:
+        value = tl.zeros(code.shape, dtype=tl.int32)
+        count = tl.zeros(code.shape, dtype=tl.int32)
+        a0, value, count = _voted(code, a0, s0, value, count, 0, SPAN, THRESHOLD, LOWEST, RAIL, RESET)
+        a1, value, count = _voted(code, a1, s1, value, count, 1, SPAN, THRESHOLD, LOWEST, RAIL, RESET)
+        a2, value, count = _voted(code, a2, s2, value, count, 2, SPAN, THRESHOLD, LOWEST, RAIL, RESET)
+        a3, value, count = _voted(code, a3, s3, value, count, 3, SPAN, THRESHOLD, LOWEST, RAIL, RESET)
+        a4, value, count = _voted(code, a4, s4, value, count, 4, SPAN, THRESHOLD, LOWEST, RAIL, RESET)
+        code = (value + (13 * value + 242) // 243).to(tl.uint8)
+    tl.store(state_at, a0, mask=u0)
+    tl.store(state_at + 32, a1, mask=u1)
+    tl.store(state_at + 64, a2, mask=u2)
+    tl.store(state_at + 96, a3, mask=u3)
+    tl.store(state_at + 128, a4, mask=u4)
+    tl.store(code_at, code, mask=present)
+    return count
 
 
 @triton.jit(do_not_specialize=["rows", "active_matrix_stride"])
@@ -97,45 +152,41 @@ def _update_kernel(
     code_at = packed + matrix * packed_stride + (row * width + (block * 32 + byte))
     u_at = direction + matrix * direction_stride + element
     state_at = accumulator + matrix * accumulator_stride + element
-    # Columns that are left, seen from byte 0 of the plane. What is not used has no vote and stays as it is.
-    left = columns - block * 160
-    u0 = moves & (WHOLE | (byte < left))
-    u1 = moves & (WHOLE | (byte < left - 32))
-    u2 = moves & (WHOLE | (byte < left - 64))
-    u3 = moves & (WHOLE | (byte < left - 96))
-    u4 = moves & (WHOLE | (byte < left - 128))
-    code = tl.load(code_at, mask=moves & (byte < 32), other=128)
-    a0 = tl.load(state_at, mask=u0, other=0)
-    a1 = tl.load(state_at + 32, mask=u1, other=0)
-    a2 = tl.load(state_at + 64, mask=u2, other=0)
-    a3 = tl.load(state_at + 96, mask=u3, other=0)
-    a4 = tl.load(state_at + 128, mask=u4, other=0)
-    s0 = _sums(u_at, factor, element, key_a, key_b, u0, SPAN, PTX)
-    s1 = _sums(u_at + 32, factor, element + 32, key_a, key_b, u1, SPAN, PTX)
-    s2 = _sums(u_at + 64, factor, element + 64, key_a, key_b, u2, SPAN, PTX)
-    s3 = _sums(u_at + 96, factor, element + 96, key_a, key_b, u3, SPAN, PTX)
-    s4 = _sums(u_at + 128, factor, element + 128, key_a, key_b, u4, SPAN, PTX)
-    if PTX:
-        code, a0, a1, a2, a3, a4, count = tl.inline_asm_elementwise(
-            RULE, OPERANDS, [code, a0, a1, a2, a3, a4, s0, s1, s2, s3, s4],
-            dtype=(tl.uint8, tl.int8, tl.int8, tl.int8, tl.int8, tl.int8, tl.int32), is_pure=True, pack=4,
-        )  # fmt: skip
-    else:
-        value = tl.zeros((ROWS, 32), dtype=tl.int32)
-        count = tl.zeros((ROWS, 32), dtype=tl.int32)
-        a0, value, count = _voted(code, a0, s0, value, count, 0, SPAN, THRESHOLD, LOWEST, RAIL, RESET)
-        a1, value, count = _voted(code, a1, s1, value, count, 1, SPAN, THRESHOLD, LOWEST, RAIL, RESET)
-        a2, value, count = _voted(code, a2, s2, value, count, 2, SPAN, THRESHOLD, LOWEST, RAIL, RESET)
-        a3, value, count = _voted(code, a3, s3, value, count, 3, SPAN, THRESHOLD, LOWEST, RAIL, RESET)
-        a4, value, count = _voted(code, a4, s4, value, count, 4, SPAN, THRESHOLD, LOWEST, RAIL, RESET)
-        code = (value + (13 * value + 242) // 243).to(tl.uint8)
-    tl.store(state_at, a0, mask=u0)
-    tl.store(state_at + 32, a1, mask=u1)
-    tl.store(state_at + 64, a2, mask=u2)
-    tl.store(state_at + 96, a3, mask=u3)
-    tl.store(state_at + 128, a4, mask=u4)
-    tl.store(code_at, code, mask=moves & (byte < 32))
+    # What is not used has no vote and stays as it is.
+    u0, u1, u2, u3, u4 = planes_used(moves, byte, columns - block * 160, WHOLE)
+    present = moves & (byte < 32)
+    code, a0, a1, a2, a3, a4 = load_state(code_at, state_at, present, u0, u1, u2, u3, u4)
+    d0 = tl.load(u_at, mask=u0, other=0.0)
+    s0 = sums(d0, factor, element, key_a, key_b, SPAN, PTX)
+    d1 = tl.load(u_at + 32, mask=u1, other=0.0)
+    s1 = sums(d1, factor, element + 32, key_a, key_b, SPAN, PTX)
+    d2 = tl.load(u_at + 64, mask=u2, other=0.0)
+    s2 = sums(d2, factor, element + 64, key_a, key_b, SPAN, PTX)
+    d3 = tl.load(u_at + 96, mask=u3, other=0.0)
+    s3 = sums(d3, factor, element + 96, key_a, key_b, SPAN, PTX)
+    d4 = tl.load(u_at + 128, mask=u4, other=0.0)
+    s4 = sums(d4, factor, element + 128, key_a, key_b, SPAN, PTX)
+    count = vote_and_store(
+        code_at, state_at, present, u0, u1, u2, u3, u4, code, a0, a1, a2, a3, a4, s0, s1, s2, s3, s4,
+        SPAN, THRESHOLD, LOWEST, RAIL, RESET, RULE, OPERANDS,
+    )  # fmt: skip
     tl.atomic_add(flips + matrix, tl.sum(count).to(tl.int64), sem="relaxed")
+
+
+def rule_options(
+    device: torch.device, span: int, threshold: int, rail: int, reset: bool
+) -> dict[str, int | str | None]:
+    """Constants of a kernel that votes: the rule's numbers, and its assembly where that can be run."""
+    lowest = lowest_of(span, threshold, reset)
+    ptx = has_halves(device) and assembly.fits(span, threshold, rail)
+    return {
+        "SPAN": span,
+        "THRESHOLD": threshold,
+        "LOWEST": lowest,
+        "RAIL": rail,
+        "RULE": assembly.rule(span, threshold, lowest, rail, reset) if ptx else None,
+        "OPERANDS": assembly.constraints() if ptx else None,
+    }
 
 
 def update(
@@ -161,8 +212,6 @@ def update(
     if flips.numel() == 0 or rows * columns == 0:
         return flips
     active = active.expand(matrices, active.shape[-2] if active.shape[-2] == 1 else rows, 1)
-    lowest = threshold if reset or 2 * threshold > span else threshold + 1
-    ptx = has_halves(packed.device) and assembly.fits(span, threshold, rail)
     tile = tile or TILES[0]
     grid, turned = grid_of_rows(width // PLANE, triton.cdiv(rows, tile), matrices)
     _update_kernel[grid](
@@ -181,16 +230,11 @@ def update(
         active.stride(0),
         0 if active.shape[-2] == 1 else active.stride(1),
         step,
-        SPAN=span,
-        THRESHOLD=threshold,
-        LOWEST=lowest,
-        RAIL=rail,
+        **rule_options(packed.device, span, threshold, rail, reset),
         RESET=reset,
         ROWS=tile,
         WHOLE=columns % BLOCK == 0,
         TURNED=turned,
-        RULE=assembly.rule(span, threshold, lowest, rail, reset) if ptx else None,
-        OPERANDS=assembly.constraints() if ptx else None,
         num_warps=tile // 4,  # four bytes a thread
         enable_fp_fusion=False,
     )

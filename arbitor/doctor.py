@@ -205,6 +205,8 @@ def _cores() -> int:
 
 
 def _version(package: str) -> str:
+    if package == "torch":
+        return torch.__version__  # which names the build too
     try:
         return version(package)
     except PackageNotFoundError:

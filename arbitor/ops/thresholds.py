@@ -184,8 +184,8 @@ def few_rows(rows: int, device: torch.device) -> Callable[[], None]:
 # the size and below it, so it must call what the threshold decides on.
 Contest = tuple[str, Sequence[int], Callable[[int, torch.device], Callable[[], None]]]
 CONTESTS: Sequence[Contest] = (
-    ("few_tokens", (16, 32, 64, 128, 256, 512), few_tokens),
-    ("small_tile_rows", (1024, 2048, 4096, 8192, 16384), few_rows),
+    ("few_tokens", (1, 4, 8, 16, 32, 64, 128, 256, 512), few_tokens),
+    ("small_tile_rows", (512, 1024, 2048, 4096, 8192, 16384), few_rows),
 )
 
 

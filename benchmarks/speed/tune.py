@@ -151,7 +151,7 @@ def state_update(device: torch.device) -> Iterator[Candidate]:
     moved = matrices * rows * (2 * trit_codec.packed_width(columns) + 6 * columns)
     for tile in triton.TILES:
         yield Candidate(
-            "state update", f"{matrices} x {rows} x {columns}", str(tile),
+            "state update", f"{matrices} x {rows} x {columns}", str(tuple(tile)),
             partial(_update_right, device, tile), partial(_update_work, device, tile),
             "bandwidth", moved,
         )  # fmt: skip
@@ -385,7 +385,7 @@ def _codes_work(device: torch.device, tokens: int, columns: int) -> tuple[Callab
     return lambda: triton.quantize(x, True, sums=sums), 1
 
 
-def _update_right(device: torch.device, tile: int) -> bool:
+def _update_right(device: torch.device, tile: Any) -> bool:
     from arbitor.ops.state_update import triton
 
     generator, shape = _generator(), SMALL_STATE
@@ -403,7 +403,7 @@ def _update_right(device: torch.device, tile: int) -> bool:
     )
 
 
-def _update_work(device: torch.device, tile: int) -> tuple[Callable[[], object], int]:
+def _update_work(device: torch.device, tile: Any) -> tuple[Callable[[], object], int]:
     from arbitor.ops.state_update import triton
 
     matrices, rows, columns = UPDATE

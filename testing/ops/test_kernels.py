@@ -620,8 +620,12 @@ def test_experts_equal_the_reference(workspace, input_norm, squared, monkeypatch
         monkeypatch.setenv("ARB_TERNARY_BACKEND", backend)
         y = experts(x, offsets, squared=squared)
         results.append((y.detach(), *torch.autograd.grad(y, x, dy)))
-    for found, expected in zip(results[1], results[0], strict=True):
-        assert (found - expected).abs().max() <= 2**-23 * (8 + 70**0.5) * expected.abs().max()
+    (expected, expected_dx), (y, dx) = results
+    bound = 2**-23 * (8 + 70**0.5)
+    assert (y - expected).abs().max() <= bound * expected.abs().max()
+    # On a GPU the reference's gradient of the normed input is the library's, in bf16.
+    rounding = 0.0 if DEVICE == "cpu" else 2**-8
+    assert (dx - expected_dx).abs().max() <= (bound + rounding) * expected_dx.abs().max()
 
 
 def test_a_feed_forward_part_equals_the_reference(monkeypatch):

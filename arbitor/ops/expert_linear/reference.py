@@ -116,7 +116,9 @@ def forward(
     """y = quantize(rms_norm(x)) @ (T * 2^E)^T by expert; see `arbitor.ops.expert_linear.expert_linear`."""
     codes, scale, rstd = activations.normalize_and_quantize(x, input_norm, quantize, squared)
     saved = codes.to(torch.int8) if quantize else codes
-    dtype = activations.weight_dtype(x, quantize)
+    # The library's grouped product gives what it takes, and bf16 would round sums.
+    exact = out_dtype == torch.float32
+    dtype = activations.compute_dtype(x) if exact else activations.weight_dtype(x, quantize)
     operand = saved.to(dtype)
     experts, ends = busy_experts(offsets, x.shape[0])
     out_features = packed.shape[1]

@@ -29,17 +29,20 @@ class Tile(NamedTuple):
     persistent: bool = False
 
 
-# The first of each is in use, others may be timed.
+# The first of each that can be launched is in use, others may be timed.
 FEW_TILES = (Tile(16, 64, 128, 4, 4),)
 SOME_TILES = (Tile(64, 128, 128, 4, 4), Tile(64, 256, 128, 4, 4), Tile(128, 128, 128, 4, 3))
 MANY_TILES = (
+    Tile(128, 256, 128, 8, 4, True),
+    Tile(128, 128, 128, 4, 3),
     Tile(128, 256, 128, 8, 3),
     Tile(128, 256, 128, 8, 4),
-    Tile(128, 128, 128, 4, 3),
     Tile(256, 128, 128, 8, 3),
     Tile(128, 256, 128, 8, 3, True),
-    Tile(128, 256, 128, 8, 4, True),
+    Tile(256, 128, 128, 8, 4, True),
+    Tile(128, 128, 128, 8, 4, True),
 )
+PERSISTENT_BYTES = 229_408  # most shared memory that one of these takes for results of two bytes
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -119,13 +122,14 @@ def int8_matmul(
         return y.zero_()
     if not y.numel():
         return y
-    tile = tile or _tile(tokens, rows)
     codes, weight = codes.contiguous(), weight.contiguous()
+    persists = _can_persist(codes, weight, y)
+    tile = tile or _tile(tokens, rows, persists)
     tiles = triton.cdiv(tokens, tile.tokens) * triton.cdiv(rows, tile.rows)
     sizes = {"TOKENS": tile.tokens, "ROWS": tile.rows, "COLUMNS": tile.columns, "TILES": TILES_AT_ONCE}
     launch = {"num_warps": tile.warps, "num_stages": tile.stages}
-    if tile.persistent and _has_descriptors(codes, weight):
-        programs = min(tiles, _processors(codes.device))
+    if tile.persistent and persists:
+        programs = min(tiles, _processors(codes.device)[0])
         _persistent_kernel[(programs,)](
             TensorDescriptor.from_tensor(codes, [tile.tokens, tile.columns]),
             TensorDescriptor.from_tensor(weight, [tile.rows, tile.columns]),
@@ -139,23 +143,34 @@ def int8_matmul(
     return y
 
 
-def _has_descriptors(codes: Tensor, weight: Tensor) -> bool:
-    """Whether the GPU copies tiles of these matrices by itself: since Hopper, aligned to 16 bytes."""
-    aligned = codes.shape[-1] % 16 == 0 and codes.data_ptr() % 16 == 0 and weight.data_ptr() % 16 == 0
-    return aligned and has_halves(codes.device)
+def _can_persist(codes: Tensor, weight: Tensor, y: Tensor) -> bool:
+    """Whether persistent programs can compute a product.
+
+    The GPU must copy tiles of the matrices by itself, as Hopper and data centres' later ones do where memory
+    is aligned to 16 bytes, and have room for the next tile's operands beside results.
+    """
+    if codes.shape[-1] % 16 or codes.data_ptr() % 16 or weight.data_ptr() % 16:
+        return False
+    if codes.device.type != "cuda":
+        return has_halves(codes.device)
+    return y.element_size() == 2 and _processors(codes.device)[1] >= PERSISTENT_BYTES
 
 
 @cache
-def _processors(device: torch.device) -> int:
+def _processors(device: torch.device) -> tuple[int, int]:
+    """How many a GPU has, and bytes of shared memory that a program may take; 0 of what cannot copy tiles."""
     if device.type != "cuda":
-        return 3  # of the interpreter, so that a program has several tiles
-    return torch.cuda.get_device_properties(device).multi_processor_count
+        return 3, 0  # of the interpreter, so that a program has several tiles
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, (
+        properties.shared_memory_per_block_optin if has_halves(device) else 0
+    )
 
 
-def _tile(tokens: int, rows: int) -> Tile:
+def _tile(tokens: int, rows: int, persists: bool) -> Tile:
     """The tile for some tokens and rows."""
     if tokens <= 64:
         return FEW_TILES[0]
     if tokens <= 1024 or rows <= 128:
         return SOME_TILES[0]
-    return MANY_TILES[0]
+    return next(tile for tile in MANY_TILES if persists or not tile.persistent)

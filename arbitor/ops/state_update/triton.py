@@ -1,8 +1,12 @@
 """Triton kernel of `state_update`: votes, flips, repacking and the random bits in one pass.
 
-Shape letters: n matrices, O out, I in, P packed bytes a row. A program takes a block of 32 packed bytes of
-some rows of one matrix; digit d of a byte is one of five weights that stand 32 apart.
+Shape letters: n matrices, O out, I in, P packed bytes a row. A program takes blocks of 32 packed bytes of
+some rows of one matrix; digit d of a byte is one of five weights that stand 32 apart. All loads of a block,
+and of the next ones, are issued ahead of its first store: with loads between stores, the kernel reached
+a third of an H100's bandwidth (docs/kernels.md).
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -22,8 +26,24 @@ from arbitor.ops.triton import (
     random_word,
 )
 
-# Rows of a program, which takes the 32 bytes of one block of each; the first is in use, others may be timed.
-TILES = (16, 8, 32)
+
+class Tile(NamedTuple):
+    """Rows of a program, blocks of 32 bytes of each that it takes, and how many are loaded ahead."""
+
+    rows: int
+    blocks: int
+    stages: int
+
+
+# The first is in use, others may be timed.
+TILES = (
+    Tile(16, 2, 3),
+    Tile(16, 2, 1),
+    Tile(16, 4, 3),
+    Tile(8, 2, 3),
+    Tile(32, 2, 3),
+    Tile(16, 13, 2),
+)
 
 
 @triton.jit
@@ -134,43 +154,48 @@ def _update_kernel(
     RAIL: tl.constexpr,
     RESET: tl.constexpr,
     ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    STAGES: tl.constexpr,
     WHOLE: tl.constexpr,
     TURNED: tl.constexpr,
     RULE: tl.constexpr,
     OPERANDS: tl.constexpr,
 ):
     PTX: tl.constexpr = RULE is not None
-    block, part = part_of_rows(TURNED)
+    across, part = part_of_rows(TURNED)
     row = part * ROWS + tl.arange(0, ROWS)[:, None]
     matrix = tl.program_id(2).to(tl.int64)
     byte = tl.arange(0, 32)[None, :]
     flag = active + matrix * active_matrix_stride + row * active_row_stride
     moves = (row < rows) & (tl.load(flag, mask=row < rows, other=0) != 0)
-    element = row * columns + (block * 160 + byte)
     key_a, key_b = tl.load(keys + 2 * matrix), tl.load(keys + 2 * matrix + 1)
     factor = tl.load(step) * -65536.0
-    code_at = packed + matrix * packed_stride + (row * width + (block * 32 + byte))
-    u_at = direction + matrix * direction_stride + element
-    state_at = accumulator + matrix * accumulator_stride + element
-    # What is not used has no vote and stays as it is.
-    u0, u1, u2, u3, u4 = planes_used(moves, byte, columns - block * 160, WHOLE)
-    present = moves & (byte < 32)
-    code, a0, a1, a2, a3, a4 = load_state(code_at, state_at, present, u0, u1, u2, u3, u4)
-    d0 = tl.load(u_at, mask=u0, other=0.0)
-    s0 = sums(d0, factor, element, key_a, key_b, SPAN, PTX)
-    d1 = tl.load(u_at + 32, mask=u1, other=0.0)
-    s1 = sums(d1, factor, element + 32, key_a, key_b, SPAN, PTX)
-    d2 = tl.load(u_at + 64, mask=u2, other=0.0)
-    s2 = sums(d2, factor, element + 64, key_a, key_b, SPAN, PTX)
-    d3 = tl.load(u_at + 96, mask=u3, other=0.0)
-    s3 = sums(d3, factor, element + 96, key_a, key_b, SPAN, PTX)
-    d4 = tl.load(u_at + 128, mask=u4, other=0.0)
-    s4 = sums(d4, factor, element + 128, key_a, key_b, SPAN, PTX)
-    count = vote_and_store(
-        code_at, state_at, present, u0, u1, u2, u3, u4, code, a0, a1, a2, a3, a4, s0, s1, s2, s3, s4,
-        SPAN, THRESHOLD, LOWEST, RAIL, RESET, RULE, OPERANDS,
-    )  # fmt: skip
-    tl.atomic_add(flips + matrix, tl.sum(count).to(tl.int64), sem="relaxed")
+    flipped = tl.zeros((ROWS, 32), dtype=tl.int32)
+    for ahead in tl.range(0, BLOCKS, num_stages=STAGES):
+        block = across * BLOCKS + ahead
+        element = row * columns + (block * 160 + byte)
+        code_at = packed + matrix * packed_stride + (row * width + (block * 32 + byte))
+        u_at = direction + matrix * direction_stride + element
+        state_at = accumulator + matrix * accumulator_stride + element
+        # What is not used has no vote and stays as it is.
+        u0, u1, u2, u3, u4 = planes_used(moves, byte, columns - block * 160, WHOLE)
+        present = moves & (WHOLE | (byte < width - block * 32))
+        d0 = tl.load(u_at, mask=u0, other=0.0)
+        d1 = tl.load(u_at + 32, mask=u1, other=0.0)
+        d2 = tl.load(u_at + 64, mask=u2, other=0.0)
+        d3 = tl.load(u_at + 96, mask=u3, other=0.0)
+        d4 = tl.load(u_at + 128, mask=u4, other=0.0)
+        code, a0, a1, a2, a3, a4 = load_state(code_at, state_at, present, u0, u1, u2, u3, u4)
+        s0 = sums(d0, factor, element, key_a, key_b, SPAN, PTX)
+        s1 = sums(d1, factor, element + 32, key_a, key_b, SPAN, PTX)
+        s2 = sums(d2, factor, element + 64, key_a, key_b, SPAN, PTX)
+        s3 = sums(d3, factor, element + 96, key_a, key_b, SPAN, PTX)
+        s4 = sums(d4, factor, element + 128, key_a, key_b, SPAN, PTX)
+        flipped += vote_and_store(
+            code_at, state_at, present, u0, u1, u2, u3, u4, code, a0, a1, a2, a3, a4, s0, s1, s2, s3, s4,
+            SPAN, THRESHOLD, LOWEST, RAIL, RESET, RULE, OPERANDS,
+        )  # fmt: skip
+    tl.atomic_add(flips + matrix, tl.sum(flipped).to(tl.int64), sem="relaxed")
 
 
 def rule_options(
@@ -200,7 +225,7 @@ def update(
     threshold: int,
     rail: int,
     reset: bool,
-    tile: int | None = None,
+    tile: Tile | None = None,
 ) -> Tensor:
     """As `reference.update` of bits drawn from `keys`; see `arbitor.ops.state_update.state_update`."""
     assert packed.stride(-2) == packed.shape[-1]
@@ -213,7 +238,8 @@ def update(
         return flips
     active = active.expand(matrices, active.shape[-2] if active.shape[-2] == 1 else rows, 1)
     tile = tile or TILES[0]
-    grid, turned = grid_of_rows(width // PLANE, triton.cdiv(rows, tile), matrices)
+    across = triton.cdiv(width // PLANE, tile.blocks)
+    grid, turned = grid_of_rows(across, triton.cdiv(rows, tile.rows), matrices)
     _update_kernel[grid](
         packed,
         accumulator,
@@ -232,10 +258,12 @@ def update(
         step,
         **rule_options(packed.device, span, threshold, rail, reset),
         RESET=reset,
-        ROWS=tile,
-        WHOLE=columns % BLOCK == 0,
+        ROWS=tile.rows,
+        BLOCKS=tile.blocks,
+        STAGES=tile.stages,
+        WHOLE=columns % (BLOCK * tile.blocks) == 0,
         TURNED=turned,
-        num_warps=tile // 4,  # four bytes a thread
+        num_warps=tile.rows // 4,  # four bytes a thread
         enable_fp_fusion=False,
     )
     return flips

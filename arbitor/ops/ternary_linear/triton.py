@@ -39,23 +39,20 @@ WIDE_TILE = (128, 128, 64, 8, 3)  # tokens, rows and columns of a tile of floats
 
 # For every number of tokens, the first one is in use, and others may be timed.
 LARGE_TILES = (
-    Tile(8, 64, 256, 4, 3),
-    Tile(8, 32, 256, 2, 3),
-    Tile(8, 16, 256, 1, 3),
     Tile(8, 64, 128, 4, 4),
-    Tile(8, 128, 256, 8, 3),
-    Tile(16, 64, 128, 4, 3),
-    Tile(16, 32, 128, 2, 3),
+    Tile(8, 64, 64, 4, 6),
+    Tile(8, 128, 128, 8, 4),
     Tile(16, 128, 128, 8, 3),
-    Tile(32, 64, 128, 4, 3),
+    Tile(16, 64, 64, 4, 5),
     Tile(32, 128, 128, 8, 3),
+    Tile(32, 128, 64, 8, 4),
 )
 SMALL_TILES = (
-    Tile(8, 16, 256, 1, 3),
-    Tile(8, 16, 128, 1, 4),
+    Tile(8, 32, 64, 2, 6),
     Tile(8, 32, 128, 2, 4),
-    Tile(16, 16, 128, 1, 4),
-    Tile(32, 16, 128, 1, 3),
+    Tile(16, 32, 64, 2, 5),
+    Tile(16, 32, 128, 2, 4),
+    Tile(32, 32, 64, 2, 4),
     Tile(32, 32, 128, 2, 3),
 )
 

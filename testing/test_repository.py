@@ -128,7 +128,7 @@ def test_readme_has_exactly_two_set_up_commands_and_ci_runs_them(repository):
     assert list(marked) == ["main", "test"]
     assert all(len(command.splitlines()) == 1 for command in marked.values())
     assert marked["main"].endswith("arbitor train")
-    assert marked["test"].endswith("pytest")
+    assert marked["test"].endswith("pytest -n auto")
     script = (repository / ".ci" / "run").read_text()
     assert "readme_command main" in script
     assert "readme_command test" in script

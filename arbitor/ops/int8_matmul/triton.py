@@ -5,7 +5,7 @@ Shape letters: N tokens, I in, O out.
 """
 
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -161,10 +161,9 @@ def _processors(device: torch.device) -> tuple[int, int]:
     """How many a GPU has, and bytes of shared memory that a program may take; 0 of what cannot copy tiles."""
     if device.type != "cuda":
         return 3, 0  # of the interpreter, so that a program has several tiles
-    properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, (
-        properties.shared_memory_per_block_optin if has_halves(device) else 0
-    )
+    properties: Any = torch.cuda.get_device_properties(device)  # torch's stub lacks some of them
+    shared = properties.shared_memory_per_block_optin if has_halves(device) else 0
+    return properties.multi_processor_count, shared
 
 
 def _tile(tokens: int, rows: int, persists: bool) -> Tile:

@@ -36,8 +36,8 @@ def _value(operand, registers, shape):
 def _execute(name, values):
     operation, *modifiers = name.split(".")
     kind = modifiers[-1]
-    if kind in ("bf16x2", "f16x2"):
-        return _fused(kind, *values)
+    if kind == "bf16x2":
+        return _fused(*values)
     if kind.endswith("x2"):
         return _halves(operation, modifiers, values)
     if operation == "prmt":
@@ -80,17 +80,15 @@ def _halves(operation, modifiers, values):
     return result
 
 
-def _fused(kind, a, b, c):
-    """a b + c of halves, which are floats; exact in fp64 for what kernels compute, and rounded once."""
+def _fused(a, b, c):
+    """a b + c of bf16 halves; exact in fp64 for what kernels compute with it, and rounded once by torch."""
     result = np.zeros_like(a)
     for shift in (0, 16):
-        halves = (((value >> shift) & 0xFFFF).astype(np.uint16) for value in (a, b, c))
-        if kind == "f16x2":
-            x, y, z = (half.view(np.float16).astype(np.float64) for half in halves)
-            rounded = (x * y + z).astype(np.float16).view(np.uint16)
-        else:
-            x, y, z = ((half.astype(np.uint32) << 16).view(np.float32).astype(np.float64) for half in halves)
-            rounded = torch.from_numpy(x * y + z).to(torch.bfloat16).view(torch.int16).numpy()
+        x, y, z = (
+            (((value >> shift) & 0xFFFF) << 16).astype(np.uint32).view(np.float32).astype(np.float64)
+            for value in (a, b, c)
+        )
+        rounded = torch.from_numpy(x * y + z).to(torch.bfloat16).view(torch.int16).numpy()
         result |= (rounded.astype(np.int64) & 0xFFFF).astype(np.uint64) << shift
     return result
 

@@ -26,162 +26,106 @@ PAIRED_TOKENS = 4  # up to so many tokens, each takes two of the eight columns t
 
 
 class Tile(NamedTuple):
-    """Sizes of a program for few tokens: its part of the result, and packed bytes of a row at a time.
-
-    With several `parts`, a power of two and as many as warps, each warp takes its part of those bytes for all
-    the rows, a multiple of 32, and the warps' sums are added at the end. There are then as many times more
-    warps, of which some compute while others wait. `registers` is the most that a thread may take, if not 0.
-    """
+    """Sizes of a program for few tokens: its part of the result, and packed bytes of a row at a time."""
 
     tokens: int
     rows: int
     bytes: int
     warps: int
     stages: int
-    parts: int = 1
-    registers: int = 0
 
 
 WIDE_TILE = (128, 128, 64, 8, 3)  # tokens, rows and columns of a tile of floats; its warps; stages
 
 # For every number of tokens, the first one is in use, and others may be timed.
 LARGE_TILES = (
-    Tile(8, 64, 256, 8, 4, 8, 128),
-    Tile(8, 64, 256, 8, 3, 8, 128),
-    Tile(8, 32, 256, 4, 4, 4, 128),
-    Tile(8, 32, 128, 4, 4, 4),
     Tile(8, 64, 128, 4, 4),
-    Tile(16, 64, 256, 8, 3, 8, 128),
-    Tile(16, 64, 256, 8, 2, 8, 128),
-    Tile(16, 32, 128, 4, 4, 4),
+    Tile(8, 64, 64, 4, 6),
+    Tile(8, 128, 128, 8, 4),
     Tile(16, 128, 128, 8, 3),
+    Tile(16, 64, 64, 4, 5),
     Tile(32, 128, 128, 8, 3),
-    Tile(32, 64, 256, 8, 3, 8),
-    Tile(32, 64, 128, 4, 3, 4),
-    Tile(32, 32, 128, 4, 3, 4),
+    Tile(32, 128, 64, 8, 4),
 )
 SMALL_TILES = (
-    Tile(8, 16, 256, 8, 3, 8),
-    Tile(8, 16, 512, 8, 2, 8),
-    Tile(8, 16, 128, 4, 4, 4),
     Tile(8, 32, 64, 2, 6),
-    Tile(16, 16, 256, 8, 3, 8),
-    Tile(16, 16, 128, 4, 4, 4),
+    Tile(8, 32, 128, 2, 4),
     Tile(16, 32, 64, 2, 5),
-    Tile(32, 16, 256, 8, 2, 8),
-    Tile(32, 16, 128, 4, 3, 4),
+    Tile(16, 32, 128, 2, 4),
     Tile(32, 32, 64, 2, 4),
+    Tile(32, 32, 128, 2, 3),
 )
 
 
-# What parts take is loaded as a matrix and divided afterwards, which costs nothing: loaded as parts, whose
-# bytes of a row lie apart in shared memory, four parts would be written to the same banks.
 @triton.jit
-def _packed(at, used, PARTS: tl.constexpr):
-    """Packed bytes [ROWS, BYTES] or, of several parts, [PARTS, ROWS, EACH]; 0 where they are not used."""
-    code = tl.load(at, mask=used, other=0)
-    if PARTS > 1:
-        code = tl.reshape(code, (code.shape[0], PARTS, code.shape[1] // PARTS))
-        code = tl.permute(code, (1, 0, 2))
-    return code
-
-
-@triton.jit
-def _codes(at, column, end, PARTS: tl.constexpr):
-    """Codes [BYTES, TOKENS] or [PARTS, EACH, TOKENS] of a plane, 0 from column `end`; all rows share them."""
-    code = tl.load(at, mask=column < end, other=0, cache_modifier=".ca")
-    if PARTS > 1:
-        code = tl.reshape(code, (PARTS, code.shape[0] // PARTS, code.shape[1]))
-    return code
-
-
-@triton.jit
-def _full(value: tl.constexpr, dtype, PARTS: tl.constexpr, LENGTH: tl.constexpr, WIDTH: tl.constexpr):
-    """A value in all places of [LENGTH, WIDTH] or, of several parts, [PARTS, LENGTH, WIDTH]."""
-    if PARTS == 1:
-        full = tl.full((LENGTH, WIDTH), value, dtype=dtype)
-    else:
-        full = tl.full((PARTS, LENGTH, WIDTH), value, dtype=dtype)
-    return full
-
-
-@triton.jit
-def _added(sums, PARTS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr):
-    """The sum [ROWS, TOKENS] over the first axis, half by half; `tl.sum` took twice as many instructions."""
-    if PARTS == 1:
-        total = tl.reshape(sums, (ROWS, TOKENS))
-    else:
-        halves = tl.permute(tl.reshape(sums, (2, PARTS // 2, ROWS, TOKENS)), (1, 2, 3, 0))
-        one, other = tl.split(halves)
-        total = _added(one + other, PARTS // 2, ROWS, TOKENS)
-    return total
+def _codes(at, column, left, used, EVEN: tl.constexpr):
+    """Codes [BYTES, TOKENS] of one plane, 0 behind the last column; those of all rows are the same."""
+    if EVEN:
+        return tl.load(at, mask=used, other=0, cache_modifier=".ca")
+    return tl.load(at, mask=used & (column < left), other=0, cache_modifier=".ca")
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def _few_tokens_kernel(
     codes, packed, exponents, scale, sums, y, tokens, rows, columns, width,
-    TOKENS: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr, PARTS: tl.constexpr,
+    TOKENS: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr, EVEN: tl.constexpr,
     PTX: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = TOKENS // 2
-    EACH: tl.constexpr = BYTES // PARTS
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     place = tl.arange(0, TOKENS)[None, :]
-    down = tl.arange(0, BYTES)[:, None]
-    byte = tl.arange(0, BYTES)[None, :]
+    byte = tl.arange(0, BYTES)
     # Beyond the end, tiles read what other tiles read, and do not write.
-    packed_at = packed + (row % rows).to(tl.int64)[:, None] * width + byte
-    column = down // 32 * 160 + down % 32
+    packed_at = packed + (row % rows).to(tl.int64)[:, None] * width + byte[None, :]
+    column = (byte // 32 * 160 + byte % 32)[:, None]
+    everywhere, first_half = place < TOKENS, place < TOKENS
     if PAIRS:
         # Digit k is V_k - 3 V_(k-1). Of a token's two columns, one has the codes of plane k beside V_k, the
         # other those of the next plane, and the difference is taken of the sums, not of every digit.
         column = column + place // HALF * 32
         token = place % HALF
+        first_half = place < HALF
     else:
         token = tl.program_id(1) * TOKENS + place
     codes_at = codes + (token % tokens).to(tl.int64) * columns + column
-    # Nothing is read for tokens that are not there. The last digit is multiplied itself, so that V_4 has no
-    # plane beside its own, nor has that digit.
-    end = tl.where(token < tokens, columns, 0)
-    late_end = tl.where(place < HALF, end, 0) if PAIRS else end
-    total = _full(0, tl.int32, PARTS, ROWS, TOKENS)
-    illegal = _full(0, tl.int32, PARTS, ROWS, 8)
-    plus = _full(1, tl.int8, PARTS, EACH, 8)
-    minus = _full(-1, tl.int8, PARTS, EACH, 8)
+    even = tl.zeros((ROWS, TOKENS), dtype=tl.int32)
+    odd = tl.zeros((ROWS, TOKENS), dtype=tl.int32)
+    illegal = tl.zeros((ROWS, 8), dtype=tl.int32)
+    plus = tl.full((BYTES, 8), 1, dtype=tl.int8)
+    minus = tl.full((BYTES, 8), -1, dtype=tl.int8)
     for first in range(0, width, BYTES):
-        code = _packed(packed_at + first, byte < width - first, PARTS)
-        c0 = _codes(codes_at, column, end, PARTS)
-        c1 = _codes(codes_at + 32, column, end - 32, PARTS)
-        c2 = _codes(codes_at + 64, column, end - 64, PARTS)
-        c3 = _codes(codes_at + 96, column, late_end - 96, PARTS)
-        c4 = _codes(codes_at + 128, column, late_end - 128, PARTS)
-        column += 5 * BYTES
-        codes_at += 5 * BYTES
-        total = tl.dot(leading(code, 1, PTX), c0, total, out_dtype=tl.int32)
-        if PAIRS:
-            total = tl.dot(leading(code, 2, PTX), c1, total, out_dtype=tl.int32)
-            total = tl.dot(leading(code, 3, PTX), c2, total, out_dtype=tl.int32)
-            total = tl.dot(leading(code, 4, PTX), c3, total, out_dtype=tl.int32)
+        if EVEN:
+            code = tl.load(packed_at + first)
         else:
-            total = tl.dot(digits(code, 1, PTX), c1, total, out_dtype=tl.int32)
-            total = tl.dot(digits(code, 2, PTX), c2, total, out_dtype=tl.int32)
-            total = tl.dot(digits(code, 3, PTX), c3, total, out_dtype=tl.int32)
-        total = tl.dot(digits(code, 4, PTX), c4, total, out_dtype=tl.int32)
+            code = tl.load(packed_at + first, mask=byte[None, :] < width - first, other=0)
+        left = columns - 5 * first
+        c0 = _codes(codes_at, column, left, everywhere, EVEN)
+        c1 = _codes(codes_at + 32, column, left - 32, everywhere, EVEN)
+        c2 = _codes(codes_at + 64, column, left - 64, everywhere, EVEN)
+        c3 = _codes(codes_at + 96, column, left - 96, first_half, EVEN)
+        c4 = _codes(codes_at + 128, column, left - 128, first_half, EVEN)
+        even = tl.dot(leading(code, 1, PTX), c0, even, out_dtype=tl.int32)
+        if PAIRS:
+            odd = tl.dot(leading(code, 2, PTX), c1, odd, out_dtype=tl.int32)
+            even = tl.dot(leading(code, 3, PTX), c2, even, out_dtype=tl.int32)
+            odd = tl.dot(leading(code, 4, PTX), c3, odd, out_dtype=tl.int32)
+        else:
+            odd = tl.dot(digits(code, 1, PTX), c1, odd, out_dtype=tl.int32)
+            even = tl.dot(digits(code, 2, PTX), c2, even, out_dtype=tl.int32)
+            odd = tl.dot(digits(code, 3, PTX), c3, odd, out_dtype=tl.int32)
+        even = tl.dot(digits(code, 4, PTX), c4, even, out_dtype=tl.int32)
         # Nothing remains of these but what `marked` adds for bytes that packing never produces.
         illegal = tl.dot(marked(code, PTX), plus, illegal, out_dtype=tl.int32)
         illegal = tl.dot(leading(code, 5, PTX), minus, illegal, out_dtype=tl.int32)
-    if PARTS == 1:
-        strange = tl.max(tl.abs(illegal), axis=1)
-    else:
-        strange = tl.max(tl.max(tl.abs(illegal), axis=2), axis=0)
-        total = _added(total, PARTS, ROWS, TOKENS)
+        codes_at += 5 * BYTES
+    total = even + odd
     if PAIRS:
         total = tl.sum(tl.reshape(total * (1 - place // HALF * 4), (ROWS, 2, HALF)), axis=1)
         token = tl.arange(0, HALF)[None, :]
     used = (row < rows)[:, None] & (token < tokens)
     total -= tl.load(sums + token % tokens)  # digits are trits plus 1
     by_row = exp2_int(tl.load(exponents + row % rows).to(tl.int32))
-    by_row = tl.where(strange == 0, by_row, float("nan"))
+    by_row = tl.where(tl.max(tl.abs(illegal), axis=1) == 0, by_row, float("nan"))
     result = total.to(tl.float32) * by_row[:, None] * tl.load(scale + token % tokens)
     at = y + token.to(tl.int64) * rows + row[:, None]
     tl.store(at, result.to(y.dtype.element_ty), mask=used)
@@ -213,8 +157,7 @@ def few_tokens(
         _few_tokens_kernel[(triton.cdiv(rows, tile.rows), triton.cdiv(tokens, tile.tokens))](
             codes.contiguous(), packed.contiguous(), exponent.contiguous(), scale, sums, y,
             tokens, rows, columns, width, TOKENS=tile.tokens, PAIRS=pairs, ROWS=tile.rows, BYTES=tile.bytes,
-            PARTS=tile.parts, PTX=has_ptx(), num_warps=tile.warps, num_stages=tile.stages,
-            maxnreg=tile.registers or None,
+            EVEN=columns % (5 * tile.bytes) == 0, PTX=has_ptx(), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return y
 

@@ -6,18 +6,14 @@ products, and a digit is such a number less three times the one before, which fo
 a register never borrows.
 """
 
-import struct
-
 PLANES = 5
-# The upper byte of a float of 16 bits between 1280 and 1536, whose lower byte is what is above 1280.
-FLOAT = 0x65
 # Added to 243 q, it carries into the upper byte where q is no byte that packing produces.
 MARK = 13
 
 
 def leading(count: int, mark: int = 0) -> str:
     """$0: the numbers that the first `count` digits of the bytes in $1 make; `mark` is added to 3^count q."""
-    return _block([*_split("$1", FLOAT), *_leading("$0", count, mark)])
+    return _block([*_split("$1"), *_numbers("$0", count, mark)])
 
 
 def digit(plane: int) -> str:
@@ -26,10 +22,10 @@ def digit(plane: int) -> str:
         return leading(1)
     return _block(
         [
-            *_split("$1", FLOAT),
-            *_leading("n0", plane + 1),
-            *_leading("n1", plane),
-            "mad.lo.s32 $0, n1, -3, n0;",
+            *_split("$1"),
+            *_numbers("a", plane + 1),
+            *_numbers("b", plane),
+            "mad.lo.s32 $0, b, -3, a;",
         ]
     )
 
@@ -51,7 +47,7 @@ def trits() -> str:
             "mad.lo.u32 a, a, b, x;",
             f"xor.b32 ${plane}, a, 0x80808080;",
         ]
-    return _block([*lines, *_numbers("a", PLANES, MARK * 0x10001), "xor.b32 $5, a, n4;"])
+    return _block([*lines, *_numbers("a", PLANES, MARK), "xor.b32 $5, a, n4;"])
 
 
 def weights() -> str:
@@ -84,45 +80,18 @@ def weights() -> str:
     return _block(lines)
 
 
-def _split(bytes_: str, upper: int = 0) -> list[str]:
-    """e, o: the even and the odd ones of four bytes, in halves, whose upper bytes are given."""
-    return [f"prmt.b32 e, {bytes_}, {upper:#x}, 0x4240;", f"prmt.b32 o, {bytes_}, {upper:#x}, 0x4341;"]
+def _split(bytes_: str) -> list[str]:
+    """e, o: the even and the odd ones of four bytes, in halves."""
+    return [f"prmt.b32 e, {bytes_}, 0, 0x4240;", f"prmt.b32 o, {bytes_}, 0, 0x4341;"]
 
 
-def _numbers(target: str, count: int, added: int = 0) -> list[str]:
-    """Upper bytes of the halves of 3^count e and o, to which a number of 32 bits is added."""
+def _numbers(target: str, count: int, mark: int = 0) -> list[str]:
+    """Upper bytes of 3^count e and o."""
     return [
-        f"mad.lo.u32 x, e, {3**count}, {added:#x};",
-        f"mad.lo.u32 y, o, {3**count}, {added:#x};",
+        f"mad.lo.u32 x, e, {3**count}, {mark * 0x10001:#x};",
+        f"mad.lo.u32 y, o, {3**count}, {mark * 0x10001:#x};",
         f"prmt.b32 {target}, x, y, 0x7351;",
     ]
-
-
-def _leading(target: str, count: int, mark: int = 0) -> list[str]:
-    """As `leading`, of bytes q that are the lower ones of e and o, which are floats 1280 + q of 16 bits.
-
-    From 1024 to 2048 such floats are whole numbers, so 1280 + 3^k q / 256 less a half is rounded to 1280 and
-    the whole part of the rest. There is a tie for q = 0 only, and its even side is 1280. For the two largest
-    k the number that is added keeps its half in 16 bits. GPUs fuse twice as many of these products and sums
-    as of integers in the same time, and such are most of what a product of few tokens computes.
-    """
-    if count < 4 or mark:
-        # The floats' upper bytes make a known number, which is taken off again.
-        return _numbers(target, count, (mark - 3**count * (FLOAT << 8)) * 0x10001 & 0xFFFFFFFF)
-    times = 3**count / 256
-    return [
-        f"mov.b32 a, {_both(times)};",
-        f"mov.b32 b, {_both(1279.5 - 1280 * times)};",
-        "fma.rn.f16x2 x, e, a, b;",
-        "fma.rn.f16x2 y, o, a, b;",
-        f"prmt.b32 {target}, x, y, 0x6240;",
-    ]
-
-
-def _both(value: float) -> str:
-    """Both halves of a register: a float of 16 bits, rounded."""
-    (bits,) = struct.unpack("<H", struct.pack("<e", value))
-    return f"{bits * 0x10001:#x}"
 
 
 def _block(lines: list[str]) -> str:

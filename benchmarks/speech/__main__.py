@@ -26,11 +26,14 @@ from benchmarks.speech.recogniser import share_right, train_recogniser
 from benchmarks.speech.twins import replace_convolutions
 
 COLUMNS = (
-    *("task", "contestant", "held_out", "lr", "seed", "codec_steps", "steps", "batch"),
+    *("task", "contestant", "held_out", "lr", "seed"),
+    *("dim", "codec_dim", "codes", "codec_steps", "steps", "batch"),
     *("trunk_weights", "recordings", "words_right", "log_mel_distance", "of_median", "recogniser", "seconds"),
     *("commit", "device", "torch", "date"),
 )
-KEY = ("task", "contestant", "held_out", "lr", "seed", "codec_steps", "steps", "batch")
+SIZES = ("dim", "codec_dim", "codes", "codec_steps", "steps", "batch")
+KEY = ("task", "contestant", "held_out", "lr", "seed", *SIZES)
+TINY = preset("tiny").model
 RATES = {"trits-full": (0.05, 0.025, 0.1), "dense-adamw": (0.002, 0.001, 0.004)}
 TENTH = "0.1"
 TIMES_SPOKEN = 20
@@ -82,10 +85,14 @@ def compare(options: argparse.Namespace) -> int:
 
 
 def mine(rows: Sequence[Row], task: str, contestant: str, options: argparse.Namespace) -> list[Row]:
-    """The rows of one task and contestant that were trained as long as is asked for now."""
-    wanted = (task, contestant, str(options.codec_steps), str(options.steps), str(options.batch))
-    keys = ("task", "contestant", "codec_steps", "steps", "batch")
-    return [row for row in rows if tuple(row[key] for key in keys) == wanted]
+    """The rows of one task and contestant of the sizes, trained as long, that are asked for now."""
+    wanted = {"task": task, "contestant": contestant} | sizes(options)
+    return [row for row in rows if wanted.items() <= row.items()]
+
+
+def sizes(options: argparse.Namespace) -> dict[str, str]:
+    """Those columns of a row that the command line decides on."""
+    return {name: str(getattr(options, name)) for name in SIZES}
 
 
 def next_run(rows: Sequence[Row], folds: Sequence[str], rates: Sequence[float]) -> tuple[str, float] | None:
@@ -114,7 +121,9 @@ def measure(
         audio_samples=options.rate,
         batch=options.batch,
         seed=run.seed,
-        **({} if options.dim is None else {"dim": options.dim}),
+        dim=options.dim,
+        audio_dim=options.codec_dim,
+        audio_codes=options.codes,
     )
     trainee = build_pipeline(run, config.model, device)
     began = time.perf_counter()
@@ -137,9 +146,7 @@ def measure(
         "held_out": fold,
         "lr": format(run.lr, "g"),
         "seed": str(run.seed),
-        "codec_steps": str(options.codec_steps),
-        "steps": str(options.steps),
-        "batch": str(options.batch),
+        **sizes(options),
         "trunk_weights": str(trainee.trunk_weights()),
         "recordings": str(len(corpus.train)),
         "words_right": format(right, ".5f"),
@@ -203,7 +210,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--speaker", action="append", help="to hold out; default each in turn")
     parser.add_argument("--sweep", action="store_true", help="try three rates on the first speaker")
     parser.add_argument("--rate", type=int, default=8000, help="samples a second")
-    parser.add_argument("--dim", type=int, help="width of the model; default that of tiny")
+    parser.add_argument("--dim", type=int, default=TINY.dim, help="width of the model")
+    parser.add_argument("--codec-dim", type=int, default=TINY.audio_dim, help="width of the codec")
+    parser.add_argument("--codes", type=int, default=TINY.audio_codes, help="of a fiftieth of a second")
     parser.add_argument("--codec-steps", type=int, default=3000)
     parser.add_argument("--steps", type=int, default=3000, help="of listening or speaking")
     parser.add_argument("--batch", type=int, default=32)

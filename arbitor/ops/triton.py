@@ -4,7 +4,9 @@ Kernels that must equal the reference bit for bit are launched with `enable_fp_f
 multiply-add would round once where the reference rounds twice.
 """
 
+import contextlib
 import functools
+import importlib
 import os
 import threading
 from pathlib import Path
@@ -133,13 +135,28 @@ def refuse_shared_cache(folder: Path) -> None:
 def hash_compiler() -> threading.Thread | None:
     """Begin what Triton does ahead of a process's first kernel, a hash of its 400 MB of compiler (0.3 s).
 
-    Meanwhile the process makes its model. None where this version of Triton keeps the hash elsewhere.
+    Meanwhile the process makes its model. A kernel that comes sooner waits for it, where Triton would begin
+    anew. None where this version of Triton keeps the hash elsewhere.
     """
     try:
-        from triton.runtime.cache import triton_key
-    except ImportError:
+        from triton.runtime import cache
+
+        hashed = cache.triton_key
+    except (ImportError, AttributeError):
         return None
-    thread = threading.Thread(target=triton_key, daemon=True)
+
+    def begin() -> None:
+        with contextlib.suppress(Exception):  # an experiment, which a first launch looks into
+            importlib.import_module("triton.experimental.gluon")
+        hashed()
+
+    thread = threading.Thread(target=begin, daemon=True)
+
+    def wait() -> str:
+        thread.join()
+        return hashed()
+
+    cache.triton_key = wait
     thread.start()
     return thread
 

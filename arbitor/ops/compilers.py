@@ -1,4 +1,4 @@
-"""Processes that run Triton's compiler: half of it is Python, of which threads of one process run one at a time.
+"""Processes that run Triton's compiler, half of which is Python, where threads of a process take turns.
 
 They are forked, so that they need not import torch again, and ahead of this process's first use of CUDA,
 whose state a fork must not inherit; they are told which GPU to compile for and never ask one. What they
@@ -73,8 +73,10 @@ class Compilers:
             self._control.send(target)
         except OSError:  # the leader is gone, and with it the others
             self._ends = []
-        for end in self._ends or [None]:
+        for end in self._ends:
             self._idle.put(end)
+        if not self._ends:
+            self._idle.put(None)
 
     def compile(self, source: Any, options: Mapping[str, Any]) -> bool | None:
         """Compile into Triton's cache, as the first that is idle; for threads.
@@ -242,6 +244,7 @@ def _prepare() -> None:
         import triton.experimental.gluon  # noqa: F401, which a first launch imports
 
         importlib.import_module("triton.runtime.cache").triton_key()
+        importlib.import_module("triton.backends.nvidia.driver").library_dirs()  # asks where CUDA's lies
     for module in sorted(Path(__file__).parent.glob("*/triton.py")):
         with contextlib.suppress(Exception):
             importlib.import_module(f"{__package__}.{module.parent.name}.triton")

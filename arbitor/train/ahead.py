@@ -54,21 +54,27 @@ def compile_for_run(config: RunConfig, device: Device, note: Callable[[str], Non
 
     Costs a look at a file where that was done before, on this GPU with these kernels; the file lies in
     Triton's cache, so that it goes where that goes. Where it is wrong, kernels are compiled when they are
-    launched. So are those of media other than text, and those of samples.
+    launched. So are those of audio, of video, of the parts for images, and of samples.
 
     Args:
         config: of the run.
         device: where it runs; anything but a GPU with kernels needs nothing.
         note: is given a line about what was compiled, if something was.
     """
-    if not device.is_cuda or not uses_kernels() or config.model.memory_host:
+    try:
+        if device.is_cuda and uses_kernels() and not (config.data.audio_task or config.data.video_task):
+            _compile_once(config, device, note)
+    except torch.cuda.OutOfMemoryError:
+        pass  # which training will say as well, if there is no room for it
+    finally:
         compilers.end_compilers()
-        return
+
+
+def _compile_once(config: RunConfig, device: Device, note: Callable[[str], None]) -> None:
     from arbitor.ops.triton import cache_folder
 
     mark = cache_folder() / "arbitor" / _name(config, device)
-    if mark.exists():
-        compilers.end_compilers()
+    if mark.exists() or config.model.memory_host:  # of which there shall not be two at once
         return
 
     def own_shape(changes: list[int]) -> list[tuple[int, int]]:
@@ -77,13 +83,7 @@ def compile_for_run(config: RunConfig, device: Device, note: Callable[[str], Non
             return [(train.batch, ctx)]
         return step_shapes(ctx, changes)[:1]
 
-    try:
-        compiled = _compile(config, device, None, own_shape, min(config.train.accum, MICRO_BATCHES))
-    except torch.cuda.OutOfMemoryError:
-        return  # which training will say as well, if there is no room for it
-    finally:
-        compilers.end_compilers()
-    torch.cuda.reset_peak_memory_stats(device.device)
+    compiled = _compile(config, device, None, own_shape, min(config.train.accum, MICRO_BATCHES))
     _write(mark)
     if compiled.new:
         note(f"compiled {compiled.new} kernels with {workers(compiled)} in {compiled.seconds:.1f} s")
@@ -139,7 +139,9 @@ def _changes(model: ARBModel, device: torch.device) -> Iterator[int]:
     yield from (width for width in widths[:-1] if width < few)  # the widest has all the others
     iterations = config.max_moe_iters if model.core is not None else 1
     # How much of a gradient stays in factors, until the product takes less memory.
-    most = max((_dense_from(name, module, config, iterations) for name, module in _matrices(model)), default=1)
+    most = max(
+        (_dense_from(name, module, config, iterations) for name, module in _matrices(model)), default=1
+    )
     yield most
     yield from _turns(lambda tokens: int8_matmul._tile(tokens, MANY_ROWS, True))
     if model.core is None:
@@ -234,6 +236,7 @@ def _compile(
     gc.collect()
     if device.is_cuda:
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device.device)
     return report
 
 

@@ -44,7 +44,8 @@ assert before == (jit.JITFunction.run, torch.empty, torch.empty_like, knobs.comp
 
 # What the scripts below begin with.
 FORKED = """
-import os, signal, subprocess, sys, threading, time
+import contextlib, os, signal, subprocess, sys, threading, time
+from pathlib import Path
 os.environ["TRITON_INTERPRET"] = "0"
 import torch, triton
 from triton.runtime import driver
@@ -72,9 +73,13 @@ def work():
     )
 
 def group(leader=processes._leader):
-    listed = subprocess.run(["ps", "-eo", "pgid=,pid=,stat="], capture_output=True, text=True).stdout
-    rows = [line.split() for line in listed.splitlines()]
-    return [int(pid) for pgid, pid, stat in rows if int(pgid) == leader and stat[0] != "Z"]
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            state, _, pgid = stat.read_text().rpartition(")")[2].split()[:3]
+            if int(pgid) == leader and state != "Z":
+                found.append(int(stat.parent.name))
+    return found
 
 def is_empty():
     deadline = time.monotonic() + 20
@@ -87,7 +92,8 @@ PROCESSES = """
 with compiled_ahead(torch.device("cpu"), processes=processes) as report:
     work()
 print(report.kernels, report.new, report.by_processes, report.processes, len(group()))
-print(sorted(kernel.compile.__name__ for kernel in (codec._decode_rows_kernel, int8_matmul._persistent_kernel)))
+kernels = codec._decode_rows_kernel, int8_matmul._persistent_kernel
+print(sorted(kernel.compile.__name__ for kernel in kernels))  # as it was
 processes.end()
 assert is_empty() and processes.ended
 processes.end()
@@ -227,7 +233,7 @@ def test_processes_are_forked_where_they_are_of_use_and_may_be(monkeypatch, tmp_
 
 
 def test_a_process_that_compiles_asks_no_gpu():
-    with pytest.raises(RuntimeError, match="was to use CUDA .*get_current_device"):
+    with pytest.raises(RuntimeError, match=r"was to use CUDA .*get_current_device"):
         compilers._NoGPU().get_current_device()
 
 

@@ -154,6 +154,24 @@ group.__defaults__ = (leader,)
 assert is_empty()
 """
 
+KEYS = """
+import importlib, os, sys
+os.environ["TRITON_INTERPRET"] = "0"
+from pathlib import Path
+from triton.runtime.jit import JITFunction
+import arbitor.ops
+kernels = {}
+for source in sorted(Path(arbitor.ops.__file__).parent.glob("*/triton.py")):
+    module = importlib.import_module(f"arbitor.ops.{source.parent.name}.triton")
+    for name, value in vars(module).items():
+        if isinstance(value, JITFunction):
+            kernels[f"{value.fn.__module__}.{name}"] = value
+order = sorted(kernels, reverse=sys.argv[1] == "backwards")
+keys = {name: kernels[name].cache_key for name in order}
+for name in sorted(keys):
+    print(name, keys[name])
+"""
+
 HASH = """
 import os
 os.environ["TRITON_INTERPRET"] = "0"
@@ -185,6 +203,12 @@ def run(command, repository, cache):
 def test_each_kernel_is_compiled_once_and_found_in_the_cache_later(repository, tmp_path):
     assert run(["-c", AHEAD], repository, tmp_path) == ["2 2 2 0", "refused"]
     assert run(["-c", AHEAD], repository, tmp_path) == ["2 0 2 0", "refused"]
+
+
+def test_the_key_of_a_kernel_does_not_depend_on_those_before_it(repository, tmp_path):
+    forwards, backwards = (run(["-c", KEYS, way], repository, tmp_path) for way in ("forwards", "backwards"))
+    assert len(forwards) > 60
+    assert forwards == backwards
 
 
 def test_processes_find_the_keys_under_which_this_one_looks(repository, tmp_path):

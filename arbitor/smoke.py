@@ -18,10 +18,11 @@ from arbitor.config import RunConfig, override
 from arbitor.config import preset as preset_config
 from arbitor.flags import PartFlags
 from arbitor.model import ARBModel
-from arbitor.ops import thresholds
-from arbitor.ops.precompile import Compiled, compiled_ahead
+from arbitor.ops import compilers, thresholds
+from arbitor.ops.precompile import Compiled
 from arbitor.ternary import VoteOptimizer
 from arbitor.ternary.audit import audit
+from arbitor.train.ahead import compile_steps, workers
 from arbitor.train.device import (
     Device,
     backend,
@@ -34,9 +35,6 @@ from arbitor.train.report import describe_parts, print_rows
 
 MB = 1e6
 FAILED = 1
-# Bytes of the batches of a warm-up: kernels are chosen by tokens up to 16, 64, 1,024 and beyond, or by what
-# thresholds say that were measured.
-WARM_SIZES = (16, 32, 64, 1000, 2048)
 WORDS_AT_ONCE = 1 << 18  # of 8 bytes; the temporaries of a fingerprint must not show in the peak
 
 Result = TypeVar("Result")
@@ -139,13 +137,18 @@ def run(
     base = preset_config(preset)
     own = {} if ctx is None else {"ctx": ctx}
     config = override(base, state=state, seed=seed, batch=batch, **own, **parts.settings(base.model))
+    if warmup and device != "cpu":
+        compilers.fork_compilers()
     place = resolve_device(device)
     for line in parts.notes(base.model):
         note(line)
     if not as_json:
         patience = "" if place.is_cuda else "; a large model takes minutes on a CPU"
         note(f"two passes over {batch} x {config.model.ctx} bytes on {place.name}{patience}")
-    warm = warm_up(config, place) if warmup else None
+    try:
+        warm = warm_up(config, place) if warmup else None
+    finally:
+        compilers.end_compilers()
     if warmup and warm is None:
         note("--warmup does nothing without a GPU and Triton: there are no kernels to compile")
     measured = measure(config, place, backward, warm)
@@ -177,33 +180,6 @@ def warm_up(config: RunConfig, device: Device) -> Compiled | None:
             thresholds.path(), thresholds.identity(device.device), thresholds.measure(device.device)
         )
     return compile_steps(config, device)
-
-
-def compile_steps(config: RunConfig, device: Device, threads: int | None = None) -> Compiled:
-    """Compile the kernels of training steps, as `warm_up` does, and measure nothing."""
-    with deterministic(config.train.seed, device.device), compiled_ahead(device.device, threads) as report:
-        model = ARBModel(config=config.model, device=device.device)
-        optimizer = VoteOptimizer(model, rule=config.train.rule, state=config.train.state)
-        for batch, ctx in step_shapes(config.model.ctx):
-            ids_BL = torch.randint(0, 256, (batch, ctx))
-            try:
-                loss = model(ids_BL, targets=ids_BL).loss
-                assert loss is not None
-                optimizer.note_loss(loss)
-                loss.backward()
-            except torch.cuda.OutOfMemoryError:  # nor will there be room for training on so many bytes
-                break
-            optimizer.step()
-    return report
-
-
-def step_shapes(ctx: int) -> list[tuple[int, int]]:
-    """Batches and contexts, of so many bytes in all that every kernel is launched that some batch needs."""
-    shapes = []
-    for size in WARM_SIZES:
-        length = min(size, ctx)
-        shapes.append((-(-size // length), length))
-    return shapes
 
 
 def measure(config: RunConfig, device: Device, backward: bool, warm: Compiled | None = None) -> Smoke:
@@ -336,7 +312,7 @@ def _rows(measured: Smoke, device: Device) -> dict[str, str]:
 def _warm_text(warm: Compiled) -> str:
     return (
         f"{warm.kernels} for training steps, {warm.new} of them new and the rest in the cache; "
-        f"{warm.seconds:.1f} s on {warm.threads} threads"
+        f"{warm.seconds:.1f} s with {workers(warm)}"
     )
 
 

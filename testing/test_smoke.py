@@ -282,12 +282,12 @@ def measured_with_note(capsys):
 
 
 def test_what_was_compiled_ahead_is_told(capsys, monkeypatch):
-    compiled = Compiled(kernels=30, new=10, seconds=2.25, threads=4)
+    compiled = Compiled(kernels=30, new=10, seconds=2.25, threads=4, processes=4, by_processes=10)
     monkeypatch.setattr(smoke_module, "warm_up", lambda *_: compiled)
     _, out, _ = smoke(capsys, "--warmup")
-    assert re.search(r"kernels +30 for training steps, 10 of them new .*; 2\.2 s on 4 threads", out)
+    assert re.search(r"kernels +30 for training steps, 10 of them new .*; 2\.2 s with 4 processes", out)
     assert measured_with_note(capsys)["warm_up"] == {
-        "kernels": 30, "new": 10, "seconds": 2.25, "threads": 4
+        "kernels": 30, "new": 10, "seconds": 2.25, "threads": 4, "processes": 4, "by_processes": 10
     }  # fmt: skip
 
 
@@ -308,27 +308,37 @@ def test_a_warm_up_measures_where_nobody_did(monkeypatch, tmp_path):
     thresholds.table.cache_clear()
 
 
-@pytest.mark.parametrize("ctx", [16, 128, 4096])
-def test_a_warm_up_has_batches_of_every_size_within_the_context(ctx):
-    shapes = smoke_module.step_shapes(ctx)
-    assert all(length <= ctx for _, length in shapes)
-    for (batch, length), size in zip(shapes, smoke_module.WARM_SIZES, strict=True):
-        assert size <= batch * length < size + length
+STEPS = """
+import torch
+from arbitor.model import ARBModel
+from arbitor.ternary import VoteOptimizer
+model = ARBModel("tiny", device="cuda")
+optimizer = VoteOptimizer(model, state="lean")
+for number in range(50):
+    ids = torch.randint(0, 256, (1 + number % 5, 16 + 13 * number))
+    model(ids, targets=ids).loss.backward()
+    optimizer.step()
+torch.cuda.synchronize()
+"""
 
 
 @pytest.mark.gpu
-def test_a_warm_up_leaves_nothing_to_compile(capsys, monkeypatch, tmp_path):
+@pytest.mark.parametrize("few_tokens", [0, 8, 64])
+def test_a_warm_up_leaves_nothing_to_compile(monkeypatch, tmp_path, few_tokens):
     tmp_path.chmod(0o700)
+    table = tmp_path / "table.json"
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
-    monkeypatch.setenv(thresholds.VARIABLE, str(tmp_path / "table.json"))
-    command = [sys.executable, "-m", "arbitor", "smoke", "--preset", "tiny", "--backward", "--json"]
-    news, counts = [], []
-    for flags in (["--warmup"], ["--warmup"], ["--batch", "3", "--ctx", "24"]):
-        done = subprocess.run([*command, *flags], capture_output=True, text=True, check=False)
+    monkeypatch.setenv(thresholds.VARIABLE, str(table))
+    values = {"few_tokens": few_tokens, "small_tile_rows": 0 if few_tokens < 64 else 8191}
+    thresholds.write(table, thresholds.identity(torch.device("cuda", 0)), values)
+    command = ["-m", "arbitor", "smoke", "--preset", "tiny", "--backward", "--json", "--warmup"]
+    counts, outputs = [], []
+    for arguments in (command, command, ["-c", STEPS]):
+        done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-        warm = json.loads(done.stdout)["warm_up"]
-        news.append(None if warm is None else warm["new"])
+        outputs.append(done.stdout)
         counts.append(len(list((tmp_path / "triton").rglob("*.cubin"))))
-    assert news[0] > 10
-    assert news[1:] == [0, None]
+    first, second = (json.loads(output)["warm_up"] for output in outputs[:2])
+    assert first["by_processes"] == first["new"] == first["kernels"] > 10
+    assert (second["new"], second["kernels"]) == (0, first["kernels"])
     assert counts[0] == counts[1] == counts[2]

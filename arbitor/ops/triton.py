@@ -4,10 +4,13 @@ Kernels that must equal the reference bit for bit are launched with `enable_fp_f
 multiply-add would round once where the reference rounds twice.
 """
 
+import contextlib
 import functools
+import importlib
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -129,17 +132,52 @@ def refuse_shared_cache(folder: Path) -> None:
         )
 
 
+def _make_keys_unique() -> None:
+    """Let a kernel have the same key in Triton's cache whichever kernels were launched before it.
+
+    The key holds the constants of the functions that a kernel calls only if those have a key already, from
+    another kernel: processes that launch in another order would compile anew what lies in the cache.
+    """
+    try:
+        from triton.runtime.jit import DependenciesFinder
+
+        add = DependenciesFinder._update_hash
+    except (ImportError, AttributeError):  # of a version that does it in another way
+        return
+
+    def add_with_key(finder: Any, function: Any) -> None:
+        function.cache_key  # noqa: B018, which is made now
+        add(finder, function)
+
+    DependenciesFinder._update_hash = add_with_key
+
+
 @functools.cache
 def hash_compiler() -> threading.Thread | None:
     """Begin what Triton does ahead of a process's first kernel, a hash of its 400 MB of compiler (0.3 s).
 
-    Meanwhile the process makes its model. None where this version of Triton keeps the hash elsewhere.
+    Meanwhile the process makes its model. A kernel that comes sooner waits for it, where Triton would begin
+    anew. None where this version of Triton keeps the hash elsewhere.
     """
     try:
-        from triton.runtime.cache import triton_key
-    except ImportError:
+        from triton.runtime import cache
+
+        hashed = cache.triton_key
+    except (ImportError, AttributeError):
         return None
-    thread = threading.Thread(target=triton_key, daemon=True)
+
+    def begin() -> None:
+        with contextlib.suppress(Exception):  # an experiment, which a first launch looks into
+            importlib.import_module("triton.experimental.gluon")
+        hashed()
+
+    thread = threading.Thread(target=begin, daemon=True)
+
+    def wait() -> str:
+        thread.join()
+        return hashed()
+
+    cache.triton_key = wait
     thread.start()
     return thread
 
@@ -150,4 +188,5 @@ def dense_rows(x: Tensor) -> Tensor:
 
 
 if os.environ.get("TRITON_INTERPRET") != "1":  # ahead of the first kernel, all of which import this file
+    _make_keys_unique()
     refuse_shared_cache(cache_folder())

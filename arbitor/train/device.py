@@ -70,8 +70,8 @@ def resolve_device(name: str) -> Device:
         return Device(torch.device("cpu"), "cpu", "asked for")
     why_not = _why_no_cuda()
     if why_not is None:
+        _begin_with_kernels()  # beside what making a CUDA context takes
         gpu = torch.device("cuda", torch.cuda.current_device())
-        _begin_with_kernels()
         return Device(
             gpu, torch.cuda.get_device_name(gpu), "asked for" if name == "cuda" else "a GPU is present"
         )

@@ -22,8 +22,10 @@ from arbitor.data.mixed import open_mix
 from arbitor.data.video import ClipGeometry, open_videos
 from arbitor.errors import UserError
 from arbitor.flags import flag_of, naming_flags
+from arbitor.ops import compilers
 from arbitor.ternary.optimizer import SIGN_LR, SIGN_THRESHOLD, STATES
 from arbitor.train import report, runs, swap
+from arbitor.train.ahead import compile_for_run
 from arbitor.train.checkpoint import Checkpoint, load_checkpoint
 from arbitor.train.device import (
     Device,
@@ -83,6 +85,8 @@ def start_training(
         UserError: anything given that cannot be used; nothing was changed then.
     """
     console = console or _console()
+    if settings.get("device") != "cpu":
+        compilers.fork_compilers()  # ahead of the first look at the GPU
     if resume and reset:
         raise UserError("--resume goes on with a run and --reset deletes it: give one of them")
     if resume:
@@ -373,6 +377,7 @@ def _train(
     console: Console,
     base: Checkpoint | None = None,
 ) -> int:
+    compile_for_run(config, device, lambda line: console.print(line, markup=False, soft_wrap=True))
     with deterministic(config.train.seed, device.device), SignalGuard() as guard:
         trainer = Trainer(config, corpus, device, checkpoint, base)
         for line in trainer.growth:

@@ -19,10 +19,12 @@ from arbitor.config import ModelConfig
 from arbitor.config import preset as preset_config
 from arbitor.errors import UserError
 from arbitor.model import ARBModel
-from arbitor.smoke import compile_steps, fingerprint
+from arbitor.ops import compilers
+from arbitor.smoke import fingerprint
 from arbitor.ternary import TernaryExperts, VoteOptimizer
 from arbitor.ternary.audit import audit
-from arbitor.train.device import Device, deterministic, peak_memory, resolve_device, uses_kernels
+from arbitor.train.ahead import compile_for_run
+from arbitor.train.device import Device, deterministic, peak_memory, resolve_device
 from arbitor.train.recorded import RecordedStep, can_record
 from benchmarks.common import REPOSITORY
 from benchmarks.counts import counts
@@ -38,6 +40,11 @@ CAP_STEPS = 100
 CAP_CTX = 260  # 257 bytes of it are predicted
 PAIRS = 50
 FIRST_CTX = 64
+# This file as a program, and what it takes to import torch, which is most of what a start takes.
+TIMED_SCRIPT = (
+    "import runpy, time; began = time.perf_counter(); import torch; seconds = time.perf_counter() - began; "
+    "runpy.run_module('benchmarks.speed.whole_model', run_name='__main__'); print(seconds)"
+)
 
 
 def training_step(
@@ -152,25 +159,30 @@ def cold_start(device: Device, preset: str = "arb-1b", pairs: int = PAIRS) -> Ma
     """G7: from the start of Python to the end of the first update, with empty caches and with warm ones.
 
     Every process is a fresh one. First nothing is compiled ahead; then the process compiles at once what it
-    will need; then the command for that runs first, which measures thresholds as well. All three begin with
-    empty caches.
+    will need, as `arbitor train` does; then the command for that runs first, which measures thresholds as
+    well. All three begin with empty caches. Of each, some of the time is that of `import torch`.
     """
     kind = device.device.type
     with _empty_caches() as caches:
-        first, _ = _run_script("first", preset, kind, "0", extra=caches)
-        second, compiled = _run_script("first", preset, kind, str(pairs), extra=caches)
+        first, _, first_import = _run_script("first", preset, kind, "0", extra=caches)
+        second, compiled, second_import = _run_script("first", preset, kind, str(pairs), extra=caches)
     with _empty_caches() as caches:
-        ahead, _ = _run_script("ahead", preset, kind, "0", extra=caches)
+        ahead, _, ahead_import = _run_script("ahead", preset, kind, "0", extra=caches)
+        again, _, _ = _run_script("ahead", preset, kind, "0", extra=caches)
     with _empty_caches() as caches:
         command = ["smoke", "--preset", preset, "--device", kind, "--ctx", str(FIRST_CTX), "--backward"]
         began = time.perf_counter()
         _python(["-m", "arbitor", *command, "--warmup"], extra=caches)
         warm_up = time.perf_counter() - began
-        warmed, compiled_later = _run_script("first", preset, kind, str(pairs), extra=caches)
+        warmed, compiled_later, _ = _run_script("first", preset, kind, str(pairs), extra=caches)
     return {
         "first update, empty caches": first,
         "first update, empty caches, compiled ahead": ahead,
         "first update, second process": second,
+        "first update, second process after compiling ahead": again,
+        "of the first update, empty caches: import torch": first_import,
+        "of the first update, compiled ahead: import torch": ahead_import,
+        "of the second process: import torch": second_import,
         f"kernels compiled over {PAIRS} batches and contexts": compiled_later,
         f"the same without smoke --warmup ahead, after a step of {FIRST_CTX} bytes": compiled,
         "smoke --warmup with two updates, empty caches": warm_up,
@@ -195,7 +207,7 @@ def under_a_cap(device: Device, preset: str = "arb-1b") -> Mapping[str, float]:
     config = preset_config(preset).model
     while counts(config).total < CAP_WEIGHTS:
         config = dataclasses.replace(config, num_experts=config.num_experts + 1)
-    weights, steps = _run_script("cap", preset, device.device.type, str(config.num_experts))
+    weights, steps, _ = _run_script("cap", preset, device.device.type, str(config.num_experts))
     return {"weights trained": weights, "steps of 256 tokens": steps}
 
 
@@ -203,12 +215,15 @@ def first_update(preset: str, device: str, pairs: int, ahead: bool = False) -> t
     """For `cold_start`, in a fresh process: seconds since Python started, and kernels compiled later.
 
     The later steps are of `pairs` pairs of a batch and a context that all differ. With `ahead`, a step's
-    kernels are compiled at once first, where there are any.
+    kernels are compiled at once first, where there are any that nobody compiled.
     """
     began = float(os.environ["ARB_BENCHMARK_BEGAN"])
+    if ahead:
+        compilers.fork_compilers()
     place = resolve_device(device)
-    if ahead and place.is_cuda and uses_kernels():
-        compile_steps(preset_config(preset, state="lean"), place)
+    if ahead:
+        config = preset_config(preset, state="lean", batch=1, ctx=FIRST_CTX)
+        compile_for_run(config, place, functools.partial(print, file=sys.stderr))
     torch.manual_seed(0)
     model = ARBModel(preset, device=device)
     optimizer = VoteOptimizer(model, state="lean")
@@ -294,11 +309,13 @@ def _default_job_seconds() -> float:
         return time.perf_counter() - began
 
 
-def _run_script(what: str, *arguments: str, extra: Mapping[str, str] | None = None) -> tuple[float, float]:
-    """The two figures that `python -m benchmarks.speed.whole_model` prints."""
-    output = _python(["-m", "benchmarks.speed.whole_model", what, *arguments], extra=extra)
-    first, second = output.split()[-2:]
-    return float(first), float(second)
+def _run_script(
+    what: str, *arguments: str, extra: Mapping[str, str] | None = None
+) -> tuple[float, float, float]:
+    """The two figures that this file prints as a program, and the seconds that importing torch took."""
+    output = _python(["-c", TIMED_SCRIPT, what, *arguments], extra=extra)
+    first, second, importing = map(float, output.split()[-3:])
+    return first, second, importing
 
 
 def _python(

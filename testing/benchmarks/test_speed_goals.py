@@ -168,26 +168,30 @@ def test_a_cold_start_is_measured_in_fresh_processes_with_and_without_a_warm_up(
         caches = {name: Path(place) for name, place in extra.items()}
         assert not any(place.exists() and any(place.iterdir()) for place in caches.values())
         calls.append((arguments, caches["TRITON_CACHE_DIR"].parent))
-        return f"{len(calls)} {10 * len(calls)}"
+        return f"{len(calls)} {10 * len(calls)} {len(calls) / 10}"
 
     monkeypatch.setattr(whole_model, "_python", python)
     figures = whole_model.cold_start(CPU, "tiny", pairs=3)
     assert figures.keys() == GOALS["G7"].clauses.keys()
-    assert [arguments[-1] for arguments, _ in calls] == ["0", "3", "0", "--warmup", "3"]
-    assert [arguments[2] for arguments, _ in calls] == ["first", "first", "ahead", "smoke", "first"]
+    assert [arguments[-1] for arguments, _ in calls] == ["0", "3", "0", "0", "--warmup", "3"]
+    assert [arguments[2] for arguments, _ in calls] == ["first", "first", "ahead", "ahead", "smoke", "first"]
     places = [place for _, place in calls]
-    assert places == [places[0]] * 2 + [places[2]] + [places[3]] * 2
+    assert places == [place for place in (places[0], places[2], places[4]) for _ in range(2)]
     assert len({*places}) == 3
     assert figures["first update, empty caches"] == 1
     assert figures["first update, second process"] == 2
     assert figures["first update, empty caches, compiled ahead"] == 3
-    assert figures["kernels compiled over 50 batches and contexts"] == 50
-    assert figures["first update after smoke --warmup"] == 5
+    assert figures["first update, second process after compiling ahead"] == 4
+    assert figures["of the first update, compiled ahead: import torch"] == 0.3
+    assert figures["of the second process: import torch"] == 0.2
+    assert figures["kernels compiled over 50 batches and contexts"] == 60
+    assert figures["first update after smoke --warmup"] == 6
 
 
 def test_figures_of_a_first_update_come_from_a_process():
-    seconds, compiled = whole_model._run_script(
-        "first", "tiny", "cpu", "1", extra={"TRITON_CACHE_DIR": "/nonexistent"}
-    )
-    assert 0.5 < seconds < 120
-    assert compiled == 0
+    for what in ("first", "ahead"):
+        seconds, compiled, importing = whole_model._run_script(
+            what, "tiny", "cpu", "1", extra={"TRITON_CACHE_DIR": "/nonexistent"}
+        )
+        assert 0.1 < importing < seconds < 120
+        assert compiled == 0

@@ -3,7 +3,8 @@
     python -m testing.ops.launches
 
 Triton is given a GPU that need not be there and every launch is left out; what is counted are the keys by
-which Triton itself tells kernels apart. Prints one line of JSON for each case.
+which Triton itself tells kernels apart. What the model does otherwise on a GPU than on a CPU, it does here as
+on a GPU, and products of torch are left out. Prints one line of JSON for each case.
 """
 
 import json
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 os.environ["TRITON_INTERPRET"] = "0"
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import driver, jit
 
 from arbitor.ops import backend, precompile, thresholds
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from arbitor.config import RunConfig
 
 SMALL = {"dim": 32, "expert_dim": 96, "ffn_dim": 32, "num_prelude_layers": 1, "num_coda_layers": 0}
-PAIRS = [(1 + number % 5, 16 + 5 * number) for number in range(50)]
+PAIRS = [(1 + number % 5, 16 + 7 * number) for number in range(50)]
 
 
 class Keys:
@@ -40,6 +42,46 @@ class Keys:
         self.own.add(precompile.specialization(kernel, arguments, options))
 
 
+class NoProducts(TorchDispatchMode):
+    """Inside, torch's products are zeros."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """See the class."""
+        name = func.overloadpacket.__name__
+        kwargs = kwargs or {}
+        if name in ("mm", "bmm"):
+            a, b = args[:2]
+            return a.new_zeros((*a.shape[:-1], b.shape[-1]), dtype=kwargs.get("out_dtype"))
+        if name in ("addmm", "baddbmm"):
+            _, a, b = args[:3]
+            return a.new_zeros((*a.shape[:-1], b.shape[-1]))
+        if name == "_grouped_mm":
+            a, b, offsets = args[:3]
+            groups = () if a.dim() != b.dim() else (len(offsets),)
+            return a.new_zeros((*groups, a.shape[0], b.shape[-1]))
+        return func(*args, **kwargs)
+
+
+def as_on_a_gpu() -> None:
+    """Choices that are made by the device of a tensor, as on a Hopper GPU."""
+    from arbitor.model import ARBModel
+    from arbitor.model.core import MoEGraph
+    from arbitor.ops import activations
+    from arbitor.ops.activations import reference
+    from arbitor.ops.int8_matmul import triton as int8_matmul
+
+    def may_persist(codes: torch.Tensor, weight: torch.Tensor, y: torch.Tensor) -> bool:
+        aligned = not (codes.shape[-1] % 16 or codes.data_ptr() % 16 or weight.data_ptr() % 16)
+        return aligned and y.element_size() == 2
+
+    for module in (activations, reference):
+        module.weight_dtype = lambda x, quantized: torch.bfloat16 if quantized else x.dtype
+        module.backward_dtype = lambda x: torch.bfloat16
+    int8_matmul._can_persist = may_persist
+    ARBModel._autocast = lambda self: torch.autocast("cpu", torch.bfloat16)
+    MoEGraph._masks = lambda self, h_MD: True
+
+
 def count(config: "RunConfig", shapes: list[tuple[int, int]], keys: Keys) -> None:
     """Training steps of these shapes."""
     from arbitor.model import ARBModel
@@ -48,7 +90,7 @@ def count(config: "RunConfig", shapes: list[tuple[int, int]], keys: Keys) -> Non
     torch.manual_seed(0)
     model = ARBModel(config=config.model)
     optimizer = VoteOptimizer(model, state=config.train.state)
-    with precompile._zeros():
+    with precompile._zeros(), NoProducts():
         for batch, ctx in shapes:
             ids = torch.randint(0, 256, (batch, ctx))
             model(ids, targets=ids).loss.backward()
@@ -56,13 +98,15 @@ def count(config: "RunConfig", shapes: list[tuple[int, int]], keys: Keys) -> Non
     assert not optimizer.dropped_steps
 
 
-def compare(config: "RunConfig", few_tokens: int) -> dict[str, int]:
+def compare(config: "RunConfig", few_tokens: int, small_tile_rows: int) -> dict[str, int]:
     """How many kernels the shapes of a warm-up need, and how many more those of the 50 pairs."""
-    from arbitor.smoke import step_shapes
+    from arbitor.model import ARBModel
+    from arbitor.train.ahead import changes_of, step_shapes
 
     warm, later = Keys(), Keys()
-    with thresholds.forced(few_tokens=few_tokens):
-        for keys, shapes in ((warm, step_shapes(config.model.ctx)), (later, PAIRS)):
+    with thresholds.forced(few_tokens=few_tokens, small_tile_rows=small_tile_rows):
+        changes = changes_of(ARBModel(config=config.model), torch.device("cpu"))
+        for keys, shapes in ((warm, step_shapes(config.model.ctx, changes)), (later, PAIRS)):
             jit.JITFunction.run = lambda *args, keys=keys, **rest: keys.run(*args, **rest)
             count(config, shapes, keys)
     return {
@@ -72,21 +116,28 @@ def compare(config: "RunConfig", few_tokens: int) -> dict[str, int]:
     }
 
 
+WHOLE = ("arb-small", "lean", {**SMALL, "memory_rows": 256})
+TINY = {"num_prelude_layers": 1}
+# Of each the preset, its state and sizes; and the thresholds.
 CASES = {
-    "whole model with a memory, lean": ("arb-small", "lean", 64, {**SMALL, "memory_rows": 256}),
-    "tiny, an exponent for every 32": ("tiny", "lean", 64, {"num_prelude_layers": 1, "tscale": "T32"}),
-    "tiny, many few tokens": ("tiny", "full", 512, {"num_prelude_layers": 1}),
-    "tiny, few few tokens": ("tiny", "compact", 16, {"num_prelude_layers": 1}),
+    "whole model with a memory, no few tokens": (*WHOLE, 0, 0),
+    "whole model with a memory, few few tokens": (*WHOLE, 8, 512),
+    "whole model with a memory, the defaults": (*WHOLE, 64, 8191),
+    "tiny, an exponent for every 32": ("tiny", "lean", {**TINY, "tscale": "T32"}, 64, 8191),
+    "tiny, no few tokens": ("tiny", "full", TINY, 0, 0),
+    "tiny, few few tokens": ("tiny", "compact", TINY, 8, 512),
+    "tiny, many few tokens": ("tiny", "full", TINY, 512, 8191),
 }
 
 if __name__ == "__main__":
     driver.set_active(Target())
     backend.uses_triton = lambda _: True  # ahead of the operations, which take it from there
+    as_on_a_gpu()
     from arbitor.config import override, preset
     from arbitor.ops.expert_linear import reference
 
     # As large models have: slices of experts, as many as the number of tokens lets them be.
     reference.WORKSPACE_BYTES = 1 << 14
-    for case, (name, state, few_tokens, sizes) in CASES.items():
+    for case, (name, state, sizes, few_tokens, small_tile_rows) in CASES.items():
         config = override(preset(name), state=state, **sizes)
-        print(json.dumps({"case": case, **compare(config, few_tokens)}))
+        print(json.dumps({"case": case, **compare(config, few_tokens, small_tile_rows)}))

@@ -329,8 +329,7 @@ def test_a_warm_up_leaves_nothing_to_compile(monkeypatch, tmp_path, few_tokens):
     table = tmp_path / "table.json"
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
     monkeypatch.setenv(thresholds.VARIABLE, str(table))
-    values = {"few_tokens": few_tokens, "small_tile_rows": 0 if few_tokens < 64 else 8191}
-    thresholds.write(table, thresholds.identity(torch.device("cuda", 0)), values)
+    thresholds.write(table, thresholds.identity(torch.device("cuda", 0)), {"few_tokens": few_tokens})
     command = ["-m", "arbitor", "smoke", "--preset", "tiny", "--backward", "--json", "--warmup"]
     counts, outputs = [], []
     for arguments in (command, command, ["-c", STEPS]):

@@ -34,9 +34,7 @@ MAX_FILE_BYTES = 1 << 20
 
 DEFAULTS: Mapping[str, int] = {
     # Tokens up to which a linear with one exponent a row multiplies packed trits, in place of decoded ones.
-    "few_tokens": 64,
-    # Rows of a matrix up to which that kernel has small tiles, so that they are enough for all of the GPU.
-    "small_tile_rows": 8191,
+    "few_tokens": 8,  # of an H100
 }
 
 _CALLS = 16  # in a recorded graph, each on a matrix of its own, so that weights come from memory
@@ -169,24 +167,10 @@ def few_tokens(tokens: int, device: torch.device) -> Callable[[], None]:
     return _linears(tokens, 4096, 4096, device)
 
 
-def few_rows(rows: int, device: torch.device) -> Callable[[], None]:
-    """Work for `small_tile_rows`: products of 8 tokens and matrices of so many rows."""
-    products = _linears(8, rows, 4096, device)
-
-    def work() -> None:
-        with forced(few_tokens=8):
-            products()
-
-    return work
-
-
 # Name, sizes to try in ascending order, and what makes work of a size. Work is timed with the threshold at
 # the size and below it, so it must call what the threshold decides on.
 Contest = tuple[str, Sequence[int], Callable[[int, torch.device], Callable[[], None]]]
-CONTESTS: Sequence[Contest] = (
-    ("few_tokens", (1, 4, 8, 16, 32, 64, 128, 256, 512), few_tokens),
-    ("small_tile_rows", (512, 1024, 2048, 4096, 8192, 16384), few_rows),
-)
+CONTESTS: Sequence[Contest] = (("few_tokens", (1, 4, 8, 16, 32, 64, 128, 256, 512), few_tokens),)
 
 
 def measure(

@@ -133,9 +133,8 @@ def _changes(model: ARBModel, device: torch.device) -> Iterator[int]:
 
     config = model.config
     few = thresholds.threshold("few_tokens", device)
-    tiles = (*ternary_linear.SMALL_TILES, *ternary_linear.LARGE_TILES)
     yield few
-    widths = sorted({ternary_linear.PAIRED_TOKENS, *(tile.tokens for tile in tiles)})
+    widths = sorted({ternary_linear.PAIRED_TOKENS, *(tile.tokens for tile in ternary_linear.TILES)})
     yield from (width for width in widths[:-1] if width < few)  # the widest has all the others
     iterations = config.max_moe_iters if model.core is not None else 1
     # How much of a gradient stays in factors, until the product takes less memory.

@@ -80,10 +80,9 @@ def few_tokens(device: torch.device) -> Iterator[Candidate]:
     """Products of few tokens with packed trits, of one exponent a row."""
     from arbitor.ops.ternary_linear import triton
 
-    for sizes, tiles in ((LARGE, triton.LARGE_TILES), (SMALL, triton.SMALL_TILES)):
-        rows, columns = sizes
+    for rows, columns in (LARGE, SMALL):
         packed = rows * trit_codec.packed_width(columns)
-        for tokens, tile in itertools.product(FEW_TOKENS, tiles):
+        for tokens, tile in itertools.product(FEW_TOKENS, triton.TILES):
             if tile.tokens != max(8, tokens):
                 continue
             yield Candidate(

@@ -98,13 +98,13 @@ def count(config: "RunConfig", shapes: list[tuple[int, int]], keys: Keys) -> Non
     assert not optimizer.dropped_steps
 
 
-def compare(config: "RunConfig", few_tokens: int, small_tile_rows: int) -> dict[str, int]:
+def compare(config: "RunConfig", few_tokens: int) -> dict[str, int]:
     """How many kernels the shapes of a warm-up need, and how many more those of the 50 pairs."""
     from arbitor.model import ARBModel
     from arbitor.train.ahead import changes_of, step_shapes
 
     warm, later = Keys(), Keys()
-    with thresholds.forced(few_tokens=few_tokens, small_tile_rows=small_tile_rows):
+    with thresholds.forced(few_tokens=few_tokens):
         changes = changes_of(ARBModel(config=config.model), torch.device("cpu"))
         for keys, shapes in ((warm, step_shapes(config.model.ctx, changes)), (later, PAIRS)):
             jit.JITFunction.run = lambda *args, keys=keys, **rest: keys.run(*args, **rest)
@@ -118,15 +118,15 @@ def compare(config: "RunConfig", few_tokens: int, small_tile_rows: int) -> dict[
 
 WHOLE = ("arb-small", "lean", {**SMALL, "memory_rows": 256})
 TINY = {"num_prelude_layers": 1}
-# Of each the preset, its state and sizes; and the thresholds.
+# Of each the preset, its state and sizes; and the threshold.
 CASES = {
-    "whole model with a memory, no few tokens": (*WHOLE, 0, 0),
-    "whole model with a memory, few few tokens": (*WHOLE, 8, 512),
-    "whole model with a memory, the defaults": (*WHOLE, 64, 8191),
-    "tiny, an exponent for every 32": ("tiny", "lean", {**TINY, "tscale": "T32"}, 64, 8191),
-    "tiny, no few tokens": ("tiny", "full", TINY, 0, 0),
-    "tiny, few few tokens": ("tiny", "compact", TINY, 8, 512),
-    "tiny, many few tokens": ("tiny", "full", TINY, 512, 8191),
+    "whole model with a memory, no few tokens": (*WHOLE, 0),
+    "whole model with a memory, the defaults": (*WHOLE, 8),
+    "whole model with a memory, some few tokens": (*WHOLE, 64),
+    "tiny, an exponent for every 32": ("tiny", "lean", {**TINY, "tscale": "T32"}, 8),
+    "tiny, no few tokens": ("tiny", "full", TINY, 0),
+    "tiny, the defaults": ("tiny", "compact", TINY, 8),
+    "tiny, many few tokens": ("tiny", "full", TINY, 512),
 }
 
 if __name__ == "__main__":
@@ -138,6 +138,6 @@ if __name__ == "__main__":
 
     # As large models have: slices of experts, as many as the number of tokens lets them be.
     reference.WORKSPACE_BYTES = 1 << 14
-    for case, (name, state, sizes, few_tokens, small_tile_rows) in CASES.items():
+    for case, (name, state, sizes, few_tokens) in CASES.items():
         config = override(preset(name), state=state, **sizes)
-        print(json.dumps({"case": case, **compare(config, few_tokens, small_tile_rows)}))
+        print(json.dumps({"case": case, **compare(config, few_tokens)}))

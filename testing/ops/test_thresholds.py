@@ -37,18 +37,18 @@ def damage(file, text):
 
 
 def test_without_a_table_the_defaults_hold(file):
-    assert threshold("few_tokens", GPU) == DEFAULTS["few_tokens"] == 64
+    assert threshold("few_tokens", GPU) == DEFAULTS["few_tokens"] == 8
     assert not file.parent.exists()
 
 
 def test_a_table_holds_for_its_gpu_alone_and_is_read_once(file):
-    write(file, "this GPU", {"few_tokens": 128, "small_tile_rows": 1024})
+    write(file, "this GPU", {"few_tokens": 128})
     write(file, "another GPU", {"few_tokens": 16})
     assert read(file, "another GPU").values == {**DEFAULTS, "few_tokens": 16}
     assert read(file, "third GPU") == thresholds.Table(DEFAULTS)
     assert threshold("few_tokens", GPU) == 128
     file.unlink()
-    assert threshold("small_tile_rows", GPU) == 1024
+    assert threshold("few_tokens", GPU) == 128
     assert threshold("few_tokens", CPU) == DEFAULTS["few_tokens"]
 
 
@@ -68,10 +68,9 @@ def test_names_that_there_are_not_any_more_are_passed_over(file):
 
 def test_forced_thresholds_hold_inside_only():
     with forced(few_tokens=1):
-        with forced(few_tokens=2, small_tile_rows=3):
+        with forced(few_tokens=2):
             assert threshold("few_tokens", CPU) == 2
         assert threshold("few_tokens", CPU) == 1
-        assert threshold("small_tile_rows", CPU) == DEFAULTS["small_tile_rows"]
     assert threshold("few_tokens", CPU) == DEFAULTS["few_tokens"]
 
 
@@ -128,7 +127,7 @@ def test_a_damaged_file_is_one_warning_and_the_defaults(file, text):
     assert len(caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert threshold("small_tile_rows", GPU) == DEFAULTS["small_tile_rows"]
+        assert threshold("few_tokens", GPU) == DEFAULTS["few_tokens"]
 
 
 def test_a_damaged_file_is_replaced(file):

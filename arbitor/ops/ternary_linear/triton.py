@@ -17,7 +17,7 @@ from torch import Tensor
 from arbitor.ops import activations
 from arbitor.ops.activations.triton import quantize
 from arbitor.ops.int8_matmul import MAX_IN_FEATURES, has_int8_kernels, int8_matmul
-from arbitor.ops.thresholds import DEFAULTS, threshold
+from arbitor.ops.thresholds import threshold
 from arbitor.ops.trit_codec import triton as trit_codec
 from arbitor.ops.trit_codec.triton import digits, leading, marked
 from arbitor.ops.triton import exp2_int, has_ptx
@@ -38,7 +38,7 @@ class Tile(NamedTuple):
 WIDE_TILE = (128, 128, 64, 8, 3)  # tokens, rows and columns of a tile of floats; its warps; stages
 
 # For every number of tokens, the first one is in use, and others may be timed.
-LARGE_TILES = (
+TILES = (
     Tile(8, 64, 128, 4, 4),
     Tile(8, 64, 64, 4, 6),
     Tile(8, 128, 128, 8, 4),
@@ -46,14 +46,6 @@ LARGE_TILES = (
     Tile(16, 64, 64, 4, 5),
     Tile(32, 128, 128, 8, 3),
     Tile(32, 128, 64, 8, 4),
-)
-SMALL_TILES = (
-    Tile(8, 32, 64, 2, 6),
-    Tile(8, 32, 128, 2, 4),
-    Tile(16, 32, 64, 2, 5),
-    Tile(16, 32, 128, 2, 4),
-    Tile(32, 32, 64, 2, 4),
-    Tile(32, 32, 128, 2, 3),
 )
 
 
@@ -150,7 +142,7 @@ def few_tokens(
     if not columns:
         return y.zero_()
     if y.numel():
-        tile = tile or _tile(tokens, rows, threshold("small_tile_rows", codes.device))
+        tile = tile or _tile(tokens)
         pairs = tile.tokens == 2 * PAIRED_TOKENS and tokens <= PAIRED_TOKENS
         if sums is None:
             sums = codes.sum(dim=1, dtype=torch.int32)
@@ -162,12 +154,10 @@ def few_tokens(
     return y
 
 
-def _tile(tokens: int, rows: int, small: int = DEFAULTS["small_tile_rows"]) -> Tile:
-    """The tile for some tokens and rows: large ones above `small` rows, enough for a large GPU."""
+def _tile(tokens: int) -> Tile:
+    """The tile for some tokens."""
     width = 8 if tokens <= 8 else 16 if tokens <= 16 else 32
-    if rows > small:
-        return next(tile for tile in LARGE_TILES if tile.tokens == width)
-    return next(tile for tile in SMALL_TILES if tile.tokens == width)
+    return next(tile for tile in TILES if tile.tokens == width)
 
 
 @triton.jit(do_not_specialize=["tokens"])

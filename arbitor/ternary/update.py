@@ -137,8 +137,7 @@ def update_dense(
     """
     direction = gradient
     if batch.momentum is not None:
-        for rows in batch.slices(constants.workspace_weights):
-            _fold(batch, direction, rows, active, constants)
+        direction = _folded(batch, gradient, active, constants)
     if by_row:
         direction.masked_fill_(~active, 0)
     relative = relative_scale(batch.exponent, batch.group, batch.in_features)
@@ -313,14 +312,24 @@ def _of_rows(active: Tensor, rows: slice) -> Tensor:
     return active if active.shape[-2] == 1 else active[:, rows]
 
 
+def _folded(batch: MatrixBatch, gradient: Tensor, active: Tensor, constants: VoteConstants) -> Tensor:
+    """Momentum, in place; the direction that comes of it and the gradient, which is overwritten."""
+    parts = list(batch.slices(constants.workspace_weights))
+    if len(parts) == 1:
+        return _fold(batch, gradient, parts[0], active, constants)
+    for rows in parts:
+        gradient[:, rows] = _fold(batch, gradient[:, rows], rows, active, constants)
+    return gradient
+
+
 def _fold(
-    batch: MatrixBatch, direction: Tensor, rows: slice, active: Tensor, constants: VoteConstants
-) -> None:
-    """Momentum of some rows, in place; their gradient becomes the direction."""
+    batch: MatrixBatch, gradient: Tensor, rows: slice, active: Tensor, constants: VoteConstants
+) -> Tensor:
+    """Momentum of some rows, in place; their direction, a new tensor."""
     assert batch.momentum is not None
     codes, exponent = (state[:, rows] for state in batch.momentum)
-    direction[:, rows] = momentum_fold_drawn(
-        direction[:, rows],
+    return momentum_fold_drawn(
+        gradient,
         codes,
         exponent,
         batch.keys_of(rows),

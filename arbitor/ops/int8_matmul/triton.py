@@ -15,11 +15,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from arbitor.ops.triton import has_halves
 
-TILES_AT_ONCE = 8  # tiles of tokens that share the weights in the second-level cache
-
-
 class Tile(NamedTuple):
-    """Sizes of a program's tile; `persistent`: as many programs as processors, tile after tile."""
+    """Sizes of a program's tile.
+
+    `persistent`: as many programs as processors, tile after tile. `together`: tiles of tokens that are worked
+    on at the same time, with the same weights in the second-level cache.
+    """
 
     tokens: int
     rows: int
@@ -27,6 +28,7 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     persistent: bool = False
+    together: int = 8
 
 
 # The first of each that can be launched is in use, others may be timed.
@@ -35,12 +37,12 @@ SOME_TILES = (Tile(64, 128, 128, 4, 4), Tile(64, 256, 128, 4, 4), Tile(128, 128,
 MANY_TILES = (
     Tile(128, 256, 128, 8, 4, True),
     Tile(128, 128, 128, 4, 3),
-    Tile(128, 256, 128, 8, 3),
     Tile(128, 256, 128, 8, 4),
-    Tile(256, 128, 128, 8, 3),
-    Tile(128, 256, 128, 8, 3, True),
+    Tile(128, 256, 128, 8, 4, True, 4),
+    Tile(128, 256, 128, 8, 4, True, 16),
+    Tile(128, 256, 128, 8, 4, True, 32),
     Tile(256, 128, 128, 8, 4, True),
-    Tile(128, 128, 128, 8, 4, True),
+    Tile(256, 128, 128, 8, 4, True, 4),
 )
 PERSISTENT_BYTES = 229_408  # most shared memory that one of these takes for results of two bytes
 
@@ -126,7 +128,7 @@ def int8_matmul(
     persists = _can_persist(codes, weight, y)
     tile = tile or _tile(tokens, rows, persists)
     tiles = triton.cdiv(tokens, tile.tokens) * triton.cdiv(rows, tile.rows)
-    sizes = {"TOKENS": tile.tokens, "ROWS": tile.rows, "COLUMNS": tile.columns, "TILES": TILES_AT_ONCE}
+    sizes = {"TOKENS": tile.tokens, "ROWS": tile.rows, "COLUMNS": tile.columns, "TILES": tile.together}
     launch = {"num_warps": tile.warps, "num_stages": tile.stages}
     if tile.persistent and persists:
         programs = min(tiles, _processors(codes.device)[0])

@@ -15,6 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from arbitor.ops.triton import has_halves
 
+
 class Tile(NamedTuple):
     """Sizes of a program's tile.
 

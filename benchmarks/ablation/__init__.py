@@ -7,6 +7,10 @@ chosen so that as many trits take part in a position as in the preset. All varia
 `arbitor train`. A finished run is a row of `benchmarks/results/ablation-<size>.csv`; it is skipped the next
 time.
 
+    python -m benchmarks.ablation --size arb-small --seconds 25
+
+gives every variant the same time instead, in `benchmarks/results/ablation-<size>-timed.csv`.
+
     python -m benchmarks.ablation --stability runs/arb-small-1
 
 judges a run of `arbitor train` instead (`stability.py`).

@@ -17,7 +17,7 @@ from arbitor.train.device import resolve_device
 from benchmarks.ablation import stability, summary
 from benchmarks.ablation.runner import run_all, visible_gpus
 from benchmarks.ablation.sizes import SIZES
-from benchmarks.ablation.training import COLUMNS, KEY, Job, Run
+from benchmarks.ablation.training import COLUMNS, KEY, TIMED_COLUMNS, TIMED_KEY, Job, Run
 from benchmarks.ablation.variants import chosen, config_of, variants_of
 from benchmarks.common import RESULTS, commit
 from benchmarks.counts import counts
@@ -50,6 +50,10 @@ def _ablation(options: argparse.Namespace) -> int:
         if options.steps < 1:
             raise UserError(f"--steps must be at least 1, got {options.steps}")
         size = dataclasses.replace(size, steps=options.steps)
+    if options.seconds is not None and not 0 < options.seconds <= 86_400:
+        raise UserError(f"--seconds must be above 0 and at most a day, got {options.seconds:g}")
+    if options.seconds and options.steps is not None:
+        raise UserError("give --steps or --seconds, which decides on the steps")
     if options.jobs is not None and options.jobs < 1:
         raise UserError(f"--jobs must be at least 1, got {options.jobs}")
     lr = LRS[options.state] if options.lr is None else options.lr
@@ -57,10 +61,12 @@ def _ablation(options: argparse.Namespace) -> int:
         raise UserError(f"--lr must be above 0 and at most 100 (trits per step), got {lr}")
     variants = chosen(size.model, options.variants)
     seeds = _seeds(options.seeds)
-    runs = [
-        Run(variant.name, seed, lr, options.state, size.bytes_seen) for seed in seeds for variant in variants
-    ]
-    table = Table(options.results / f"ablation-{size.name}.csv", COLUMNS, KEY)
+    limit = options.seconds or 0.0
+    seen = 0 if limit else size.bytes_seen
+    runs = [Run(variant.name, seed, lr, options.state, seen, limit) for seed in seeds for variant in variants]
+    stem = f"ablation-{size.name}-timed" if limit else f"ablation-{size.name}"
+    columns, key = (TIMED_COLUMNS, TIMED_KEY) if limit else (COLUMNS, KEY)
+    table = Table(options.results / f"{stem}.csv", columns, key)
     rows = [] if options.force else table.rows()
     have = {table.identity(row) for row in rows}
     missing = [run for run in runs if table.identity(run.identify()) not in have]
@@ -71,7 +77,7 @@ def _ablation(options: argparse.Namespace) -> int:
     rows = table.rows()
     if rows:
         print(summary.report(rows, variants_of(size.model)))
-        _plot(rows, size, options.results / f"ablation-{size.name}.png")
+        _plot(rows, size, options.results / f"{stem}.png")
     for line in failures:
         print(f"benchmarks.ablation: failed: {line}", file=sys.stderr)
     return 1 if failures else 0
@@ -85,7 +91,8 @@ def _train(options: argparse.Namespace, size: Size, table: Table, runs: Sequence
     _refuse_short(texts, size)
     _refuse_other_text(texts, table, runs)
     jobs = options.jobs or (len(visible_gpus()) if device.is_cuda else 1)
-    print(f"{size.name}: {len(runs)} runs of {size.steps} steps of {size.batch} x {size.model.ctx} bytes")
+    length = f"{options.seconds:g} s" if options.seconds else f"{size.steps} steps"
+    print(f"{size.name}: {len(runs)} runs of {length}, steps of {size.batch} x {size.model.ctx} bytes")
     print(f"{jobs} at a time on {device.name}; {texts.description} (text {texts.fingerprint})", flush=True)
 
     def record(run: Run, row: dict[str, str]) -> None:
@@ -187,6 +194,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--lr", type=float, help="peak, trits per step, of all variants; default: of the state")
     add("--state", choices=STATES, default="full")
     add("--steps", type=int, help="steps instead of the size's")
+    add("--seconds", type=float, help="of training for each run, in place of equally many steps")
     add("--jobs", type=int, help="processes at a time; by default one a GPU, or one")
     add("--data", action="extend", nargs="+", default=[], help="own text: files, folders, globs")
     add("--held-out", help="a path or a share of the data, as in `arbitor train`")

@@ -14,7 +14,7 @@ Group = tuple[str, str, str]
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """A variant's rows of one learning rate, state and number of bytes.
+    """A variant's rows of one group.
 
     Attributes:
         variant: which one.
@@ -41,10 +41,10 @@ class Standing:
 
 
 def groups(rows: Sequence[Row]) -> dict[Group, list[Row]]:
-    """Rows that may be compared: of one learning rate, state and number of bytes seen."""
+    """Rows that may be compared: of one learning rate, state, and number of bytes seen or time."""
     found: dict[Group, list[Row]] = {}
     for row in rows:
-        found.setdefault((row["lr"], row["state"], row["bytes_seen"]), []).append(row)
+        found.setdefault((row["lr"], row["state"], row.get("limit") or row["bytes_seen"]), []).append(row)
     return found
 
 
@@ -61,9 +61,10 @@ def standings(rows: Sequence[Row], variants: Mapping[str, Variant]) -> dict[str,
 def report(rows: Sequence[Row], variants: Mapping[str, Variant]) -> str:
     """Tables as text, one for every group; below 0 a difference is for the variant."""
     lines = []
-    for (lr, state, seen), members in groups(rows).items():
+    for (lr, state, most), members in groups(rows).items():
+        length = f"{most} s of training" if members[0].get("limit") else f"{int(most) / 1e6:.1f} MB seen"
         lines += [
-            f"lr {lr}, {state} state, {int(seen) / 1e6:.1f} MB seen",
+            f"lr {lr}, {state} state, {length}",
             f"{'variant':<15}{'trits M':>9}{'active M':>9}{'B/weight':>9}{'seeds':>6}{'bits/byte':>10}"
             f"{'iters':>7}{'load':>7}{'motifs':>8}{'kB/s':>8}  difference",
         ]

@@ -15,7 +15,7 @@ from arbitor.data import ByteCorpus
 from arbitor.data.stream import ByteStream
 from arbitor.evaluate import bits_per_byte
 from arbitor.ternary.audit import audit
-from arbitor.train.device import deterministic, resolve_device
+from arbitor.train.device import Device, deterministic, resolve_device
 from arbitor.train.loop import Trainer
 from benchmarks.ablation.variants import config_of, variants_of
 from benchmarks.common import provenance
@@ -48,6 +48,12 @@ COLUMNS = (
     "date",
 )
 KEY = ("variant", "seed", "lr", "state", "bytes_seen")
+# Of runs that all take the same time.
+TIMED_COLUMNS = (*COLUMNS[: COLUMNS.index("bytes_seen")], "limit", *COLUMNS[COLUMNS.index("bytes_seen") :])
+TIMED_KEY = ("variant", "seed", "lr", "state", "limit")
+WARM_UP = 8  # steps that compile and record, ahead of those that are timed
+TIMED_STEPS = 24
+MOST_OFF = 0.05  # share of its time that a run may take more or less, as far as one more try helps
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +65,8 @@ class Run:
         seed: of initialisation, data order and stochastic rounding.
         lr: peak learning rate, trits per step.
         state: what training keeps.
-        bytes_seen: bytes trained on.
+        bytes_seen: bytes trained on; 0 if time decides.
+        limit: seconds of training that it has; 0 if bytes decide.
     """
 
     variant: str
@@ -67,6 +74,7 @@ class Run:
     lr: float
     state: str
     bytes_seen: int
+    limit: float = 0.0
 
     def __str__(self) -> str:
         return f"{self.variant} seed {self.seed} lr {self.lr:g} {self.state}"
@@ -78,7 +86,7 @@ class Run:
             "seed": str(self.seed),
             "lr": format(self.lr, "g"),
             "state": self.state,
-            "bytes_seen": str(self.bytes_seen),
+            **({"limit": format(self.limit, "g")} if self.limit else {"bytes_seen": str(self.bytes_seen)}),
         }
 
 
@@ -115,26 +123,57 @@ def measure_on(gpu: str | None, run: Run, job: Job) -> dict[str, str]:
 def measure(run: Run, job: Job) -> dict[str, str]:
     """Train and evaluate one run.
 
+    Where time decides, the number of steps is that by the time of a few, and is corrected once by what all of
+    them took: how long a step takes changes with the iterations that a model learns to take.
+
     Returns:
         The row of the results. `seconds` is training alone, without evaluation.
     """
+    if not run.limit:
+        return _measure(run, job, job.size.steps)[0]
+    steps = max(1, round(run.limit / _seconds_a_step(run, job)))
+    row, seconds = _measure(run, job, steps)
+    if abs(seconds - run.limit) > MOST_OFF * run.limit:
+        row, _ = _measure(run, job, max(1, round(steps * run.limit / seconds)))
+    return row
+
+
+def _seconds_a_step(run: Run, job: Job) -> float:
+    device, trainer, _ = _made(run, job, WARM_UP + TIMED_STEPS)
+    with deterministic(run.seed, device.device):
+        for _ in range(WARM_UP):
+            trainer.take_step()
+        device.synchronize()
+        began = time.perf_counter()
+        for _ in range(TIMED_STEPS):
+            trainer.take_step()
+        device.synchronize()
+    return (time.perf_counter() - began) / TIMED_STEPS
+
+
+def _made(run: Run, job: Job, steps: int) -> tuple[Device, Trainer, ByteCorpus]:
     size = job.size
-    variant = variants_of(size.model)[run.variant]
-    model_config = config_of(variant, size)
-    device = resolve_device(job.device)
     config = RunConfig(
         preset=size.name,
-        model=model_config,
+        model=config_of(variants_of(size.model)[run.variant], size),
         train=TrainConfig(
-            steps=size.steps, batch=size.batch, lr=run.lr, state=run.state, seed=run.seed, save=False
+            steps=steps, batch=size.batch, lr=run.lr, state=run.state, seed=run.seed, save=False
         ),
         data=DataConfig(),
     )
     streams = (ByteStream([np.load(path, mmap_mode="r")]) for path in (job.train_path, job.held_out_path))
     corpus = ByteCorpus(train=next(streams), held_out=next(streams), description=job.text)
+    device = resolve_device(job.device)
     with deterministic(run.seed, device.device):
-        trainer = Trainer(config, corpus, device)
-        parts = _Means(size.steps - max(1, size.steps // LAST_SHARE))
+        return device, Trainer(config, corpus, device), corpus
+
+
+def _measure(run: Run, job: Job, steps: int) -> tuple[dict[str, str], float]:
+    """The row of a run of so many steps, and the seconds that they took."""
+    size = job.size
+    device, trainer, corpus = _made(run, job, steps)
+    with deterministic(run.seed, device.device):
+        parts = _Means(steps - max(1, steps // LAST_SHARE))
         device.synchronize()
         began = time.perf_counter()
         while not trainer.done:
@@ -146,19 +185,20 @@ def measure(run: Run, job: Job) -> dict[str, str]:
         result = bits_per_byte(
             trainer.model,
             corpus.held_out.as_array(size.held_out_bytes),
-            model_config.ctx,
+            trainer.model.config.ctx,
             max_bytes=size.held_out_bytes,
             batch=EVAL_BATCH,
         )
     report = audit(trainer.model, trainer.optimizer)
-    sizes = counts(model_config)
+    sizes = counts(trainer.model.config)
     assert report.trit_weights == sizes.total
     figures = parts.values()
-    return {
+    row = {
         **run.identify(),
         "trit_weights": str(sizes.total),
         "active_trit_weights": str(sizes.active),
         "bytes_per_weight": format(report.bytes_per_weight, ".4f"),
+        "bytes_seen": str(steps * size.batch * size.model.ctx),
         "seconds": format(seconds, ".1f"),
         "held_out_bits_per_byte": format(result.bits_per_byte, ".5f"),
         **{
@@ -168,6 +208,7 @@ def measure(run: Run, job: Job) -> dict[str, str]:
         "text": job.text,
         **provenance(device.device, job.commit),
     }
+    return row, seconds
 
 
 class _Means:

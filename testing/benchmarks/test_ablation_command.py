@@ -8,8 +8,8 @@ import pytest
 
 from arbitor.config import ModelConfig
 from benchmarks.ablation import __main__ as command
-from benchmarks.ablation import runner, sizes, summary
-from benchmarks.ablation.training import COLUMNS, KEY, Job, Run
+from benchmarks.ablation import runner, sizes, summary, training
+from benchmarks.ablation.training import COLUMNS, KEY, TIMED_COLUMNS, TIMED_KEY, Job, Run
 from benchmarks.ablation.variants import variants_of
 from benchmarks.learning.table import Table
 
@@ -58,7 +58,7 @@ def run(tmp_path, monkeypatch, capsys):
 
 def row_of(run, bits):
     """A row as a finished run gives it."""
-    values = dict.fromkeys(COLUMNS, "") | run.identify()
+    values = dict.fromkeys(COLUMNS, "") | {"bytes_seen": "64"} | run.identify()
     figures = {
         "trit_weights": "1000",
         "active_trit_weights": "500",
@@ -242,3 +242,48 @@ def test_gpus_are_those_that_may_be_seen(monkeypatch):
     assert runner.visible_gpus() == ["0", "1", "2"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
     assert runner.visible_gpus() == ["4", "6"]
+
+
+def test_variants_may_have_equal_time(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "run_all", fake_runner(lambda run: 2 + run.limit))
+    code, output, _ = run("--variants", "base,moe", "--seeds", "0", "--seconds", "0.5")
+    assert code == 0, output.err
+    rows = Table(tmp_path / "ablation-tiny-timed.csv", TIMED_COLUMNS, TIMED_KEY).rows()
+    assert [(row["variant"], row["limit"], row["held_out_bits_per_byte"]) for row in rows] == [
+        ("base", "0.5", "2.5"),
+        ("moe", "0.5", "2.5"),
+    ]
+    assert "0.5 s of training" in output.out
+    again, output, _ = run("--variants", "base,moe", "--seeds", "0", "--seconds", "0.5", "--plan")
+    assert (again, "0 runs to do" in output.out) == (0, True)
+
+
+def test_steps_that_took_another_time_are_taken_once_more(monkeypatch):
+    taken = []
+
+    def measured(run, job, steps, each=0.02):  # twice as long as the first ones
+        taken.append(steps)
+        return {"bytes_seen": str(steps)}, steps * each
+
+    monkeypatch.setattr(training, "_seconds_a_step", lambda run, job: 0.01)
+    monkeypatch.setattr(training, "_measure", measured)
+    timed = Run("base", 0, 0.05, "full", 0, 10.0)
+    assert training.measure(timed, None) == {"bytes_seen": "500"}
+    assert taken == [1000, 500]
+
+
+def test_a_timed_run_is_measured_and_trained(tmp_path):
+    paths = [str(tmp_path / f"{part}.npy") for part in ("train", "held_out")]
+    for path in paths:
+        np.save(path, np.frombuffer(TEXT.encode(), dtype=np.uint8))
+    job = Job(MICRO, *paths, text="abc", device="cpu", threads=1, commit="test")
+    row = training.measure(Run("base", 0, 0.05, "full", 0, 0.2), job)
+    assert set(row) == set(TIMED_COLUMNS)
+    assert int(row["bytes_seen"]) % (MICRO.batch * MICRO.model.ctx) == 0 < int(row["bytes_seen"])
+
+
+@pytest.mark.parametrize("arguments", [("--seconds", "0"), ("--seconds", "3", "--steps", "2")])
+def test_bad_times_are_exit_code_2(run, arguments):
+    code, output, _ = run(*arguments)
+    assert code == 2
+    assert "--seconds" in output.err

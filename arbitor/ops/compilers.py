@@ -144,12 +144,13 @@ class Compilers:
 def fork_compilers() -> None:
     """Fork the leader, if there may be kernels to compile: to be called ahead of the first use of CUDA.
 
-    Where it is too late for that, where processes cannot be forked, and where there seems to be no GPU,
-    nothing is done.
+    Where it is too late for that, where processes cannot be forked or no more are allowed, and where there
+    seems to be no GPU, nothing is done.
     """
     global _current
     if _current is None and _may_fork():
-        _current = Compilers(min(MOST, cores()))
+        with contextlib.suppress(OSError):  # no more processes or files are allowed: threads will do
+            _current = Compilers(min(MOST, cores()))
 
 
 def current() -> Compilers | None:

@@ -256,6 +256,17 @@ def test_processes_are_forked_where_they_are_of_use_and_may_be(monkeypatch, tmp_
     assert compilers._current == (None if changed else min(16, compilers.cores()))
 
 
+def test_where_no_more_processes_are_allowed_nothing_is_forked(monkeypatch):
+    def refused():
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(compilers, "_may_fork", lambda: True)
+    monkeypatch.setattr(compilers, "_current", None)
+    monkeypatch.setattr(compilers.os, "fork", refused)
+    compilers.fork_compilers()
+    assert compilers.current() is None
+
+
 def test_a_process_that_compiles_asks_no_gpu():
     with pytest.raises(RuntimeError, match=r"was to use CUDA .*get_current_device"):
         compilers._NoGPU().get_current_device()

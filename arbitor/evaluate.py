@@ -64,7 +64,7 @@ def bits_per_byte(
         model: any ARBModel.
         data: uint8 [num_bytes], an array or a memory map; only what is predicted is read.
         ctx: length of a window, at least 4.
-        max_windows: use the first windows only; None is no limit.
+        max_windows: use so many windows only, spread evenly over the data; None is no limit.
         max_bytes: use the first bytes only; None is no limit.
         batch: windows at a time, by default 16, or 2048 bytes of them if that is more; has no influence on
             the result beyond the last bits of a float.
@@ -80,18 +80,17 @@ def bits_per_byte(
     stride = _stride(ctx)
     length = WINDOW + len(data)
     num_windows = 1 + max(0, math.ceil((length - ctx) / stride))
-    if max_windows is not None and max_windows < num_windows:
-        num_windows = max_windows
-        length = (num_windows - 1) * stride + ctx
-        data = data[: length - WINDOW]
+    count = num_windows if max_windows is None else min(max_windows, num_windows)
+    starts = [k * num_windows // count * stride for k in range(count)]
     window_nats: list[float] = []
-    for first in range(0, num_windows, batch):
-        starts = [k * stride for k in range(first, min(first + batch, num_windows))]
-        window_nats += _nats(model, np.stack([_window(data, start, ctx) for start in starts]), starts, length)
+    for first in range(0, count, batch):
+        some = starts[first : first + batch]
+        window_nats += _nats(model, np.stack([_window(data, start, ctx) for start in some]), some, length)
         if progress is not None:
-            progress(len(window_nats), num_windows)
-    num_bytes = length - WINDOW
-    return Evaluation(math.fsum(window_nats) / math.log(2) / num_bytes, num_bytes, num_windows)
+            progress(len(window_nats), count)
+    predicted = (_predicted(start, ctx, length) for start in starts)
+    num_bytes = sum(end - begin for begin, end in predicted)
+    return Evaluation(math.fsum(window_nats) / math.log(2) / num_bytes, num_bytes, count)
 
 
 @torch.no_grad()
@@ -145,6 +144,12 @@ def _window(data: np.ndarray[Any, np.dtype[np.uint8]], start: int, ctx: int) -> 
     return window
 
 
+def _predicted(start: int, ctx: int, length: int) -> tuple[int, int]:
+    """Rows of a window's logits that count, first and end; row i predicts position start + 3 + i."""
+    begin = 0 if start == 0 else ctx - _stride(ctx) - WINDOW
+    return begin, min(ctx, length - start) - WINDOW
+
+
 def _nats(model: ARBModel, windows_BC: np.ndarray[Any, Any], starts: list[int], length: int) -> list[float]:
     """-log p, summed over the bytes of each window that no earlier window predicted."""
     ctx = windows_BC.shape[1]
@@ -154,9 +159,7 @@ def _nats(model: ARBModel, windows_BC: np.ndarray[Any, Any], starts: list[int], 
     nats_BN = F.cross_entropy(logits_BNS.transpose(1, 2), ids_BC[:, WINDOW:], reduction="none").cpu()
     sums = []
     for nats_N, start in zip(nats_BN, starts, strict=True):
-        # Row i predicts position start + 3 + i of the stream.
-        begin = 0 if start == 0 else ctx - _stride(ctx) - WINDOW
-        end = min(ctx, length - start) - WINDOW
+        begin, end = _predicted(start, ctx, length)
         sums.append(float(nats_N[begin:end].double().sum()))
     return sums
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ from hypothesis import settings
 # Tests work on small tensors, which a second thread slows down; set before torch is first imported, and
 # inherited by the commands that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Tests interrupt what they start; a shell that runs them in the background leaves that ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Where there is no GPU, Triton's kernels are tested under its interpreter, which Triton must know before it
 # is first imported.

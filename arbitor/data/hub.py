@@ -93,7 +93,7 @@ class HubExamples:
             import datasets
         except ImportError as error:
             raise UserError(
-                f"{item!r} is read by the library datasets: pip install 'arbitor[hub]', or give files"
+                f"{item!r} is read by the library datasets: pip install datasets, or give files"
             ) from error
         self._stream = self._tried(
             lambda: datasets.load_dataset(spec.name, spec.configuration, split=spec.split, streaming=True)

@@ -442,8 +442,8 @@ def _digits() -> _Found:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise UserError(
-            "the built-in images are scikit-learn's digits: pip install 'arbitor[vision]', or give your own "
-            "with --data"
+            "the built-in images are scikit-learn's digits: pip install scikit-learn, or give images "
+            "of your own"
         ) from error
     digits = load_digits()
     found = _Found(name="scikit-learn's handwritten digits")

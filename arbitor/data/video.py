@@ -259,8 +259,8 @@ def moving_digits(geometry: ClipGeometry) -> MovingDigits:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise UserError(
-            "the built-in clips are made of scikit-learn's digits: pip install 'arbitor[video]', or give "
-            "your own with --data"
+            "the built-in clips are made of scikit-learn's digits: pip install scikit-learn, or give "
+            "clips of your own"
         ) from error
     digits = load_digits()
     pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
@@ -438,7 +438,7 @@ def _pyav() -> Any:
     try:
         import av
     except ImportError as error:
-        raise UserError("video files are read by PyAV: pip install 'arbitor[video]'") from error
+        raise UserError("video files are read by PyAV: pip install av") from error
     return av
 
 

@@ -190,5 +190,5 @@ def _soundfile() -> Any:
     try:
         import soundfile
     except (ImportError, OSError) as error:
-        raise UserError("audio files need soundfile: pip install 'arbitor[audio]'") from error
+        raise UserError("audio files need soundfile: pip install soundfile") from error
     return soundfile

@@ -31,6 +31,7 @@ from arbitor.ops.backend import has_triton, requested_backend
 MOST = 16
 # Where Linux shows NVIDIA's GPUs, also those of a Windows host: asking CUDA would be using it.
 GPU_FILES = ("/dev/nvidiactl", "/dev/dxg")
+LONGEST = 120.0  # seconds that a kernel may take, after which a process counts as dead; most take one
 _PATIENCE = 2.0  # seconds that the leader is given to end the others
 
 _current: "Compilers | None" = None
@@ -103,6 +104,8 @@ class Compilers:
         if end is not None:
             try:
                 end.send(request)
+                if not end.poll(LONGEST):
+                    raise EOFError("it hangs")
                 answer = end.recv()
             except (EOFError, OSError):
                 end = None  # it died; this place stays empty

@@ -29,7 +29,7 @@ def _transformers() -> Any:
         import transformers
     except ImportError as error:
         raise UserError(
-            "a frozen image encoder is computed by transformers: pip install 'arbitor[vision]'; without one, "
+            "a frozen image encoder is computed by transformers: pip install transformers; without one, "
             "leave --image-encoder out"
         ) from error
     return transformers

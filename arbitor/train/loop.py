@@ -431,7 +431,7 @@ class Run:
             )
 
     def _evaluate(self) -> None:
-        """Held-out bits per byte of the first windows; the lowest so far becomes `best`."""
+        """Held-out bits per byte of some windows; the lowest so far becomes `best`."""
         trainer = self.trainer
         self._read_steps()
         started = time.perf_counter()
@@ -453,7 +453,8 @@ class Run:
             if not self._save_or_go_on(lambda: self.save("best")):
                 trainer.best = before  # what is on the disk still is the best that can be had
                 mark = ", better than the best that was saved"
-        read = f"first {result.windows} {'windows' if trainer.task.unit == 'bytes' else trainer.task.unit}"
+        unit = trainer.task.unit
+        read = f"{result.windows} windows" if unit == "bytes" else f"first {result.windows} {unit}"
         written = "" if right is None else f", {100 * right:.1f} % of the captions right"
         written += "".join(f", {name.replace('_', ' ')} {value:.4f}" for name, value in result.extra.items())
         self.display.note(

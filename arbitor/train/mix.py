@@ -40,7 +40,7 @@ from arbitor.speech import codec_of
 from arbitor.train.audio_tasks import SpeakTask
 from arbitor.train.gaussian import Gaussian
 from arbitor.train.metrics import FIGURES
-from arbitor.train.task import CaptionTask, Task, TextTask
+from arbitor.train.task import HELD_OUT_BYTES, CaptionTask, Task, TextTask
 from arbitor.train.video_tasks import CODEC_NOISE, FlowTask, pixel_errors
 
 _MIX_KEY = 0x317
@@ -150,7 +150,7 @@ class TextPart:
 
     def baseline(self, model: ARBModel, measured: Evaluation) -> float:
         """See `Part`."""
-        data = np.asarray(self.task.corpus.held_out.as_array(measured.num_bytes))
+        data = np.asarray(self.task.corpus.held_out.as_array(HELD_OUT_BYTES))
         return entropy(np.bincount(data, minlength=256))
 
     def held_out_batches(self, max_items: int) -> Iterator[tuple[Tensor, ...]]:

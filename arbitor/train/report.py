@@ -192,12 +192,12 @@ def show_end(
     more: Mapping[str, str],
 ) -> None:
     """Print the result, the sample and what to do with it; `more` are rows of the task's own."""
-    whole = "" if summary["held_out_whole"] else "first "
+    measured = format_bytes(summary["held_out_bytes"])
+    where = f"the {measured} held out" if summary["held_out_whole"] else f"{measured} of what is held out"
     right, figure = summary.get("captions_right"), summary.get("figure", "bits_per_byte")
     rows = {
         **({} if right is None else {"captions": f"{100 * right:.2f} % of the held-out ones written right"}),
-        "held out": f"{summary[HELD_OUT + figure]:.4f} {FIGURES[figure]} "
-        f"(on the {whole}{format_bytes(summary['held_out_bytes'])} held out)",
+        "held out": f"{summary[HELD_OUT + figure]:.4f} {FIGURES[figure]} (on {where})",
         **more,
         "state": f"{summary['bytes_per_weight']:.2f} bytes a weight, {format_bytes(summary['state_bytes'])}; "
         "no float weight, no float training state",

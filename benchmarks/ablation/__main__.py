@@ -167,7 +167,7 @@ def _plot(rows: Sequence[Row], size: Size, path: Path) -> None:
             rows, variants_of(size.model), path, f"{size.name}: {active:.1f} M active trits, {devices}"
         )
     except ModuleNotFoundError as error:
-        print(f"no plot: {error.name} is not installed; pip install 'arbitor[bench]'")
+        print(f"no plot: {error.name} is not installed; pip install matplotlib")
     else:
         print(f"plot: {path}")
 

@@ -135,7 +135,7 @@ def _plot(rows: Sequence[Row], size: Size, path: Path) -> None:
     try:
         summary.plot(rows, path, title)
     except ModuleNotFoundError as error:
-        print(f"no plot: {error.name} is not installed; pip install 'arbitor[bench]'")
+        print(f"no plot: {error.name} is not installed; pip install matplotlib")
     else:
         print(f"plot: {path}")
 

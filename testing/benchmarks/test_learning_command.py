@@ -185,7 +185,7 @@ def test_scale_votes_are_paired(run, monkeypatch):
 
 
 def test_plot_is_a_png(run, monkeypatch, tmp_path):
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'arbitor[bench]'")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install matplotlib")
     monkeypatch.setattr(command, "run_all", fake_runner(lambda run: 2 + abs(run.lr - 0.05)))
     run("--contestant", "trits-full")
     assert (tmp_path / "learning-cpu.png").read_bytes().startswith(b"\x89PNG")

@@ -8,6 +8,7 @@ from torch import nn
 
 from arbitor.errors import UserError
 from arbitor.ternary import TernaryLinear, VoteOptimizer, named_ternary
+from arbitor.ternary.update import StepNumbers
 from testing.small_net import SmallNet, backward, changed, each_state, make, snapshot, train
 
 
@@ -22,6 +23,20 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(state):
     assert changed(runs[0][1], runs[1][1]) == []
     assert "up.0.T_accum" in changed(runs[0][1], runs[2][1])
     assert runs[0][0] != runs[2][0]
+
+
+def test_the_number_of_a_step_wraps_at_32_bits_and_no_sooner():
+    numbers = StepNumbers(torch.device("cpu"))
+    found = {}
+    for count in (0, 255, 256, 65536, (1 << 31) - 1, 1 << 31, (1 << 32) - 1, 1 << 32):
+        numbers.write(count, 1.0, 1.0, 0.0)
+        found[count] = int(numbers.count)
+    assert found == {
+        **{count: count for count in (0, 255, 256, 65536, (1 << 31) - 1)},
+        1 << 31: -(1 << 31),
+        (1 << 32) - 1: -1,
+        1 << 32: 0,
+    }
 
 
 def test_the_global_generator_plays_no_part_in_a_step():
@@ -54,10 +69,10 @@ def test_a_resumed_run_continues_to_the_bit(form, state):
     resumed = SmallNet()
     resumed.load_state_dict(through_a_file(net.state_dict()))
     if form == "state_dict":
-        other = VoteOptimizer(resumed, state=state)
+        other = VoteOptimizer(resumed, state=state, seed=3)
         other.load_state_dict(through_a_file(optimizer.state_dict()))
     else:
-        other = VoteOptimizer(resumed, state=state, scale_lr=0.1)
+        other = VoteOptimizer(resumed, state=state, scale_lr=0.1, seed=3)
         other.load_hyperparameters(through_a_file(optimizer.hyperparameters()))
         other.load_named_state(through_a_file(optimizer.named_state()))
         other.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"]

@@ -67,6 +67,29 @@ def test_a_dropped_step_is_logged_counted_and_told(workplace, settings, spoil, c
     assert "step 7: dropped, a loss or gradient was not finite (2 so far)" in printed
 
 
+def test_a_loss_that_is_not_finite_drops_a_step_whose_gradients_are(make_trainer, monkeypatch):
+    trainer = make_trainer(0)
+    before, output = [t.clone() for t in trainer.model.state_dict().values()], trainer.task.output
+
+    def spoilt(*args):
+        # Finite gradients: the infinity is added behind what they come of.
+        given = output(*args)
+        return dataclasses.replace(given, loss=given.loss + torch.inf)
+
+    monkeypatch.setattr(trainer.task, "output", spoilt)
+    trainer.take_step()
+    assert trainer.optimizer.dropped_steps == 1
+    assert all(map(torch.equal, before, trainer.model.state_dict().values()))
+
+
+def test_steps_dropped_in_a_row_are_counted_on_by_a_trainer_that_resumes(make_trainer, tmp_path):
+    trainer = make_trainer(1)
+    trainer.dropped_in_a_row = 7
+    trainer.save(tmp_path / "kept")
+    resumed = Trainer(trainer.config, trainer.task.corpus, trainer.device, load_checkpoint(tmp_path / "kept"))
+    assert (resumed.step, resumed.dropped_in_a_row) == (1, 7)
+
+
 def test_a_dropped_step_changes_nothing_but_counters(make_trainer, spoil):
     spoil(2)
     trainer = make_trainer(1)
@@ -323,4 +346,4 @@ def test_a_short_run_is_measured_on_a_part_and_says_so(workplace, settings, caps
     # Windows of 16 bytes overlap by half, and the first predicts 13 bytes and no less: 8 n + 5 bytes.
     assert summary["held_out_bytes"] == (size if whole else 8 * 10 + 5)
     assert summary["held_out_whole"] is whole
-    assert ("(on the first " in capsys.readouterr().out) is not whole
+    assert ("of what is held out)" in capsys.readouterr().out) is not whole

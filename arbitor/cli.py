@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 USER_ERROR = 2
 BUG = 1
+INTERRUPTED = 130  # 128 plus the number of SIGINT, as shells have it
 VISION_BATCH = 64  # the captions of 16 images, the batch of texts, are few bytes to learn from
 
 app = App(
@@ -24,6 +25,7 @@ app = App(
     version=f"arbitor {__version__}",
     help_format="plaintext",
     default_parameter=Parameter(negative=()),
+    suppress_keyboard_interrupt=False,  # `main` says a line
 )
 
 RUN = Group("Run", sort_key=0)
@@ -627,8 +629,8 @@ def main(tokens: Sequence[str] | None = None) -> int:
         code = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
         if sys.stdout is not None:
             sys.stdout.flush()
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt:  # of a run that has begun, SignalGuard takes care
+        return interrupted()
     except BrokenPipeError:  # the reader of a pipe had enough
         _drop_stdout()
         return 0
@@ -641,6 +643,12 @@ def main(tokens: Sequence[str] | None = None) -> int:
             message = f"cannot write to stdout: {message}"
         print(f"arbitor: error: {message}", file=sys.stderr)
     return code if isinstance(code, int) else 0
+
+
+def interrupted() -> int:
+    """Say so; returns the exit code."""
+    print("arbitor: interrupted", file=sys.stderr)
+    return INTERRUPTED
 
 
 def _explain(error: Exception) -> tuple[str, int]:

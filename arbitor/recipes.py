@@ -1,6 +1,9 @@
 """What the scripts in `training/` add to the commands behind them: larger settings where there is a GPU."""
 
+import sys
 from collections.abc import Sequence
+
+from arbitor.cli import interrupted
 
 GPU_PRESET = "small"
 # With one of these, the settings are chosen already, or there are none to choose.
@@ -28,6 +31,9 @@ def _uses_gpu(tokens: Sequence[str]) -> bool:
             device = value or following
     if device not in ("auto", "cuda"):
         return False  # or a word that the command will refuse
-    import torch
+    try:
+        import torch
 
-    return torch.cuda.is_available()
+        return torch.cuda.is_available()
+    except KeyboardInterrupt:  # the import takes a second, ahead of the command that would say so
+        sys.exit(interrupted())

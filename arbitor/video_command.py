@@ -11,6 +11,7 @@ from arbitor.cli import DATA, LOGGING, RUN, TRAINING, app, whole
 from arbitor.errors import UserError
 
 CODEC_STEPS = 300
+CODEC_STEPS_PER_FLOW_STEP = 10  # at most, so that a short try of both parts is short
 FLOW_STEPS = 400
 BATCH = 32
 FLOW_RATE = 0.5  # of the usual peak learning rate of a state
@@ -100,7 +101,8 @@ def diffusion(
     steps
         Optimizer steps of the flow, or of the one --task; default 400 (codec: 300).
     codec_steps
-        Optimizer steps of the autoencoder that goes ahead of the flow; default 300.
+        Optimizer steps of the autoencoder that goes ahead of the flow; default 300, or 10 times --steps
+        where that is fewer.
     batch
         Clips per micro-batch; default 32.
     accum
@@ -227,10 +229,14 @@ def _train_both(
         runs.refuse_existing(run)
     codec = f"{run}-codec"
     ahead = {name: value for name, value in settings.items() if name != "steps"}
+    if codec_steps is None and "steps" in settings:
+        steps = settings["steps"]
+        # What is below 1 is refused as it was given.
+        codec_steps = min(CODEC_STEPS, steps * CODEC_STEPS_PER_FLOW_STEP if steps > 0 else steps)
     if codec_steps is not None:
         ahead["steps"] = codec_steps
     ahead = _defaults({"video_task": "codec", **ahead}, None, preset)
-    code = start_training(ahead, preset=preset, run=codec, reset=reset)
+    code = start_training(ahead, preset=preset, run=codec, reset=reset, show_next=False)
     if code:
         return code
     if reset and runs.run_path(run).exists():

@@ -258,6 +258,15 @@ def test_a_bug_is_told_as_one(workplace, capsys, monkeypatch):
     assert captured.count("\n") == 1
 
 
+def test_an_interrupt_ahead_of_a_run_is_one_line(workplace, capsys, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("arbitor.train.session.start_training", interrupted)
+    assert main(["train"]) == 130
+    assert capsys.readouterr() == ("", "arbitor: interrupted\n")
+
+
 def test_what_is_too_short_is_named(refused, workplace):
     (workplace / "short.txt").write_text("short")
     refused([*TRAIN, "--held-out", "short.txt"], "error: short.txt: the held-out data is 5 bytes long")

@@ -6,6 +6,7 @@ import json
 import pytest
 from PIL import Image
 
+from arbitor import video_command
 from arbitor.config import load_config
 from arbitor.drawing import draw
 from arbitor.train.checkpoint import load
@@ -60,10 +61,44 @@ def test_without_a_task_the_autoencoder_is_trained_and_then_the_flow(tmp_path, c
     assert (after["sidecars.video.codec.latent_std"] != 1 << 12).any()
     assert any((before[name] != after[name]).any() for name in before if name.startswith("heads.video"))
     out = capsys.readouterr().out
-    assert "next: python training/diffusion.py --sample TEXT --run clips" in out
+    assert [line for line in out.splitlines() if line.startswith("next:")] == [
+        "next: python training/diffusion.py --sample TEXT --run clips"
+    ]
     assert main([*SMALL, "--codec-steps", "2", "--run", "clips"]) == 2
     assert "exists" in capsys.readouterr().err
     assert main([*SMALL, "--codec-steps", "2", "--run", "clips", "--reset"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "steps"),
+    [
+        ([], [300, 400]),
+        (["--steps", "1"], [10, 1]),
+        (["--steps", "29"], [290, 29]),
+        (["--steps", "1000"], [300, 1000]),
+        (["--steps", "1", "--codec-steps", "7"], [7, 1]),
+    ],
+)
+def test_few_steps_are_few_of_the_autoencoder_too(given, steps, monkeypatch):
+    taken = []
+
+    def start(settings, **_):
+        taken.append(settings["steps"])
+        return 0
+
+    monkeypatch.setattr("arbitor.video_command._defaults", _defaults_without_a_base)
+    monkeypatch.setattr("arbitor.train.session.start_training", start)
+    assert main(given) == 0
+    assert taken == steps
+
+
+def _defaults_without_a_base(settings, base, preset, whole=video_command._defaults):
+    return whole(settings, None, preset)  # the autoencoder was not trained
+
+
+def test_the_autoencoder_alone_says_what_is_next(capsys):
+    assert main(["--task", "codec", *SMALL, "--run", "c"]) == 0
+    assert "next: python training/diffusion.py --task flow --base c\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("task", FIGURES)
@@ -139,6 +174,8 @@ def test_a_text_run_grows_into_one_that_draws(tmp_path):
         (["--task", "codec", "--codec-steps", "3"], "leave it out"),
         (["--caption-ids", "2"], "--video-ids must be"),
         (["--batch", "0"], "batch"),
+        (["--steps", "0"], "got 0"),
+        (["--steps", "-1"], "got -1"),
     ],
 )
 def test_bad_arguments_are_one_line_and_leave_nothing(arguments, why, tmp_path, capsys):

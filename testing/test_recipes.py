@@ -35,6 +35,17 @@ def test_the_preset_is_small_where_there_is_a_gpu(tokens, adds, monkeypatch):
     assert with_preset(tokens) == ([*tokens, "--preset", "small"] if adds else tokens)
 
 
+def test_an_interrupt_ahead_of_the_command_is_one_line(monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.cuda, "is_available", interrupted)
+    with pytest.raises(SystemExit) as end:
+        with_preset([])
+    assert end.value.code == 130
+    assert capsys.readouterr() == ("", "arbitor: interrupted\n")
+
+
 @pytest.mark.parametrize("name", ["text", "vision", "audio", "diffusion", "pretrain"])
 def test_every_script_does_so(name, repository):
     assert "with_preset(sys.argv[1:])" in (repository / "training" / f"{name}.py").read_text()

@@ -24,7 +24,8 @@ def numbered_split(count: int, held_out: str, unit: str, choices: str) -> tuple[
 
     Args:
         count: of all items.
-        held_out: spells how many, from 1 on, or a share below 1.
+        held_out: spells how many, from 1 on, or a share below 1, which is one item at least if there
+            are two.
         unit: what they are, in the plural.
         choices: what else the user may give, for messages: "a path".
 
@@ -45,6 +46,8 @@ def numbered_split(count: int, held_out: str, unit: str, choices: str) -> tuple[
         )
     share = exact_share(number)
     out = {n for n in range(count) if int((n + 1) * share) > int(n * share)}
+    if not out and count > 1:
+        return {count - 1}, "the last one"
     return out, f"one of {float(1 / share):.3g}"
 
 

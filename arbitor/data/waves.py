@@ -124,16 +124,22 @@ def resample(samples: np.ndarray, rate: int, wanted: int) -> np.ndarray:
 
 
 def load_file(path: Path) -> tuple[np.ndarray, int]:
-    """As `load_content`, of a file."""
+    """As `load_content`, of a file.
+
+    Raises:
+        UnusableError: it is missing, too large or not readable, or its content cannot be used.
+        UserError: soundfile is not installed.
+    """
     try:
         status = file_status(path)
         if status is None:
             raise UnusableError(why_no_file(path))
         if status.st_size > MAX_FILE_BYTES:
             raise UnusableError("too large")
-        return load_content(path.read_bytes())
+        content = path.read_bytes()
     except (OSError, ValueError) as error:
         raise UnusableError("not readable") from error
+    return load_content(content)  # its UserError, a ValueError, is none of the file
 
 
 def load_content(content: bytes) -> tuple[np.ndarray, int]:
@@ -141,6 +147,7 @@ def load_content(content: bytes) -> tuple[np.ndarray, int]:
 
     Raises:
         UnusableError: it is empty, damaged, or of no known format.
+        UserError: soundfile is not installed.
     """
     if not content:
         raise UnusableError("empty")

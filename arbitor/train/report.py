@@ -190,8 +190,10 @@ def show_end(
     prompt: bytes,
     sample: bytes,
     more: Mapping[str, str],
+    *,
+    show_next: bool = True,
 ) -> None:
-    """Print the result, the sample and what to do with it; `more` are rows of the task's own."""
+    """Print the result, the sample and, with `show_next`, what to do with it; `more` are the task's rows."""
     measured = format_bytes(summary["held_out_bytes"])
     where = f"the {measured} held out" if summary["held_out_whole"] else f"{measured} of what is held out"
     right, figure = summary.get("captions_right"), summary.get("figure", "bits_per_byte")
@@ -216,7 +218,7 @@ def show_end(
         console.print(Text(f"\n{title}:", style="bold"))
         text = Text(_as_text(prompt), style="bold").append(_as_text(sample), style="not bold")
         console.print(text, soft_wrap=True)
-    if config.train.save:
+    if config.train.save and show_next:
         command = _next_command(run, config, prompt)
         console.print(Text(f"\nnext: {command}"), soft_wrap=True)
 

@@ -56,6 +56,7 @@ def start_training(
     resume: bool = False,
     reset: bool = False,
     base: str | None = None,
+    show_next: bool = True,
     console: Console | None = None,
 ) -> int:
     """Train a run, new or resumed, to its end or to a signal.
@@ -76,6 +77,7 @@ def start_training(
         reset: delete the run of that name first.
         base: run or checkpoint whose weights, training state and settings a new run starts from; parts that
             `settings` add are drawn.
+        show_next: end a new run with the command that tries it; False where the caller goes on by itself.
         console: where progress goes; None is stdout.
 
     Returns:
@@ -126,7 +128,7 @@ def start_training(
     if run is not None and reset and runs.run_path(run).exists():
         refuse_busy(runs.run_path(run))
         runs.remove_run(runs.run_path(run))
-    return _train_new(config, corpus, device, console, run)
+    return _train_new(config, corpus, device, console, run, show_next=show_next)
 
 
 def _refuse_other_settings(base: str, preset: str | None, config_file: str | None) -> None:
@@ -161,6 +163,8 @@ def _train_new(
     console: Console,
     run: str | None,
     base: Checkpoint | None = None,
+    *,
+    show_next: bool = True,
 ) -> int:
     _refuse_too_large(config, device)
     with unwinding():
@@ -168,7 +172,7 @@ def _train_new(
         try:
             with contextlib.closing(MetricsLog(folder)) as log:
                 swap.write_file(folder / runs.CONFIG_FILE, dump_toml(config))
-                return _train(folder, config, corpus, device, log, None, console, base)
+                return _train(folder, config, corpus, device, log, None, console, base, show_next=show_next)
         except BaseException:
             runs.remove_if_untrained(folder)  # what never took a step shall not keep the name
             raise
@@ -376,6 +380,8 @@ def _train(
     checkpoint: Checkpoint | None,
     console: Console,
     base: Checkpoint | None = None,
+    *,
+    show_next: bool = True,
 ) -> int:
     compile_for_run(config, device, lambda line: console.print(line, markup=False, soft_wrap=True))
     with deterministic(config.train.seed, device.device), SignalGuard() as guard:
@@ -403,7 +409,7 @@ def _train(
             rows: dict[str, str] = {}
             if isinstance(trainer.task, MixTask):
                 rows = trainer.task.summary_rows(summary)
-            report.show_end(console, config, folder, summary, prompt, sample, rows)
+            report.show_end(console, config, folder, summary, prompt, sample, rows, show_next=show_next)
             return 0
         saved = f"saved {folder / 'latest'}" if config.train.save else "nothing was saved (--no-save)"
         where = f"step {trainer.step} of {config.train.steps}"

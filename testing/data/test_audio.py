@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from arbitor.data.audio import SYNTHETIC_LABELS, default_rate, label_of, open_audio
+from arbitor.data.images import WORDS
 from arbitor.data.waves import write_recording
 from arbitor.errors import UserError
 
@@ -110,6 +111,25 @@ def test_what_is_held_out_by_path_is_not_trained_on(folder):
     assert corpus.held_out.labels == [b"four"]
     assert b"four" not in corpus.train.labels
     assert len(corpus.train) == 9
+
+
+@pytest.mark.parametrize(("count", "held_out", "out"), [(2, None, [1]), (5, None, [4]), (9, "0.1", [8])])
+def test_a_share_of_few_recordings_is_one(tmp_path, count, held_out, out):
+    for number in range(count):
+        write_recording(tmp_path / f"{number}_x.wav", tone(number), 8000)
+    corpus = open_audio([str(tmp_path)], held_out, 8000)
+    words = [corpus.held_out.labels, corpus.train.labels]
+    assert words == [
+        [WORDS[n].encode() for n in out],
+        [WORDS[n].encode() for n in range(count) if n not in out],
+    ]
+    assert "1 held out (the last one)" in corpus.description
+
+
+def test_one_recording_cannot_be_learnt_from_and_held_out(tmp_path):
+    write_recording(tmp_path / "0_x.wav", tone(), 8000)
+    with pytest.raises(UserError, match="no recording held out can be used"):
+        open_audio([str(tmp_path)], None, 8000)
 
 
 @pytest.mark.parametrize("held_out", ["10", "nonsense/none", "-1", "nan", "1.5", "0"])

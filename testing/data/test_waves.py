@@ -1,4 +1,5 @@
 import io
+import sys
 import wave
 
 import numpy as np
@@ -8,6 +9,7 @@ from arbitor.data.clips import clip, coloured, varied, with_gap
 from arbitor.data.waves import (
     UnusableError,
     load_content,
+    load_file,
     read_recording,
     resample,
     usable_wave,
@@ -129,6 +131,15 @@ def test_a_missing_recording_and_an_unwritable_place_are_one_line(tmp_path):
         read_recording(tmp_path / "none.wav", 8000)
     with pytest.raises(UserError, match="cannot write"):
         write_recording(tmp_path / "no" / "a.wav", sine(8000), 8000)
+
+
+def test_a_missing_reader_is_no_fault_of_a_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.wav"
+    write_recording(path, sine(8000), 8000)
+    monkeypatch.setitem(sys.modules, "soundfile", None)
+    for load in (load_file, lambda p: load_content(p.read_bytes()), lambda p: read_recording(p, 8000)):
+        with pytest.raises(UserError, match="audio files need soundfile"):
+            load(path)
 
 
 @pytest.mark.parametrize("length", [1, 5, 100, 101, 250])

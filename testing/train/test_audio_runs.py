@@ -1,4 +1,5 @@
 import json
+import sys
 import wave
 
 import numpy as np
@@ -101,13 +102,76 @@ def test_wav_files_by_one_command(tmp_path, capsys):
     assert main(["--reconstruct", "in.wav", "--out", "back.wav"]) == 0
     with wave.open("back.wav") as file:
         assert (file.getframerate(), file.getnframes()) == (2000, 750)
+    assert main(["--task", "speak", "--base", "c", "--steps", "2", "--run", "s"]) == 0
     assert main(["--say", "seven", "--out", "seven.wav", "--temperature", "0"]) == 0
     with wave.open("seven.wav") as file:
         assert file.getframerate() == 2000
         assert file.getnframes() <= 1000
+    assert main(["--task", "listen", "--base", "c", "--steps", "2", "--run", "l"]) == 0
     capsys.readouterr()
     assert main(["--hear", "in.wav"]) == 0
-    assert capsys.readouterr().out.count("\n") == 1
+    done = capsys.readouterr()
+    assert done.out.count("\n") == 1
+    assert not done.err
+    assert main(["--hear", "in.wav", "--run", "s"]) == 0  # l may have come ahead of s
+    assert "note: runs/s/best was trained to speak" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("what", "task"), [("--say", "speak"), ("--hear", "listen")])
+def test_a_run_of_the_codec_alone_neither_speaks_nor_listens(what, task, tmp_path, capsys):
+    assert main([*SMALL, "--run", "c"]) == 0
+    write_recording("in.wav", np.zeros(2000, np.float32), 8000)
+    for run in ([], ["--run", "c"], ["--run", "runs/c/latest"]):
+        capsys.readouterr()
+        assert main([what, "in.wav", "--out", "out.wav", *run]) == 2
+        done = capsys.readouterr()
+        assert not done.out
+        folder = "runs/c/latest" if "runs/c/latest" in run else "runs/c/best"
+        assert done.err == (
+            f"arbitor: error: {folder} has learnt its codec only, not to {task}; first train a run that "
+            f"does: python training/audio.py --task {task} --base {folder}\n"
+        )
+        assert not (tmp_path / "out.wav").exists()
+    assert main(["--task", task, "--base", folder, "--steps", "1", "--run", "behind"]) == 0
+    assert main([what, "in.wav", "--out", "out.wav", "--seed", "0"]) == 0
+
+
+def test_a_sound_that_ends_at_once_is_not_written(tmp_path, capsys, monkeypatch):
+    assert main(["--task", "speak", *SMALL, "--run", "s"]) == 0
+    capsys.readouterr()
+    monkeypatch.setattr("arbitor.audio_tries.say", lambda model, texts, **_: [np.zeros(0, np.float32)])
+    assert main(["--say", "seven", "--out", "out.wav"]) == 2
+    assert "nothing was written" in capsys.readouterr().err
+    assert not (tmp_path / "out.wav").exists()
+
+
+@pytest.mark.parametrize("task", FIGURES)
+def test_five_recordings_are_enough(task, tmp_path, capsys):
+    pytest.importorskip("soundfile", reason="needs soundfile (the extra audio)")
+    for number in range(5):
+        noise = 0.1 * np.random.default_rng(number).normal(size=1500).astype(np.float32)
+        write_recording(tmp_path / f"{number}_x.wav", noise, 8000)
+    assert main(["--task", task, "--data", str(tmp_path), *SMALL, "--run", "few"]) == 0
+    summary = json.loads((tmp_path / "runs/few/summary.json").read_text())
+    assert np.isfinite(summary[f"held_out_{FIGURES[task]}"])
+
+
+def test_without_soundfile_the_missing_reader_is_named_not_the_files(tmp_path, capsys, monkeypatch):
+    from arbitor import cli
+
+    for number in range(5):
+        write_recording(tmp_path / f"{number}_x.wav", np.zeros(2000, np.float32), 8000)
+    monkeypatch.setitem(sys.modules, "soundfile", None)
+    for command in (
+        lambda: cli.main(["train", "--enable-audio", "--data", str(tmp_path), "--steps", "1"]),
+        lambda: main(["--data", str(tmp_path), "--rate", "2000", "--steps", "1"]),
+    ):
+        assert command() == 2
+        error = capsys.readouterr().err
+        assert error.startswith("arbitor: error: audio files need soundfile")
+        assert error.count("\n") == 1
+        assert "skipped" not in error
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(

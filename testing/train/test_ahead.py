@@ -37,7 +37,7 @@ launched = []
 jit.JITFunction.run = lambda kernel, *_, **__: launched.append(kernel)
 before = session._train
 
-def train(folder, config, corpus, device, *rest):
+def train(folder, config, corpus, device, *rest, **options):
     state = torch.get_rng_state()
     if folder.name == "ahead":
         kernels.append(1)
@@ -46,7 +46,7 @@ def train(folder, config, corpus, device, *rest):
         kernels.clear()
         assert report.kernels > 20 and len(launched) == report.kernels
     assert torch.equal(torch.get_rng_state(), state)
-    return before(folder, config, corpus, device, *rest)
+    return before(folder, config, corpus, device, *rest, **options)
 
 session._train = train
 settings = json.loads(os.environ["SETTINGS"])

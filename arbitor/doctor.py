@@ -98,7 +98,9 @@ def describe(device: Device) -> dict[str, str]:
     shown = "" if load is None else f"; load {load:.1f} over the last minute"
     rows["threads"] = f"{torch.get_num_threads()} on {_cores()} logical cores{shown}"
     if not device.is_cuda:
-        rows["products"] = "of integers" if cpu.pays() else "of floats, which are faster here"
+        rows["products"] = (
+            "of int8, which are faster here" if cpu.pays() else "of floats, which are faster here"
+        )
     rows["memory"] = _memory()
     rows["disk"] = _disk(Path.cwd())
     return rows

@@ -106,6 +106,9 @@ def write_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor], **header
         save_file(on_cpu, path, metadata={"arbitor": dump_document(document)})
     except SafetensorError as error:
         raise OSError(str(error)) from error
+    mask = os.umask(0)  # the only way to read it
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)  # as any other file of a run; safetensors makes it for its owner alone
     return _document_digest(document)
 
 

@@ -36,6 +36,16 @@ def test_a_checkpoint_holds_exactly_the_named_files(saved):
     assert state["sampler"]["drawn"] == 12
 
 
+def test_its_files_may_be_read_by_those_who_may_read_others(make_trainer, tmp_path):
+    before = os.umask(0o027)
+    try:
+        make_trainer().save(tmp_path / "run")
+    finally:
+        os.umask(before)
+    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in (tmp_path / "run").iterdir()}
+    assert set(modes.values()) == {"0o640"}, modes
+
+
 def test_loading_gives_back_every_tensor_and_setting(make_trainer, tmp_path):
     trainer = make_trainer(3)
     trainer.save(tmp_path / "latest")

@@ -17,6 +17,7 @@ from arbitor.config import ModelConfig
 from arbitor.errors import UserError
 from arbitor.model import ARBModel
 from arbitor.ops import thresholds
+from arbitor.ops.compilers import cores
 from arbitor.ops.int8_matmul import cpu
 from arbitor.ops.trit_codec import trit_pack, trit_unpack
 from arbitor.ternary import TernaryLinear, VoteOptimizer
@@ -57,7 +58,7 @@ def examine(console: Console | None = None, measure: bool = False) -> int:
         measure_thresholds(device)
     print_rows(console, describe(device))
     load = _load()
-    if load is not None and (advice := busy_advice(load, torch.get_num_threads(), _cores())):
+    if load is not None and (advice := busy_advice(load, torch.get_num_threads(), cores())):
         console.print(Text(f"warning: {advice}", style="yellow"), soft_wrap=True)
     passed = True
     for name, check in (("pack and decode", check_codec), ("training step", check_training_step)):
@@ -96,7 +97,7 @@ def describe(device: Device) -> dict[str, str]:
         rows["thresholds"] = describe_thresholds(device)
     load = _load()
     shown = "" if load is None else f"; load {load:.1f} over the last minute"
-    rows["threads"] = f"{torch.get_num_threads()} on {_cores()} logical cores{shown}"
+    rows["threads"] = f"{torch.get_num_threads()} on {cores()} logical cores{shown}"
     if not device.is_cuda:
         rows["products"] = (
             "of int8, which are faster here" if cpu.pays() else "of floats, which are faster here"
@@ -196,14 +197,6 @@ def _load() -> float | None:
         return os.getloadavg()[0]
     except (OSError, AttributeError):
         return None
-
-
-def _cores() -> int:
-    """Logical cores that this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # macOS and Windows bind no process to cores
-        return os.cpu_count() or 1
 
 
 def _version(package: str) -> str:

@@ -81,7 +81,7 @@ def test_a_busy_machine_is_advised(load, threads, cores, fewer):
 def test_the_warning_is_printed(console, monkeypatch, load, warned):
     monkeypatch.setattr(doctor, "_load", lambda: load)
     monkeypatch.setattr(doctor.torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(doctor, "_cores", lambda: 2)
+    monkeypatch.setattr(doctor, "cores", lambda: 2)
     assert doctor.examine(console) == 0
     printed = console.file.getvalue()
     assert ("warning: other programs keep about 99.0 of 2 cores busy" in printed) is warned

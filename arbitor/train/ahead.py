@@ -9,8 +9,6 @@ import functools
 import gc
 import hashlib
 import itertools
-import os
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -257,8 +255,6 @@ def _write(mark: Path) -> None:
     """An empty file; where it cannot be written, the next run does what this one did."""
     try:
         mark.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor, partial = tempfile.mkstemp(dir=mark.parent)
-        os.close(descriptor)
-        os.replace(partial, mark)
+        mark.touch()
     except OSError:
         pass

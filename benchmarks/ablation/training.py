@@ -21,6 +21,7 @@ from benchmarks.ablation.variants import config_of, variants_of
 from benchmarks.common import provenance
 from benchmarks.counts import counts
 from benchmarks.learning.sizes import Size
+from benchmarks.speed.clock import seconds_of
 
 EVAL_BATCH = 256
 LAST_SHARE = 10  # the metrics of the parts are means over the last tenth of the steps
@@ -141,14 +142,7 @@ def measure(run: Run, job: Job) -> dict[str, str]:
 def _seconds_a_step(run: Run, job: Job) -> float:
     device, trainer, _ = _made(run, job, WARM_UP + TIMED_STEPS)
     with deterministic(run.seed, device.device):
-        for _ in range(WARM_UP):
-            trainer.take_step()
-        device.synchronize()
-        began = time.perf_counter()
-        for _ in range(TIMED_STEPS):
-            trainer.take_step()
-        device.synchronize()
-    return (time.perf_counter() - began) / TIMED_STEPS
+        return seconds_of(trainer.take_step, device, warmup=WARM_UP, repeats=1, calls=TIMED_STEPS)
 
 
 def _made(run: Run, job: Job, steps: int) -> tuple[Device, Trainer, ByteCorpus]:

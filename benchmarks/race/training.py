@@ -21,7 +21,7 @@ from arbitor.train.schedule import learning_rate
 from benchmarks.counts import counts
 from benchmarks.learning.contestants import Run, Trainee, build
 from benchmarks.learning.training import stepper
-from benchmarks.speed.clock import matmul_peak
+from benchmarks.speed.clock import matmul_peak, seconds_of
 
 WARM_UP = 8  # steps that compile and record, ahead of those that are timed
 TIMED = 10
@@ -65,14 +65,7 @@ def steps_in(run: Run, config: RunConfig, text: Tensor, device: Device, seconds:
     """
     trainee, take_step = _made(run, config, device)
     batches = _batches(text, config, run.seed)
-    for _ in range(WARM_UP):
-        take_step(0.0, next(batches))
-    device.synchronize()
-    began = time.perf_counter()
-    for _ in range(TIMED):
-        take_step(0.0, next(batches))
-    device.synchronize()
-    each = (time.perf_counter() - began) / TIMED
+    each = seconds_of(lambda: take_step(0.0, next(batches)), device, warmup=WARM_UP, repeats=1, calls=TIMED)
     del trainee
     steps = int(seconds / each)
     if steps < 2 * WARM_UP:

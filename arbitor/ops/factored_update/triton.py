@@ -14,7 +14,6 @@ from arbitor.ops.state_update.triton import (
     load_state,
     planes_used,
     rule_options,
-    sums,
     vote_and_store,
 )
 from arbitor.ops.trit_codec.reference import BLOCK, PLANE
@@ -37,7 +36,6 @@ def _factored_update_kernel(
     EXPERTS: tl.constexpr, ROWS: tl.constexpr, WHOLE: tl.constexpr, RULE: tl.constexpr,
     OPERANDS: tl.constexpr,
 ):  # fmt: skip
-    PTX: tl.constexpr = RULE is not None
     if tl.load(ok) == 0:
         return
     expert, begin, end = tile_of(offsets, tl.program_id(2), experts, tokens, ANY, EXPERTS)
@@ -74,14 +72,9 @@ def _factored_update_kernel(
     u0, u1, u2, u3, u4 = planes_used(inside, byte, cols, WHOLE)
     present = inside & (byte < 32)
     code, a0, a1, a2, a3, a4 = load_state(code_at, state_at, present, u0, u1, u2, u3, u4)
-    s0 = sums(d0, factor, number, key_a, key_b, SPAN, PTX)
-    s1 = sums(d1, factor, number + 32, key_a, key_b, SPAN, PTX)
-    s2 = sums(d2, factor, number + 64, key_a, key_b, SPAN, PTX)
-    s3 = sums(d3, factor, number + 96, key_a, key_b, SPAN, PTX)
-    s4 = sums(d4, factor, number + 128, key_a, key_b, SPAN, PTX)
     count = vote_and_store(
-        code_at, state_at, present, u0, u1, u2, u3, u4, code, a0, a1, a2, a3, a4, s0, s1, s2, s3, s4,
-        SPAN, THRESHOLD, LOWEST, RAIL, False, RULE, OPERANDS,
+        code_at, state_at, present, u0, u1, u2, u3, u4, code, a0, a1, a2, a3, a4, d0, d1, d2, d3, d4,
+        factor, number, key_a, key_b, SPAN, THRESHOLD, LOWEST, RAIL, False, RULE, OPERANDS,
     )  # fmt: skip
     tl.atomic_add(flips, tl.sum(count).to(tl.int64), sem="relaxed")
 

@@ -103,11 +103,21 @@ def _voted(
 
 @triton.jit
 def vote_and_store(
-    code_at, state_at, present, u0, u1, u2, u3, u4, code, a0, a1, a2, a3, a4, s0, s1, s2, s3, s4,
+    code_at, state_at, present, u0, u1, u2, u3, u4, code, a0, a1, a2, a3, a4, d0, d1, d2, d3, d4,
+    factor, element, key_a, key_b,
     SPAN: tl.constexpr, THRESHOLD: tl.constexpr, LOWEST: tl.constexpr, RAIL: tl.constexpr,
     RESET: tl.constexpr, RULE: tl.constexpr, OPERANDS: tl.constexpr,
 ):  # fmt: skip
-    """The rule on what `load_state` gave and the `sums` of five planes; stored. Returns the flips, int32."""
+    """The rule on what `load_state` gave and directions of five planes; stored. Returns the flips, int32.
+
+    `element` numbers the weights of the first plane in their random stream.
+    """
+    PTX: tl.constexpr = RULE is not None
+    s0 = sums(d0, factor, element, key_a, key_b, SPAN, PTX)
+    s1 = sums(d1, factor, element + 32, key_a, key_b, SPAN, PTX)
+    s2 = sums(d2, factor, element + 64, key_a, key_b, SPAN, PTX)
+    s3 = sums(d3, factor, element + 96, key_a, key_b, SPAN, PTX)
+    s4 = sums(d4, factor, element + 128, key_a, key_b, SPAN, PTX)
     if RULE is not None:
         code, a0, a1, a2, a3, a4, count = tl.inline_asm_elementwise(
             RULE, OPERANDS, [code, a0, a1, a2, a3, a4, s0, s1, s2, s3, s4],
@@ -161,7 +171,6 @@ def _update_kernel(
     RULE: tl.constexpr,
     OPERANDS: tl.constexpr,
 ):
-    PTX: tl.constexpr = RULE is not None
     across, part = part_of_rows(TURNED)
     row = part * ROWS + tl.arange(0, ROWS)[:, None]
     matrix = tl.program_id(2).to(tl.int64)
@@ -186,14 +195,9 @@ def _update_kernel(
         d3 = tl.load(u_at + 96, mask=u3, other=0.0)
         d4 = tl.load(u_at + 128, mask=u4, other=0.0)
         code, a0, a1, a2, a3, a4 = load_state(code_at, state_at, present, u0, u1, u2, u3, u4)
-        s0 = sums(d0, factor, element, key_a, key_b, SPAN, PTX)
-        s1 = sums(d1, factor, element + 32, key_a, key_b, SPAN, PTX)
-        s2 = sums(d2, factor, element + 64, key_a, key_b, SPAN, PTX)
-        s3 = sums(d3, factor, element + 96, key_a, key_b, SPAN, PTX)
-        s4 = sums(d4, factor, element + 128, key_a, key_b, SPAN, PTX)
         flipped += vote_and_store(
-            code_at, state_at, present, u0, u1, u2, u3, u4, code, a0, a1, a2, a3, a4, s0, s1, s2, s3, s4,
-            SPAN, THRESHOLD, LOWEST, RAIL, RESET, RULE, OPERANDS,
+            code_at, state_at, present, u0, u1, u2, u3, u4, code, a0, a1, a2, a3, a4, d0, d1, d2, d3, d4,
+            factor, element, key_a, key_b, SPAN, THRESHOLD, LOWEST, RAIL, RESET, RULE, OPERANDS,
         )  # fmt: skip
     tl.atomic_add(flips + matrix, tl.sum(flipped).to(tl.int64), sem="relaxed")
 

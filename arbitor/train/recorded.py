@@ -9,6 +9,7 @@ Where steps are of a few kinds (of text, of images, ...), each kind has a graph 
 memory: a graph's work is over, and its figures are copied, before another one runs.
 """
 
+import collections
 import contextlib
 import functools
 import warnings
@@ -21,6 +22,7 @@ from torch import Tensor
 from arbitor.model import ARBModel
 
 WARM_UP = 3  # steps before one is recorded
+MOST_AHEAD = 4  # replays that may wait for the GPU; where hundreds did, the driver (580) crashed now and then
 
 
 def why_not_recorded(model: ARBModel) -> str | None:
@@ -70,6 +72,7 @@ class RecordedStep:
         self._batch: list[Tensor] = []
         self._names: list[str] = []
         self._figures: Tensor | None = None
+        self._ends: collections.deque[torch.cuda.Event] = collections.deque()
 
     @property
     def recorded(self) -> bool:
@@ -77,7 +80,7 @@ class RecordedStep:
         return self._graph is not None
 
     def __call__(self, batch: Sequence[Tensor]) -> dict[str, Tensor]:
-        """A step.
+        """A step. Waits for the device where it is `MOST_AHEAD` replays behind.
 
         Args:
             batch: tensors on the host, of the same shapes and dtypes every time.
@@ -101,9 +104,17 @@ class RecordedStep:
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph, pool=self._pool, stream=self._stream):
                 self._figures = self._packed(self._work(self._batch))
-        self._graph.replay()
+        self._replay(self._graph)
         assert self._figures is not None
         return self._unpacked(self._figures.clone())
+
+    def _replay(self, graph: torch.cuda.CUDAGraph) -> None:
+        if len(self._ends) == MOST_AHEAD:
+            self._ends.popleft().synchronize()
+        graph.replay()
+        end = torch.cuda.Event()
+        end.record(torch.cuda.current_stream(self._stream.device))
+        self._ends.append(end)
 
     def _called(self) -> dict[str, Tensor]:
         # On a stream of its own, as the recording will be: autograd keeps to the stream of the forward.

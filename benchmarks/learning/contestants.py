@@ -84,7 +84,8 @@ ATTEMPTS = {
             vote={"state": _changed("lean", threshold=96, span_ratio=4 / 3, rail_ratio=2 / 3)},
         ),
         Contestant("trits-lean-rail96", _LEAN_LRS, vote={"state": _changed("lean", rail_ratio=1.2)}),
-        # The sweep's steps are a factor 2 apart, and three seeds of lean spread over 0.036 bits per byte.
+        # The sweep's steps are a factor 2 apart, and three seeds say little: those of lean spread over 0.036.
+        Contestant("trits-full-more", (0.025, 0.035), vote={"state": "full"}, seeds=tuple(range(6))),
         Contestant("trits-lean-more", _LEAN_LRS, vote={"state": "lean"}, seeds=tuple(range(6))),
     )
 }

@@ -14,7 +14,7 @@ from arbitor.ternary.optimizer import STATES, WORKSPACE_BYTES_PER_WEIGHT
 from arbitor.train.checkpoint import load_checkpoint
 from arbitor.train.device import deterministic, resolve_device
 from arbitor.train.loop import Trainer
-from arbitor.train.recorded import WARM_UP, can_record
+from arbitor.train.recorded import MOST_AHEAD, WARM_UP, RecordedStep, can_record
 from arbitor.video_command import main as video_main
 from testing.small_run import MODEL
 from testing.train.test_model_parts import PARTS
@@ -82,6 +82,25 @@ def test_replayed_steps_equal_others(make, kind):
     assert replayed_values == values
     assert [name for name in state if not torch.equal(state[name], replayed_state[name])] == []
     assert len({step["loss"] for step in replayed}) == STEPS
+
+
+def test_few_replays_wait_for_the_gpu():
+    """Where hundreds did, beside other processes on the GPU, the driver crashed the process now and then."""
+
+    def work(batch):
+        torch.cuda._sleep(10_000_000)  # milliseconds, where a replay is launched in microseconds
+        return {"sum": batch[0].sum()}
+
+    step = RecordedStep(work, torch.device("cuda"))
+    ends, waiting, sums = [], [], []
+    for number in range(WARM_UP + 1 + 3 * MOST_AHEAD):
+        sums.append(step([torch.full((2,), number)])["sum"])
+        ends.append(torch.cuda.Event())
+        ends[-1].record()
+        waiting.append(sum(not end.query() for end in ends))
+    assert step.recorded
+    assert max(waiting[WARM_UP + 1 :]) == MOST_AHEAD
+    assert torch.stack(sums).tolist() == [2 * number for number in range(len(sums))]
 
 
 def test_a_step_in_which_the_host_waits_is_not_recorded(make, monkeypatch):

@@ -36,11 +36,11 @@ class Tile(NamedTuple):
 FEW_TILES = (Tile(16, 64, 128, 4, 4),)
 SOME_TILES = (Tile(64, 128, 128, 4, 4), Tile(64, 256, 128, 4, 4), Tile(128, 128, 128, 4, 3))
 MANY_TILES = (
-    Tile(128, 256, 128, 8, 4, True),
+    Tile(128, 256, 128, 8, 4, True, 16),
     Tile(128, 128, 128, 4, 3),
     Tile(128, 256, 128, 8, 4),
+    Tile(128, 256, 128, 8, 4, True),
     Tile(128, 256, 128, 8, 4, True, 4),
-    Tile(128, 256, 128, 8, 4, True, 16),
     Tile(128, 256, 128, 8, 4, True, 32),
     Tile(256, 128, 128, 8, 4, True),
     Tile(256, 128, 128, 8, 4, True, 4),
@@ -83,7 +83,7 @@ def _matmul_kernel(
     tl.store(y_at, result.to(y.dtype.element_ty), mask=used)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "programs"])
 def _persistent_kernel(
     codes, weight, scale, row_scale, y, tokens, rows, columns, programs,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,

@@ -15,7 +15,7 @@ from arbitor.errors import UserError
 from arbitor.model.norm import rms_norm
 from arbitor.model.vq import quantize
 from arbitor.ops.fsq import fsq_trits
-from arbitor.sidecars.spectrum import inverse_frames, log_mel, reconstruction_loss
+from arbitor.sidecars.spectrum import equalised, inverse_frames, log_mel, reconstruction_loss
 from arbitor.ternary import Int8Vector, TernaryConv1d, TernaryLinear, TernaryUpsample1d
 
 FRAMES_PER_SECOND = 100
@@ -236,18 +236,24 @@ class AudioSequencer(nn.Module):
     def forward(self, sound: Tensor) -> Tensor:
         """Waveforms float [B, N] at the codec's rate, or codes int64 [B, T, Q] -> [B, T, D] of RMS 1.
 
-        A waveform is brought to a largest sample of 1/2 first: what is said does not depend on how loud.
+        A waveform is brought to the usual spectrum in the long run and to a largest sample of 1/2 first: what
+        is said depends neither on the microphone nor on how loud it is.
 
         Raises:
             UserError: another shape.
         """
-        codes_BTQ = self.codec.encode(levelled(sound)) if sound.is_floating_point() else sound
+        codes_BTQ = self._heard(sound) if sound.is_floating_point() else sound
         if codes_BTQ.dim() != 3 or codes_BTQ.shape[2] != self.codec.num_codes:
             raise UserError(
                 f"codes must have the shape (batch, times, {self.codec.num_codes}), got {tuple(sound.shape)}"
             )
         trits_BTQK = fsq_trits(codes_BTQ, self.codec.code_trits)
         return rms_norm(self.from_trits(trits_BTQK.flatten(2).float()).float())
+
+    def _heard(self, wave_BN: Tensor) -> Tensor:
+        if wave_BN.dim() == 2 and wave_BN.shape[1]:  # else the codec says what is wrong
+            wave_BN = levelled(equalised(levelled(wave_BN), self.codec.rate))
+        return self.codec.encode(wave_BN)
 
 
 def levelled(wave_BN: Tensor) -> Tensor:

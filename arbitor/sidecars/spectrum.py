@@ -15,6 +15,9 @@ METRIC_RATE, METRIC_BANDS, METRIC_WINDOW, METRIC_HOP = 16_000, 80, 1024, 256
 # Windows in seconds and bands of the reconstruction's loss.
 LOSS_SCALES = ((0.008, 16), (0.016, 32), (0.032, 64), (0.064, 80), (0.128, 80))
 WAVE_WEIGHT = 1.0
+EQUAL_BANDS = 12
+EQUAL_FALL = 3.0  # amplitude falls as 1 / (1 + 3 u) for u from 0 to 1 over the bands: 12 dB
+MOST_EQUALISED = 2.5  # nats of amplitude, 22 dB
 
 
 @lru_cache(maxsize=64)
@@ -93,6 +96,42 @@ def mel_magnitudes(wave_BN: Tensor, rate: int, window: int, hop: int, bands: int
 def log_mel(wave_BN: Tensor, rate: int, window: int, hop: int, bands: int) -> Tensor:
     """Natural logarithm of `mel_magnitudes`, floored at `FLOOR`."""
     return mel_magnitudes(wave_BN, rate, window, hop, bands).clamp_min(FLOOR).log()
+
+
+@lru_cache(maxsize=64)
+def _interpolation(rate: int, bins: int, bands: int, device: torch.device) -> Tensor:
+    """Weights fp32 [K, M] that take numbers at points evenly spaced in mel, from 0 to rate / 2, to bins."""
+    frequency_K = torch.linspace(0, rate / 2, bins, dtype=torch.float64)
+    place_K = torch.log1p(frequency_K / 700) / math.log1p(rate / 2 / 700) * (bands - 1)
+    weight_KM = 1 - (place_K[:, None] - torch.arange(bands)).abs()
+    return weight_KM.clamp_min_(0).to(device, torch.float32)
+
+
+def equalised(wave_BN: Tensor, rate: int) -> Tensor:
+    """Waveforms through smooth filters after which all have the same spectrum in the long run.
+
+    That takes away how a microphone, a room and a voice colour what is said, as the mean normalisation of
+    cepstra does (Atal 1974, "Effectiveness of linear prediction characteristics of the speech wave"). Here a
+    filter is given by the power of the whole waveform in 12 bands, so that it cannot undo single sounds.
+
+    Args:
+        wave_BN: float [B, N].
+        rate: samples a second.
+
+    Returns:
+        fp32 [B, N], up to a factor for each; silence stays silence.
+    """
+    samples = wave_BN.shape[1]
+    with torch.autocast(wave_BN.device.type, enabled=False):
+        spectrum_BK = torch.fft.rfft(wave_BN.float())
+        weight_KM = _interpolation(rate, spectrum_BK.shape[1], EQUAL_BANDS, wave_BN.device)
+        power_BM = spectrum_BK.abs().square() @ weight_KM / weight_KM.sum(dim=0).clamp_min(FLOOR)
+        loudest_B1 = power_BM.amax(dim=1, keepdim=True)
+        wanted_M = -2 * torch.linspace(1, 1 + EQUAL_FALL, EQUAL_BANDS, device=wave_BN.device).log()
+        gain_BM = (wanted_M - (power_BM + 1e-6 * loudest_B1).clamp_min(1e-20).log()) / 2
+        gain_BM = gain_BM - gain_BM.mean(dim=1, keepdim=True)
+        curve_BK = (gain_BM.clamp(-MOST_EQUALISED, MOST_EQUALISED) @ weight_KM.T).exp()
+        return torch.fft.irfft(spectrum_BK * curve_BK, n=samples)
 
 
 def metric_mel(wave_BN: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ memory: a graph's work is over, and its figures are copied, before another one r
 import collections
 import contextlib
 import functools
+import os
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
@@ -19,17 +20,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from arbitor.errors import UserError
 from arbitor.model import ARBModel
 
+VARIABLE = "ARB_REPLAY"
+CHOICES = ("auto", "off")
 WARM_UP = 3  # steps before one is recorded
-MOST_AHEAD = 4  # replays that may wait for the GPU; where hundreds did, the driver (580) crashed now and then
+MOST_AHEAD = 4  # replays that may wait for the GPU
 
 
 def why_not_recorded(model: ARBModel) -> str | None:
-    """Why a step of the model is known not to be recordable, in words for the user; None if it may be."""
+    """Why a step of the model is known not to be recordable, in words for the user; None if it may be.
+
+    Raises:
+        UserError: `ARB_REPLAY` is none of its choices.
+    """
     config = model.config
+    wanted = os.environ.get(VARIABLE) or "auto"
+    if wanted not in CHOICES:
+        raise UserError(f"{VARIABLE} is {wanted!r}; it must be one of {', '.join(CHOICES)}")
     if model.device.type != "cuda":
         return "there is no GPU"
+    if wanted == "off":
+        return f"{VARIABLE} is off"
     if config.memory_rows and config.memory_host:
         return "the memory is on the host"
     return None

@@ -28,7 +28,7 @@ class Size:
     corpus: str
     held_out_bytes: int
     track_every: int = 0
-    jobs: int = 2
+    jobs: int = 1  # a replayed step keeps a GPU busy
 
     @property
     def bytes_seen(self) -> int:
@@ -60,6 +60,7 @@ SIZES = {
             batch=8,
             corpus="library",
             held_out_bytes=50_000,
+            jobs=2,
         ),
         # 8.2 M trunk weights on 16.4 MB.
         Size(
@@ -69,7 +70,6 @@ SIZES = {
             batch=64,
             corpus="packages",
             held_out_bytes=1_000_000,
-            jobs=4,
         ),
         # The preset `small` on a text of about 1 MB, which it can learn by heart: the best point counts.
         Size(
@@ -80,7 +80,6 @@ SIZES = {
             corpus="given",
             held_out_bytes=1_000_000,
             track_every=50,
-            jobs=4,
         ),
     )
 }

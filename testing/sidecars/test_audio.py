@@ -9,6 +9,7 @@ from arbitor.model import ARBModel
 from arbitor.model.heads import TalkerHead
 from arbitor.model.ledger import KVLedger
 from arbitor.sidecars.audio import AudioVQEncoder, levelled
+from arbitor.sidecars.spectrum import equalised
 from arbitor.speech import hear, say, spoken_ids
 from arbitor.ternary import VoteOptimizer
 from arbitor.ternary.audit import audit
@@ -205,7 +206,8 @@ def test_gradients_reach_every_part_but_the_codec():
 def test_waveforms_and_their_codes_are_the_same_prefix():
     net = model()
     wave = sound()
-    codes = net.sidecars["audio"].codec.encode(levelled(wave))
+    codec = net.sidecars["audio"].codec
+    codes = codec.encode(levelled(equalised(levelled(wave), codec.rate)))
     assert torch.equal(net.encode("audio", wave), net.encode("audio", codes))
     assert torch.equal(net.encode("audio", wave), net.encode("audio", 0.25 * wave))
     assert bool(torch.isfinite(net.encode("audio", 0 * wave)).all())

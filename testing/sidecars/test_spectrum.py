@@ -1,10 +1,14 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
+from arbitor.data.clips import coloured
 from arbitor.sidecars.spectrum import (
     FLOOR,
+    MOST_EQUALISED,
+    equalised,
     frame_spectrum,
     inverse_frames,
     log_mel,
@@ -76,3 +80,55 @@ def test_the_loss_of_silence_is_finite_with_its_gradient():
     wave = torch.zeros(1, 4000, requires_grad=True)
     reconstruction_loss(wave, torch.zeros(1, 4000), 8000).backward()
     assert bool(torch.isfinite(wave.grad).all())
+
+
+def noise(samples, seed=0):
+    return torch.randn(1, samples, generator=torch.Generator().manual_seed(seed))
+
+
+def unit(wave):
+    return wave / wave.square().mean().sqrt()
+
+
+def test_a_colour_is_taken_away():
+    """Two recordings of one sound by microphones that differ by up to 12 dB become nearly the same."""
+    given = noise(8000)
+    octaves = np.array([-1.0, 0.5, 1, 0, -0.5, -1, 0.5, 1])
+    other = torch.from_numpy(coloured(given[0].numpy(), octaves)).float()[None]
+    before = float((unit(other) - unit(given)).square().mean())
+    after = float((unit(equalised(other, 8000)) - unit(equalised(given, 8000))).square().mean())
+    assert before > 0.1
+    assert after < 0.1 * before
+
+
+def test_bands_fall_to_a_quarter():
+    spectrum = torch.fft.rfft(equalised(noise(80_000), 8000)).abs()[0]
+    low, high = spectrum[100:400].mean(), spectrum[-4000:-100].mean()  # up to 40 Hz, and the last 400
+    assert float(high / low) == pytest.approx(0.25, rel=0.15)
+
+
+def test_what_is_hardly_there_is_amplified_by_a_bounded_factor():
+    def beside(wave):
+        magnitude = torch.fft.rfft(wave).abs()[0]
+        return float(magnitude[1000:].max() / magnitude.max())  # from 2 kHz on
+
+    faint = sine(1000.0) + 1e-4 * noise(4000)
+    assert beside(equalised(faint, 8000)) < 1.01 * math.exp(2 * MOST_EQUALISED) * beside(faint)
+    assert beside(equalised(faint, 8000)) > 10 * beside(faint)
+
+
+@pytest.mark.parametrize("samples", [1, 2, 3, 40, 8000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equalised_sounds_are_finite_and_as_long(samples, dtype):
+    waves = torch.cat([torch.zeros(1, samples), 1e-8 * noise(samples), noise(samples)]).to(dtype)
+    even = equalised(waves, 8000)
+    assert even.shape == waves.shape
+    assert even.dtype == torch.float32
+    assert bool(torch.isfinite(even).all())
+    assert not even[0].any()
+
+
+def test_waveforms_do_not_change_each_other():
+    waves = torch.cat([noise(400, 1), 0.1 * noise(400, 2)])
+    each = torch.cat([equalised(wave[None], 8000) for wave in waves])
+    torch.testing.assert_close(equalised(waves, 8000), each, rtol=1e-4, atol=1e-5)

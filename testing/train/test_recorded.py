@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 
+from arbitor.cli import main
 from arbitor.config import preset
 from arbitor.model import ARBModel
 from arbitor.train.loop import Trainer
@@ -39,6 +40,24 @@ def test_what_asks_the_host_is_not_recorded(monkeypatch, settings, reason):
     monkeypatch.setattr(ARBModel, "device", torch.device("cuda"))
     assert can_record(model) == (reason is None)
     assert why_not_recorded(model) is None if reason is None else reason in why_not_recorded(model)
+
+
+def test_replays_can_be_turned_off(monkeypatch):
+    model = ARBModel(config=preset("tiny").model)
+    monkeypatch.setattr(ARBModel, "device", torch.device("cuda"))
+    monkeypatch.setenv("ARB_REPLAY", "off")
+    assert why_not_recorded(model) == "ARB_REPLAY is off"
+    monkeypatch.setenv("ARB_REPLAY", "auto")
+    assert can_record(model)
+
+
+def test_an_unknown_choice_about_replays_is_one_line(monkeypatch, capsys, workplace):
+    monkeypatch.setenv("ARB_REPLAY", "never")
+    assert main(["train", "--data", "data.txt", "--steps", "1", "--device", "cpu"]) == 2
+    assert (
+        capsys.readouterr().err.strip()
+        == "arbitor: error: ARB_REPLAY is 'never'; it must be one of auto, off"
+    )
 
 
 @pytest.fixture

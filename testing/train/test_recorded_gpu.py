@@ -85,7 +85,7 @@ def test_replayed_steps_equal_others(make, kind):
 
 
 def test_few_replays_wait_for_the_gpu():
-    """Where hundreds did, beside other processes on the GPU, the driver crashed the process now and then."""
+    """Else a run could be hundreds of steps behind what its host has asked for."""
 
     def work(batch):
         torch.cuda._sleep(10_000_000)  # milliseconds, where a replay is launched in microseconds

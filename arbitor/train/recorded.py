@@ -26,7 +26,7 @@ from arbitor.model import ARBModel
 VARIABLE = "ARB_REPLAY"
 CHOICES = ("auto", "off")
 WARM_UP = 3  # steps before one is recorded
-MOST_AHEAD = 4  # replays that may wait for the GPU
+MOST_AHEAD = 4  # replays of all kinds of steps that may wait for the GPU
 
 
 def why_not_recorded(model: ARBModel) -> str | None:
@@ -63,7 +63,7 @@ class RecordedStep:
     Args:
         work: (batch) -> scalars on the device; whatever it changes must keep its place.
         device: a GPU.
-        beside: a step whose stream and memory this one shares; None has its own.
+        beside: a step whose stream, memory and place in the queue this one shares; None has its own.
 
     Attributes:
         recorded: whether the next call is a replay.
@@ -85,7 +85,9 @@ class RecordedStep:
         self._batch: list[Tensor] = []
         self._names: list[str] = []
         self._figures: Tensor | None = None
-        self._ends: collections.deque[torch.cuda.Event] = collections.deque()
+        self._ends: collections.deque[torch.cuda.Event] = (
+            collections.deque() if beside is None else beside._ends
+        )
 
     @property
     def recorded(self) -> bool:

@@ -28,7 +28,7 @@ class Size:
     corpus: str
     held_out_bytes: int
     track_every: int = 0
-    jobs: int = 1  # a replayed step keeps a GPU busy
+    jobs: int = 1  # replayed steps keep a GPU busy, and beside others' they have crashed (docs/kernels.md)
 
     @property
     def bytes_seen(self) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-ELEMENTS_A_CORE = 3 << 15  # whose floats, and those of what is made of them, the cache of a CPU's core holds
+ELEMENTS_A_CORE = 1 << 17  # whose floats, and those of what is made of them, the cache of a CPU's core holds
 
 
 def write_rows(target: Tensor, index: Tensor, rows: Tensor) -> Tensor:

@@ -60,7 +60,8 @@ def _are_plain(linears: tuple[nn.Module, ...]) -> TypeGuard[tuple[TernaryLinear,
 
 def _is_plain(linear: nn.Module) -> bool:
     hooks = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks
-    return type(linear) is TernaryLinear and linear.input_norm and not hooks
+    replaced = hooks or "forward" in vars(linear)
+    return type(linear) is TernaryLinear and linear.input_norm and not replaced
 
 
 def _quantized_once(stream: Tensor, linears: tuple[TernaryLinear, ...]) -> cpu.Quantized | None:

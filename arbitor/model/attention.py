@@ -103,7 +103,8 @@ class LatentAttention(nn.Module):
         whole = self.window == 0 or self.window >= M
         causal = whole and N == M
         if causal and is_short(query_BHNK, key_BHMK, value_BHMV):
-            return short_attention(query_BHNK, key_BHMK, value_BHMV, K**-0.5)[..., :V]
+            y_BHNV = short_attention(query_BHNK, key_BHMK, value_BHMV, K**-0.5)
+            return y_BHNV if K <= V else y_BHNV[..., :V]  # a slice costs a pass over its gradient
         mask_NM = None
         if not causal and N > 1:
             distance_NM = self._distance(N, M, query_BHNK.device)
@@ -113,7 +114,7 @@ class LatentAttention(nn.Module):
         y_BHNV = F.scaled_dot_product_attention(
             query_BHNK, key_BHMK, value_BHMV, attn_mask=mask_NM, is_causal=causal, scale=K**-0.5
         )
-        return y_BHNV[..., :V]
+        return y_BHNV if K <= V else y_BHNV[..., :V]
 
     @staticmethod
     def _distance(N: int, M: int, device: torch.device) -> Tensor:

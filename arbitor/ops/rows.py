@@ -1,7 +1,11 @@
-"""Writing rows of a tensor by number."""
+"""Rows of tensors: writing them by number, and going through some at a time."""
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+
+ELEMENTS_A_CORE = 1 << 17  # whose floats, and those of what is made of them, the cache of a CPU's core holds
 
 
 def write_rows(target: Tensor, index: Tensor, rows: Tensor) -> Tensor:
@@ -28,3 +32,10 @@ def write_rows(target: Tensor, index: Tensor, rows: Tensor) -> Tensor:
         return target.index_copy_(0, index, rows)
     finally:
         torch.set_deterministic_debug_mode(mode)
+
+
+def row_parts(x: Tensor, *beside: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Views of the same rows of x [N, I] and of tensors [N, ...], in about equal parts that caches hold."""
+    most = ELEMENTS_A_CORE * torch.get_num_threads()
+    size = max(1, -(-x.shape[0] // max(1, -(-x.numel() // most))))
+    return zip(*(tensor.split(size) for tensor in (x, *beside)), strict=True)

@@ -85,13 +85,17 @@ class _TernaryMatmul(torch.autograd.Function):
         quantize: bool,
         out_dtype: torch.dtype,
         squared: bool,
+        quantized: cpu.Quantized | None,
     ) -> Tensor:
         packed, exponent = module.T_packed, module.E
         x_NI = x.reshape(-1, module.in_features)
         decoded = None
         if cpu.applies(x_NI, exponent, quantize):
             decoded = cpu.decode(packed, exponent, module.in_features)
-            y, codes, scale, rstd = cpu.forward(x_NI, decoded, module.input_norm, out_dtype, squared)
+            if quantized is None:
+                quantized = cpu.quantize(x_NI, module.input_norm, squared)
+            codes, scale, rstd = quantized
+            y = cpu.forward(quantized, decoded, out_dtype)
         else:
             y, codes, scale, rstd = ternary_linear(
                 x_NI, packed, exponent, module.group, module.input_norm, quantize, out_dtype, squared
@@ -121,7 +125,7 @@ class _TernaryMatmul(torch.autograd.Function):
             else:
                 dx = ternary_linear_backward(dy_NO, x_NI, rstd, packed, exponent, module.group, norm, squared)
             dx = dx.view(x.shape)
-        return None, dx, None, None, None, None
+        return None, dx, None, None, None, None, None
 
 
 class NormedMatrix(TernaryScaleTensor):
@@ -189,9 +193,18 @@ class TernaryLinear(NormedMatrix):
         return ternary_matmul(self, x, quantize, squared)
 
 
-def ternary_matmul(module: "NormedMatrix", x: Tensor, quantize: bool, squared: bool = False) -> Tensor:
-    """x float [..., I] times the matrix of `module`, [..., O]; captured, as `TernaryLinear.forward` says."""
-    return _TernaryMatmul.apply(root_of(module), x, module, quantize, output_dtype(x), squared)
+def ternary_matmul(
+    module: "NormedMatrix",
+    x: Tensor,
+    quantize: bool,
+    squared: bool = False,
+    quantized: cpu.Quantized | None = None,
+) -> Tensor:
+    """x float [..., I] times the matrix of `module`, [..., O]; captured, as `TernaryLinear.forward` says.
+
+    Where `cpu.applies`, `quantized` may be what `cpu.quantize` gives of x, if it is there already.
+    """
+    return _TernaryMatmul.apply(root_of(module), x, module, quantize, output_dtype(x), squared, quantized)
 
 
 def _row_ids(ids: Tensor, rows: int) -> Tensor:

@@ -8,33 +8,38 @@ What such a part of a model computes is
 which is a = first(stream), b = second(stream), stream + f(a, b). Shape letters: N tokens, I in, O out.
 """
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from arbitor.ops import activations, trit_codec
 from arbitor.ops.backend import uses_triton
+from arbitor.ops.ternary_linear import cpu
 from arbitor.ternary.capture import outside_autocast, wants_weights
-from arbitor.ternary.layers import TernaryLinear, capture_linear, output_dtype, root_of
+from arbitor.ternary.layers import TernaryLinear, capture_linear, output_dtype, root_of, ternary_matmul
 
 
 def read_stream(stream: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
     """The stream, and what each of the linears gives for it.
 
-    Where kernels run, the stream is normalised and quantised once for all of them, and the gradients of all
-    its uses are added in one pass, for which the caller goes on with the stream that is returned.
+    Where kernels run, and on a CPU, the stream is normalised and quantised once for all of them. Kernels also
+    add the gradients of all its uses in one pass, for which the caller goes on with the stream that is
+    returned.
 
     Args:
         stream: float [..., I].
         linears: modules from [..., I] to [..., O].
     """
-    if not (_kernels_run(stream) and 0 < len(linears) <= 2 and all(map(_is_plain, linears))):
-        return stream, *(linear(stream) for linear in linears)
-    root = next((root for root in map(root_of, linears) if root is not None), None)  # type: ignore[arg-type]
-    x_NI = stream.reshape(-1, stream.shape[-1])
-    x_NI, *outputs = _Read.apply(root, x_NI, linears, output_dtype(stream))
-    return x_NI.view(stream.shape), *(y_NO.view(*stream.shape[:-1], -1) for y_NO in outputs)
+    if _are_plain(linears):
+        if _kernels_run(stream):
+            root = next((root for root in map(root_of, linears) if root is not None), None)
+            x_NI = stream.reshape(-1, stream.shape[-1])
+            x_NI, *outputs = _Read.apply(root, x_NI, linears, output_dtype(stream))
+            return x_NI.view(stream.shape), *(y_NO.view(*stream.shape[:-1], -1) for y_NO in outputs)
+        if (quantized := _quantized_once(stream, linears)) is not None:
+            return stream, *(ternary_matmul(linear, stream, True, quantized=quantized) for linear in linears)
+    return stream, *(linear(stream) for linear in linears)
 
 
 def add_to_stream(stream: Tensor, y: Tensor) -> Tensor:
@@ -48,10 +53,25 @@ def _kernels_run(stream: Tensor) -> bool:
     return stream.dtype == torch.float32 and not torch.compiler.is_compiling() and uses_triton(stream)
 
 
+def _are_plain(linears: tuple[nn.Module, ...]) -> TypeGuard[tuple[TernaryLinear, ...]]:
+    """Whether there are one or two, and calling them is nothing but the product with their normed input."""
+    return 0 < len(linears) <= 2 and all(map(_is_plain, linears))
+
+
 def _is_plain(linear: nn.Module) -> bool:
-    """Whether calling the module is nothing but the product with its normed input."""
     hooks = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks
-    return type(linear) is TernaryLinear and linear.input_norm and not hooks
+    replaced = hooks or "forward" in vars(linear)
+    return type(linear) is TernaryLinear and linear.input_norm and not replaced
+
+
+def _quantized_once(stream: Tensor, linears: tuple[TernaryLinear, ...]) -> cpu.Quantized | None:
+    """The normalised stream in codes on a CPU, for two linears that both multiply integers; else None."""
+    if len(linears) < 2 or stream.device.type != "cpu":
+        return None
+    if any(linear.in_features != stream.shape[-1] for linear in linears):
+        return None
+    x_NI = stream.detach().reshape(-1, stream.shape[-1])
+    return cpu.quantize(x_NI, True) if all(cpu.applies(x_NI, linear.E, True) for linear in linears) else None
 
 
 class _Read(torch.autograd.Function):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from arbitor.model.rotary import rotation
-from arbitor.ops.head_norm import keys_and_values, norm_and_rotate, reference
+from arbitor.ops.head_norm import cpu, keys_and_values, norm_and_rotate, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # B, N, H, P, R, V
@@ -54,6 +54,40 @@ def test_closed_gradient_of_keys_is_autograds(shape):
     assert dup.shape[-1] == P + V
     torch.testing.assert_close(dup, up.grad)
     torch.testing.assert_close(dshared, shared.grad)
+
+
+@pytest.fixture(params=[1, 1 << 20], ids=["a text at a time", "at once"])
+def at_once(request, monkeypatch):
+    monkeypatch.setattr("arbitor.ops.rows.ELEMENTS_A_CORE", request.param)
+
+
+def by_heads(x):
+    """As attention hands it back: of one head all positions lie together."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@each_shape
+def test_queries_on_a_cpu_have_the_bits_of_the_reference(shape, at_once):
+    whole, cos, sin = queries(shape)
+    dy = by_heads(torch.randn_like(whole))
+    for x in (whole, torch.cat([whole, whole], dim=-1)[..., : whole.shape[-1]]):
+        kept = x.clone(), dy.clone()
+        assert torch.equal(cpu.norm_and_rotate(x, cos, sin), reference.norm_and_rotate(x, cos, sin))
+        found = cpu.norm_and_rotate_backward(dy, x, cos, sin)
+        assert torch.equal(found, reference.norm_and_rotate_backward(dy, x, cos, sin))
+        assert torch.equal(x, kept[0])
+        assert torch.equal(dy, kept[1])
+
+
+@each_shape_of_keys
+def test_keys_on_a_cpu_have_the_bits_of_the_reference(shape, at_once):
+    P = shape[3]
+    up, shared = parts_of_keys(shape)
+    dkey = by_heads(torch.randn_like(reference.keys(up, shared, P)))
+    dvalue = by_heads(torch.randn_like(up[..., P:]))
+    found = cpu.keys_backward(dkey, dvalue, up, torch.float32)
+    for one, other in zip(found, reference.keys_backward(dkey, dvalue, up, torch.float32), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_ops_are_registered_as_they_behave():

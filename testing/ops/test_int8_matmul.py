@@ -8,8 +8,10 @@ from arbitor.ops.int8_matmul import cpu, reference
 SIZES = (0, 1, 2, 3, 16, 33, 160, 257)
 
 
+@pytest.mark.parametrize("at_once", [300, 1 << 20])
 @pytest.mark.parametrize("columns", [1, 2, 3, 17, 64, 161, 643])
-def test_it_equals_the_reference_at_every_shape(columns):
+def test_it_equals_the_reference_at_every_shape(columns, at_once, monkeypatch):
+    monkeypatch.setattr("arbitor.ops.rows.ELEMENTS_A_CORE", at_once)
     generator = torch.Generator().manual_seed(columns)
     for tokens in SIZES:
         for rows in SIZES[1:]:

@@ -1,9 +1,9 @@
-"""Writing rows by number."""
+"""Writing rows by number, and going through some at a time."""
 
 import pytest
 import torch
 
-from arbitor.ops.rows import write_rows
+from arbitor.ops.rows import row_parts, write_rows
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -36,3 +36,15 @@ def test_determinism_is_asked_for_again_on_a_gpu():
     finally:
         torch.use_deterministic_algorithms(False)
     assert target.sum(dim=1).tolist() == [0, 2, 2, 0]
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (1, 5), (7, 0), (7, 5), (7, 2, 5), (64, 5)])
+@pytest.mark.parametrize("most", [1, 23, 1 << 20])
+def test_parts_hold_every_row_once_and_not_a_row_more_than_fits(shape, most, monkeypatch):
+    monkeypatch.setattr("arbitor.ops.rows.ELEMENTS_A_CORE", most)
+    x = torch.arange(torch.Size(shape).numel()).view(shape)
+    number = torch.arange(len(x))
+    parts = list(row_parts(x, number))
+    assert torch.equal(torch.cat([part for part, _ in parts]), x)
+    assert torch.equal(torch.cat([part for _, part in parts]), number)
+    assert all(part[1:].numel() < most * torch.get_num_threads() for part, _ in parts)

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from arbitor.ops.int8_matmul import cpu as int8_matmul
+from arbitor.ops.ternary_linear import cpu
 from arbitor.ternary import TernaryLinear, VoteOptimizer
 from arbitor.ternary.stream import add_to_stream, read_stream
 
@@ -26,12 +28,12 @@ def part_of(num_linears, tscale="ROW"):
     return part, VoteOptimizer(part)
 
 
-def everything(part, optimizer, tokens, used=None):
+def everything(part, optimizer, tokens, used=None, device=DEVICE):
     """Outputs, gradient of the stream, captured gradients; `used` are the outputs that get a gradient."""
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(2, tokens, 24, generator=generator).to(DEVICE).requires_grad_()
+    x = torch.randn(2, tokens, 24, generator=generator).to(device).requires_grad_()
     outputs = read_stream(x, *part.linears)
-    gradients = [torch.randn(y.shape, generator=generator).to(DEVICE) for y in outputs]
+    gradients = [torch.randn(y.shape, generator=generator).to(device) for y in outputs]
     used = range(len(outputs)) if used is None else used
     torch.autograd.backward([outputs[i] for i in used], [gradients[i] for i in used])
     captured = [linear.capture.gradient() for linear in part.linears if not linear.capture.empty]
@@ -61,6 +63,35 @@ def test_kernels_give_what_single_calls_give(num_linears, tscale, tokens, used, 
         assert (mine - theirs).abs().max() <= EPS32 * (4 + tokens**0.5) * 2 * theirs.abs().max()
 
 
+@pytest.mark.parametrize("num_linears", [1, 2])
+@pytest.mark.parametrize("integers", [True, False], ids=["integers", "floats"])
+@pytest.mark.parametrize("used", [None, (1,), (0,)], ids=["all", "linear", "stream"])
+def test_a_cpu_quantises_once_and_gives_what_single_calls_give(num_linears, integers, used, monkeypatch):
+    monkeypatch.setenv("ARB_TERNARY_BACKEND", "torch")
+    monkeypatch.setattr(int8_matmul, "pays", lambda: integers)
+    part, optimizer = part_of(num_linears)
+    part, quantised, quantize = part.cpu(), [], cpu.quantize
+
+    def counted(x, *rest):
+        quantised.append(x.shape)
+        return quantize(x, *rest)
+
+    monkeypatch.setattr(cpu, "quantize", counted)
+    found = everything(part, optimizer, 9, used, "cpu")
+    assert len(quantised) == integers
+    hook = part.linears[0].register_forward_hook(lambda module, args, y: None)  # which is called
+    expected = everything(part, optimizer, 9, used, "cpu")
+    hook.remove()
+    assert len(quantised) == integers * (1 + num_linears)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_a_cpu_refuses_a_stream_of_another_width():
+    part, _ = part_of(2)
+    with pytest.raises(ValueError, match="expected a last dimension of 24"):
+        read_stream(torch.randn(3, 25), *part.cpu().linears)
+
+
 def test_frozen_linears_pass_the_gradient_on(monkeypatch):
     pytest.importorskip("triton", reason="needs Triton, which the extra `test` installs on Linux")
     monkeypatch.setenv("ARB_TERNARY_BACKEND", "triton")
@@ -83,6 +114,8 @@ def test_hooks_and_other_modules_are_called(monkeypatch):
     x = torch.randn(3, 24, device=DEVICE)
     read_stream(x, *part.linears)
     assert seen == [(3, 7)]
+    part.linears[0].forward = lambda x: x[..., :1]
+    assert torch.equal(read_stream(x, *part.linears)[1], x[..., :1])
     dense = torch.nn.Linear(24, 5, device=DEVICE)
     assert torch.equal(read_stream(x, dense)[1], dense(x))
 

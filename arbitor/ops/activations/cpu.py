@@ -6,14 +6,11 @@ for it. For fp32.
 Shape letters: N tokens, I in, O out.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from arbitor.ops.activations import reference
-
-ELEMENTS_AT_ONCE = 3 << 17
+from arbitor.ops.rows import row_parts
 
 
 def quantize(x: Tensor, input_norm: bool, squared: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -29,14 +26,17 @@ def quantize(x: Tensor, input_norm: bool, squared: bool = False) -> tuple[Tensor
     codes = torch.empty_like(x, dtype=torch.int8)
     absmax, norm = x.new_empty((2, x.shape[0], 1))
     smallest = torch.finfo(torch.float32).tiny * reference.CODE_SCALE
-    for part in token_parts(x):
-        x_part = reference.squared_relu(x[part]) if squared else x[part]
+    for x_part, codes_part, absmax_part, norm_part in row_parts(x, codes, absmax, norm):
+        squares = _squared_relu(x_part) if squared else None
+        read = x_part if squares is None else squares
         if input_norm:
-            torch.linalg.vector_norm(x_part, dim=-1, keepdim=True, out=norm[part])
-        magnitude = x_part if squared else x_part.abs()
-        torch.amax(magnitude, dim=-1, keepdim=True, out=absmax[part])
-        factor = reference.CODE_SCALE / absmax[part].clamp_min_(smallest)
-        codes[part].copy_((x_part * factor).round_())
+            torch.linalg.vector_norm(read, dim=-1, keepdim=True, out=norm_part)
+        torch.amax(read, dim=-1, keepdim=True, out=absmax_part)
+        if squares is None:  # a second reduction is faster than a tensor of magnitudes
+            torch.maximum(absmax_part, read.amin(dim=-1, keepdim=True).neg_(), out=absmax_part)
+        factor = reference.CODE_SCALE / absmax_part.clamp_min_(smallest)
+        scaled = x_part * factor if squares is None else squares.mul_(factor)
+        codes_part.copy_(scaled.round_())
     if input_norm:
         rstd = reference.rstd_of(norm, x.shape[-1])
     else:
@@ -47,27 +47,28 @@ def quantize(x: Tensor, input_norm: bool, squared: bool = False) -> tuple[Tensor
 def round_scaled(dy: Tensor, scale: Tensor) -> Tensor:
     """fp32 dy [N, O] times scale [N, 1], rounded to bf16."""
     rounded = torch.empty_like(dy, dtype=torch.bfloat16)
-    for part in token_parts(dy):
-        rounded[part].copy_(dy[part] * scale[part])
+    for dy_part, scale_part, rounded_part in row_parts(dy, scale, rounded):
+        rounded_part.copy_(dy_part * scale_part)
     return rounded
 
 
 def input_gradient(dxn: Tensor, x: Tensor, rstd: Tensor, input_norm: bool, squared: bool = False) -> Tensor:
     """See `reference.input_gradient`; dxn [N, I] of fp32 or bf16 is kept."""
     dx = torch.empty_like(x)
-    for part in token_parts(x):
-        out, x_part = dx[part].copy_(dxn[part]), x[part]
+    cubes = rstd.pow(3) / x.shape[-1]
+    for x_part, dxn_part, rstd_part, cubes_part, out in row_parts(x, dxn, rstd, cubes, dx):
+        out.copy_(dxn_part)
         positive = x_part.clamp_min(0) if squared else None
-        if input_norm:
+        if input_norm:  # as `reference.norm_backward`
             normed = x_part if positive is None else positive * positive
-            reference.norm_backward(out, normed, rstd[part])
+            coefficient = (out * normed).sum(dim=-1, keepdim=True).mul_(cubes_part)
+            out.mul_(rstd_part).addcmul_(normed, coefficient, value=-1)
         if positive is not None:
             out.mul_(positive).mul_(2)
     return dx
 
 
-def token_parts(x: Tensor) -> Iterator[slice]:
-    """Ranges of rows of x [N, I], about equal, whose elements a cache holds."""
-    size = max(1, -(-x.shape[0] // -(-x.numel() // ELEMENTS_AT_ONCE))) if x.numel() else 1
-    for first in range(0, x.shape[0], size):
-        yield slice(first, first + size)
+def _squared_relu(x: Tensor) -> Tensor:
+    """`reference.squared_relu` with one new tensor."""
+    positive = x.clamp_min(0)
+    return positive.mul_(positive)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from arbitor.ops.backend import uses_triton
-from arbitor.ops.head_norm import reference
+from arbitor.ops.head_norm import cpu, reference
 from arbitor.ops.head_norm.reference import RMS_EPS, rms_norm, rotate
 from arbitor.ops.registry import register
 
@@ -90,6 +90,8 @@ def _kernels(x: Tensor) -> Any:
         from arbitor.ops.head_norm import triton
 
         return triton
+    if x.device.type == "cpu" and x.dtype == torch.float32:
+        return cpu
     return reference
 
 

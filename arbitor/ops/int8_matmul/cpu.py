@@ -13,6 +13,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from arbitor.ops.rows import row_parts
+
 _PROBE = (512, 320, 320)  # N, I, O
 _ROUNDS = 5
 
@@ -42,9 +44,11 @@ def sums(codes: Tensor, weight: Tensor) -> Tensor:
 def int8_matmul(
     codes: Tensor, weight: Tensor, scale: Tensor, row_scale: Tensor, out_dtype: torch.dtype
 ) -> Tensor:
-    """See `arbitor.ops.int8_matmul.int8_matmul`."""
-    y = sums(codes, weight).to(torch.float32).mul_(row_scale)
-    return y.mul_(scale).to(out_dtype)
+    """See `arbitor.ops.int8_matmul.int8_matmul`; sums of some tokens at a time, which a cache holds."""
+    y = torch.empty((len(codes), len(weight)), dtype=torch.float32)
+    for y_part, codes_part, scale_part in row_parts(y, codes, scale):
+        y_part.copy_(sums(codes_part, weight)).mul_(row_scale).mul_(scale_part)
+    return y.to(out_dtype)
 
 
 def _seconds(work: Callable[[], Tensor]) -> float:

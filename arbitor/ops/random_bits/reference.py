@@ -67,9 +67,10 @@ def random_bits(keys: Tensor, count: int) -> Tensor:
     """
     index = torch.arange(count, dtype=torch.int32, device=keys.device)
     x = index + keys[..., 0:1]
-    x = (x ^ ((x >> 16) & 0xFFFF)).mul_(_MULTIPLIER_A)
+    x ^= (x >> 16).bitwise_and_(0xFFFF)
+    x *= _MULTIPLIER_A
     x ^= keys[..., 1:2]
-    x ^= (x >> 15) & 0x1FFFF
+    x ^= (x >> 15).bitwise_and_(0x1FFFF)
     x *= _MULTIPLIER_B
-    x ^= (x >> 16) & 0xFFFF
+    x ^= (x >> 16).bitwise_and_(0xFFFF)
     return x

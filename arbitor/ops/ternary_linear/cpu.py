@@ -33,6 +33,10 @@ class Decoded(NamedTuple):
     row_scale: Tensor
 
 
+Quantized = tuple[Tensor, Tensor, Tensor]  # what `quantize` gives: codes, scale, rstd
+quantize = passes.quantize
+
+
 def applies(x: Tensor, exponent: Tensor, quantize: bool) -> bool:
     """Whether `forward` may take the place of the library op, for x [N, I] and exponents [O, G]."""
     plain = type(x) is Tensor and not torch.compiler.is_compiling() and not uses_triton(x)
@@ -49,13 +53,10 @@ def decode(packed: Tensor, exponent: Tensor, in_features: int) -> Decoded:
     return Decoded(trits, row_scale.masked_fill_(illegal_O, torch.nan))
 
 
-def forward(
-    x: Tensor, weight: Decoded, input_norm: bool, out_dtype: torch.dtype, squared: bool = False
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`arbitor.ops.ternary_linear.ternary_linear` on a decoded matrix, with quantised activations."""
-    codes, scale, rstd = passes.quantize(x, input_norm, squared)
-    y = int8_matmul.int8_matmul(codes, weight.trits, scale, weight.row_scale, out_dtype)
-    return y, codes, scale, rstd
+def forward(quantized: Quantized, weight: Decoded, out_dtype: torch.dtype) -> Tensor:
+    """The product [N, O] of `arbitor.ops.ternary_linear.ternary_linear`, of a decoded matrix."""
+    codes, scale, _ = quantized
+    return int8_matmul.int8_matmul(codes, weight.trits, scale, weight.row_scale, out_dtype)
 
 
 def backward(

@@ -28,7 +28,7 @@ def audio(
     say: Annotated[str | None, Parameter(group=RUN)] = None,
     out: Annotated[str, Parameter(group=RUN)] = "out.wav",
     temperature: Annotated[float, Parameter(group=RUN)] = 0.7,
-    data: Annotated[list[str] | None, Parameter(group=DATA, consume_multiple=True)] = None,
+    data: Annotated[list[str] | None, Parameter(group=DATA, consume_multiple=1)] = None,
     held_out: Annotated[str | None, Parameter(group=DATA)] = None,
     rate: Annotated[int | None, Parameter(group=DATA, converter=whole)] = None,
     no_augment: Annotated[bool, Parameter(group=DATA, show_default=False)] = False,

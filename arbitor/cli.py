@@ -66,7 +66,7 @@ def train(
     reset: Annotated[bool, Parameter(group=RUN, show_default=False)] = False,
     preset: Annotated[str | None, Parameter(group=RUN)] = None,
     config: Annotated[str | None, Parameter(group=RUN)] = None,
-    data: Annotated[list[str] | None, Parameter(group=DATA, consume_multiple=True)] = None,
+    data: Annotated[list[str] | None, Parameter(group=DATA, consume_multiple=1)] = None,
     held_out: Annotated[str | None, Parameter(group=DATA)] = None,
     field: Annotated[str | None, Parameter(group=DATA)] = None,
     steps: Annotated[int | None, Parameter(group=TRAINING, converter=whole)] = None,
@@ -404,7 +404,7 @@ def finetune(
     checkpoint: Checkpoint = None,
     /,
     *,
-    data: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
+    data: Annotated[list[str] | None, Parameter(consume_multiple=1)] = None,
     held_out: str | None = None,
     enable_vision: Annotated[
         bool, Parameter(name=("--enable-vision", "--enable-image"), show_default=False)
@@ -416,7 +416,7 @@ def finetune(
     rank: Annotated[int | None, Parameter(name=("--rank", "--lora"), converter=whole)] = None,
     alpha: float | None = None,
     dropout: float | None = None,
-    targets: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
+    targets: Annotated[list[str] | None, Parameter(consume_multiple=1)] = None,
     lr: float | None = None,
     state: Literal["full", "compact", "lean"] | None = None,
     steps: Annotated[int | None, Parameter(converter=whole)] = None,
@@ -511,7 +511,7 @@ def evaluate(
     checkpoint: Checkpoint = None,
     /,
     *,
-    data: Annotated[list[str], Parameter(consume_multiple=True)],
+    data: Annotated[list[str], Parameter(consume_multiple=1)],
     field: str | None = None,
     device: Device = "auto",
 ) -> int:

@@ -171,6 +171,12 @@ def test_a_batch_that_no_machine_holds(refused):
     refused([*TRAIN, "--batch", "2147483648", "--run", "large"], "--batch 2147483648", "--accum")
 
 
+@pytest.mark.parametrize("verb", ["train", "finetune", "eval"])
+def test_data_without_a_value_is_not_the_embedded_data(refused, verb):
+    refused([verb, "--data"], "parameter --data requires at least 1")
+    refused([verb, "--data", "--device", "cpu"], "parameter --data requires at least 1")
+
+
 def test_a_reset_with_bad_data_deletes_nothing(refused):
     refused(["train", "--run", "done", "--reset", "--data", "nowhere.txt"], "nowhere.txt")
 

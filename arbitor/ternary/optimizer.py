@@ -120,6 +120,11 @@ class VoteOptimizer(torch.optim.Optimizer):
         scale_lr: float = 0.0,
     ) -> None:
         requested_backend()
+        if not isinstance(model, nn.Module):
+            raise UserError(
+                f"VoteOptimizer takes the model itself, got {type(model).__name__}: trits are no parameters; "
+                "write VoteOptimizer(model)"
+            )
         if isinstance(state, str) and state not in STATES:
             raise UserError(f"unknown state {state!r}; choose one of {', '.join(STATES)}")
         get_rule(rule)

@@ -157,6 +157,11 @@ def test_what_is_not_allowed_is_refused_in_one_line(options, message):
         make(**options)
 
 
+def test_parameters_in_place_of_the_model_are_refused():
+    with pytest.raises(UserError, match=r"takes the model itself, got generator.*VoteOptimizer\(model\)"):
+        VoteOptimizer(torch.nn.Linear(2, 2).parameters())
+
+
 def test_a_model_without_ternary_weights_is_refused():
     with pytest.raises(UserError, match="the model has no ternary weights to train"):
         VoteOptimizer(nn.Linear(3, 4))

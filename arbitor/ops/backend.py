@@ -1,7 +1,7 @@
 """Which implementation of the operations runs, and how gradients are rounded on the way."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
@@ -18,6 +18,18 @@ CHOICES = ("auto", "triton", "torch")
 _rounds_on_cpu = False
 
 
+def environment_choice(variable: str, choices: Sequence[str]) -> str:
+    """What an environment variable asks for, "auto" if it is unset or empty.
+
+    Raises:
+        UserError: none of its choices.
+    """
+    value = os.environ.get(variable) or "auto"
+    if value not in choices:
+        raise UserError(f"{variable} is {value!r}; it must be one of {', '.join(choices)}")
+    return value
+
+
 def requested_backend() -> str:
     """What `ARB_TERNARY_BACKEND` asks for: "auto" (also if unset), "triton" or "torch".
 
@@ -26,9 +38,7 @@ def requested_backend() -> str:
     Raises:
         UserError: another value, or Triton where it is not installed.
     """
-    value = os.environ.get(VARIABLE) or "auto"
-    if value not in CHOICES:
-        raise UserError(f"{VARIABLE} is {value!r}; it must be one of {', '.join(CHOICES)}")
+    value = environment_choice(VARIABLE, CHOICES)
     if value == "triton" and not has_triton():
         raise UserError(f"{VARIABLE} is 'triton', but Triton is not installed; use auto or torch")
     return value

@@ -12,7 +12,6 @@ memory: a graph's work is over, and its figures are copied, before another one r
 import collections
 import contextlib
 import functools
-import os
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
@@ -20,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arbitor.errors import UserError
 from arbitor.model import ARBModel
+from arbitor.ops.backend import environment_choice
 
 VARIABLE = "ARB_REPLAY"
 CHOICES = ("auto", "off")
@@ -36,9 +35,7 @@ def why_not_recorded(model: ARBModel) -> str | None:
         UserError: `ARB_REPLAY` is none of its choices.
     """
     config = model.config
-    wanted = os.environ.get(VARIABLE) or "auto"
-    if wanted not in CHOICES:
-        raise UserError(f"{VARIABLE} is {wanted!r}; it must be one of {', '.join(CHOICES)}")
+    wanted = environment_choice(VARIABLE, CHOICES)
     if model.device.type != "cuda":
         return "there is no GPU"
     if wanted == "off":

@@ -55,14 +55,12 @@ def round_scaled(dy: Tensor, scale: Tensor) -> Tensor:
 def input_gradient(dxn: Tensor, x: Tensor, rstd: Tensor, input_norm: bool, squared: bool = False) -> Tensor:
     """See `reference.input_gradient`; dxn [N, I] of fp32 or bf16 is kept."""
     dx = torch.empty_like(x)
-    cubes = rstd.pow(3) / x.shape[-1]
-    for x_part, dxn_part, rstd_part, cubes_part, out in row_parts(x, dxn, rstd, cubes, dx):
+    for x_part, dxn_part, rstd_part, out in row_parts(x, dxn, rstd, dx):
         out.copy_(dxn_part)
         positive = x_part.clamp_min(0) if squared else None
-        if input_norm:  # as `reference.norm_backward`
+        if input_norm:
             normed = x_part if positive is None else positive * positive
-            coefficient = (out * normed).sum(dim=-1, keepdim=True).mul_(cubes_part)
-            out.mul_(rstd_part).addcmul_(normed, coefficient, value=-1)
+            reference.norm_backward(out, normed, rstd_part)
         if positive is not None:
             out.mul_(positive).mul_(2)
     return dx

@@ -83,7 +83,7 @@ def report(rows: Sequence[Row], variants: Mapping[str, Variant]) -> str:
                 f"{name:<15}{int(first['trit_weights']) / 1e6:>9.2f}"
                 f"{int(first['active_trit_weights']) / 1e6:>9.2f}{float(first['bytes_per_weight']):>9.3f}"
                 f"{len(standing.rows):>6}{standing.mean:>10.4f}{parts[0]:>7}{parts[1]:>7}{parts[2]:>8}"
-                f"{speed / 1e3:>8.3g}  {', '.join(differences)}"
+                f"{speed / 1e3:>8,.0f}  {', '.join(differences)}"
             )
     return "\n".join(lines)
 

@@ -1,5 +1,6 @@
 """The command behind `training/audio.py`: what is heavy is imported inside it."""
 
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -165,21 +166,38 @@ def audio(
 
 
 def _defaults(settings: dict[str, Any], base: str | None) -> dict[str, Any]:
-    """The settings, with what follows from the data and the task."""
+    """The settings, with what follows from the data and the task.
+
+    Raises:
+        UserError: the base has no codec to listen or to speak with.
+    """
     usual: dict[str, Any] = {"audio_task": "codec", "steps": DEFAULT_STEPS}
-    if base is None:
+    task = settings.get("audio_task", "codec")
+    if base is None or not _has_codec(base):
         from arbitor.data.audio import default_rate
 
+        if base is not None and task != "codec" and "audio_rate" not in settings:
+            raise UserError(
+                f"--task {task}: {base} has no codec of sounds; first train one that starts from it, with "
+                f"python training/audio.py --base {shlex.quote(base)}, and give that run as --base"
+            )
         if "audio_rate" not in settings:
             usual["audio_rate"] = default_rate(settings.get("data", ()))
         usual["audio_samples"] = settings.get("audio_rate", usual.get("audio_rate"))
-        if settings.get("audio_task", "codec") != "codec":
-            print(
-                "arbitor: note: without --base the codec stays as it was drawn, which is enough to try, and "
-                "not to speak: train one with --task codec first",
-                file=sys.stderr,
-            )
+    if base is None and task != "codec":
+        print(
+            "arbitor: note: without --base the codec stays as it was drawn, which is enough to try, and "
+            "not to speak: train one with --task codec first",
+            file=sys.stderr,
+        )
     return usual | settings
+
+
+def _has_codec(base: str) -> bool:
+    from arbitor.config import load_config
+    from arbitor.train import runs
+
+    return bool(load_config(runs.find_checkpoint(base) / runs.CONFIG_FILE).model.audio_rate)
 
 
 def main(tokens: Sequence[str]) -> int:

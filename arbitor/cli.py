@@ -47,7 +47,8 @@ Device = Annotated[Literal["auto", "cpu", "cuda"], Parameter(help="Where to comp
 Checkpoint = Annotated[
     str | None,
     Parameter(
-        help="Name of a run (its best checkpoint is taken), or a checkpoint's path; default the newest run."
+        help="Name of a run (its best checkpoint is taken), or a checkpoint's path; default the newest run "
+        "that has learnt what is asked for."
     ),
 ]
 Adapter = Annotated[
@@ -119,7 +120,7 @@ def train(
     config
         TOML file laid over the preset; flags override it.
     data
-        Files, folders or globs to train on; default the standard library's sources.
+        Files, folders or globs to train on, ./runs left out; default the standard library's sources.
     held_out
         Path, or share of the data, to measure on.
     field
@@ -354,7 +355,9 @@ def generate(
 def chat(
     checkpoint: Annotated[
         str | None,
-        Parameter(help="Name of a run or finetune, or a checkpoint's path; default the newest of them all."),
+        Parameter(
+            help="Name of a run or finetune, or a checkpoint's path; default the newest that has learnt text."
+        ),
     ] = None,
     /,
     *,

@@ -23,6 +23,9 @@ DEVICES = ("auto", "cpu", "cuda")
 AUDIO_TASKS = ("", "codec", "listen", "speak")
 VIDEO_TASKS = ("", "codec", "flow")
 MIXED = ("text", "code", "image", "audio", "video")  # what pretraining may mix
+LEARNT = ("text", "chat", "image", "codec", "listen", "speak", "autoencoder", "flow")
+"""What a run may have learnt; `arbitor.train.learnt.WORDS` says what each is."""
+RUNS = Path("runs")  # where runs are written
 
 MAX_MOTIF_TRITS = 15
 LARGEST_SINGLE_CODEBOOK = 1 << 12  # rows that every query is compared with
@@ -448,6 +451,8 @@ class DataConfig:
         video_task: What a model with the video sidecar learns from clips: codec (pixels to latents and back)
             or flow (captions to latents); empty where the data is something else.
         encoder: Folder or hub name that a new model's frozen image encoder takes its weights from.
+        learnt_before: What was learnt before, of `LEARNT`: by the runs that this one started from, and in a
+            finetune. Written by what starts a run.
     """
 
     data: tuple[str, ...] = ()
@@ -457,6 +462,7 @@ class DataConfig:
     audio_task: str = ""
     video_task: str = ""
     encoder: str | None = None
+    learnt_before: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.held_out, (int, float)) and not isinstance(self.held_out, bool):
@@ -464,6 +470,8 @@ class DataConfig:
         settle_types(self)
         require_name("audio_task", self.audio_task, AUDIO_TASKS)
         require_name("video_task", self.video_task, VIDEO_TASKS)
+        for name in self.learnt_before:
+            require_name("learnt_before", name, LEARNT)
         for path in self.data:
             if not path:
                 raise UserError("data contains an empty path; give a file, a folder or a glob")
@@ -552,6 +560,42 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         settle_types(self)
+
+    @property
+    def learns(self) -> tuple[str, ...]:
+        """What the run's own data teaches, of `LEARNT`."""
+        data, mix = self.data, self.mix
+        if mix.active:
+            names = {_TAUGHT_BY[name] for name in mix.active}
+            names |= {"codec"} if mix.train_codec and "speak" in names else set()
+            names |= {"autoencoder"} if mix.train_autoencoder and "flow" in names else set()
+        elif data.video_task:
+            names = {"autoencoder" if data.video_task == "codec" else data.video_task}
+        elif data.audio_task:
+            names = {data.audio_task}
+        else:
+            names = {"image" if self.model.image_size else "text"}
+        return in_order(names)
+
+    @property
+    def learnt(self) -> tuple[str, ...]:
+        """What the run has learnt, `learnt_before` included.
+
+        What was learnt on a codec or an autoencoder is lost where that learns again: its codes, or latents,
+        mean something else then.
+        """
+        names = set(self.data.learnt_before)
+        names -= {"listen", "speak"} if "codec" in self.learns else set()
+        names -= {"flow"} if "autoencoder" in self.learns else set()
+        return in_order({*self.learns, *names})
+
+
+_TAUGHT_BY = {"text": "text", "code": "text", "image": "image", "audio": "speak", "video": "flow"}
+
+
+def in_order(names: Collection[str]) -> tuple[str, ...]:
+    """Those of `LEARNT` that are among `names`."""
+    return tuple(name for name in LEARNT if name in names)
 
 
 SECTIONS = {"model": ModelConfig, "train": TrainConfig, "data": DataConfig, "mix": MixConfig}

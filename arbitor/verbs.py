@@ -3,9 +3,12 @@
 import codecs
 import functools
 import math
+import shlex
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,29 +29,68 @@ from arbitor.ternary.audit import audit_checkpoint
 from arbitor.train.checkpoint import CONFIG_FILE, STATE_FILE, load, load_checkpoint
 from arbitor.train.device import deterministic
 from arbitor.train.display import Display, printable
-from arbitor.train.runs import find_checkpoint
+from arbitor.train.learnt import learnt_of
+from arbitor.train.runs import find_checkpoint, name_of, refuse_unlearnt
+
+if TYPE_CHECKING:
+    from arbitor.finetune.adapter import SavedAdapter
 
 
-def open_model(
-    checkpoint: str | None, adapter: str | None, device: str, *, newest_finetune: bool = False
-) -> tuple[ARBModel, str]:
-    """The model that a command means, ready for inference, and what it was read from, in words.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Found:
+    """What a command means by a model.
+
+    Attributes:
+        base: the checkpoint's folder.
+        adapter: the adapter to put onto it, if any.
+        learnt: what they have learnt, of `arbitor.config.LEARNT`; None if that is not known.
+    """
+
+    base: Path
+    adapter: "SavedAdapter | None"
+    learnt: tuple[str, ...] | None
+
+    def __str__(self) -> str:
+        """In words, what the model is read from."""
+        return (
+            str(self.base) if self.adapter is None else f"{self.base} with the adapter {self.adapter.folder}"
+        )
+
+    def open(self, device: str) -> ARBModel:
+        """The model, ready for inference, on `device` (auto, cpu or cuda).
+
+        Raises:
+            UserError: damaged, or an adapter of another base.
+        """
+        from arbitor.finetune.adapter import apply_adapter
+
+        model = load(self.base, device)
+        if self.adapter is not None:
+            apply_adapter(model, self.adapter)
+        return model
+
+
+def find_model(
+    checkpoint: str | None, adapter: str | None, wanted: Sequence[str], *, newest_finetune: bool = False
+) -> Found:
+    """The model that a command means.
 
     Args:
         checkpoint: as `find_checkpoint` takes it, or a finetune of adapters; None is the base of `adapter`,
-            or else the newest run.
+            or else the newest run that has learnt what is wanted.
         adapter: an adapter to put onto it, as `find_adapter` takes it.
-        device: auto, cpu or cuda.
-        newest_finetune: without either, take the newest finetune if it is newer than the newest run.
+        wanted: what it must have learnt one of, as `find_checkpoint` takes it.
+        newest_finetune: without either, take the newest finetune on conversations if it is newer than that
+            run.
 
     Raises:
-        UserError: nothing there, damaged, or an adapter of another base.
+        UserError: nothing there, or it has learnt something else.
     """
-    from arbitor.finetune.adapter import apply_adapter, find_adapter, read_adapter
-    from arbitor.finetune.session import newest_adapter
+    from arbitor.finetune.adapter import find_adapter, read_adapter
+    from arbitor.finetune.session import learnt_by_adapter, newest_adapter
 
     if checkpoint is None and adapter is None and newest_finetune:
-        folder = newest_adapter()
+        folder = newest_adapter(wanted)
     else:
         given = adapter if adapter is not None else checkpoint
         folder = None if given is None else find_adapter(given)
@@ -59,8 +101,8 @@ def open_model(
         if adapter is None and folder is not None:
             checkpoint = None
     if folder is None:
-        base = find_checkpoint(checkpoint)
-        return load(base, device), str(base)
+        base = find_checkpoint(checkpoint, wanted)
+        return Found(base=base, adapter=None, learnt=learnt_of(base))
     saved = read_adapter(folder)
     if checkpoint is None and not Path(saved.base).exists():
         where = repr(saved.base) if saved.base else "no path"
@@ -69,9 +111,9 @@ def open_model(
             f"CHECKPOINT --adapter {adapter or folder}"
         )
     base = find_checkpoint(saved.base if checkpoint is None else checkpoint)
-    model = load(base, device)
-    apply_adapter(model, saved)
-    return model, f"{base} with the adapter {folder}"
+    learnt = learnt_by_adapter(folder, base)
+    refuse_unlearnt(folder, learnt, wanted)
+    return Found(base=base, adapter=saved, learnt=learnt)
 
 
 def chat_with(
@@ -89,7 +131,8 @@ def chat_with(
     """Talk with a model in the terminal, or answer the lines of a pipe."""
     from arbitor.chat import Chat, converse
 
-    model, source = open_model(checkpoint, adapter, device, newest_finetune=True)
+    found = find_model(checkpoint, adapter, ("text", "chat"), newest_finetune=True)
+    model = found.open(device)
     chat = Chat(
         model,
         system=system,
@@ -99,7 +142,13 @@ def chat_with(
         top_p=top_p,
         seed=seed,
     )
-    print(f"{source} on {model.device}", file=sys.stderr)
+    if found.learnt is not None and "chat" not in found.learnt:
+        print(
+            f"arbitor: note: {found} was not finetuned on conversations and will merely continue text; teach "
+            f"it to answer with: arbitor finetune {shlex.quote(name_of(found.base))}",
+            file=sys.stderr,
+        )
+    print(f"{found} on {model.device}", file=sys.stderr)
     if sys.stdout is None:
         raise UserError("stdout is closed; there is nowhere to write answers to")
     with deterministic(0, model.device):
@@ -120,8 +169,9 @@ def generate_text(
     seed: int | None,
 ) -> int:
     """Write the prompt and what the model makes of it to stdout, each byte as it is drawn."""
-    model, source = open_model(checkpoint, adapter, device)
-    prefix = None if image is None else image_prefix(model, source, image)
+    found = find_model(checkpoint, adapter, ("text",) if image is None else ("image",))
+    model = found.open(device)
+    prefix = None if image is None else image_prefix(model, str(found), image)
     with naming_flags(("max_bytes", "temperature", "top_k", "top_p", "seed")):
         drawn = generate_stream(
             model,
@@ -133,7 +183,7 @@ def generate_text(
             seed=seed,
             prefix=prefix,
         )
-    print(f"{source} on {model.device}", file=sys.stderr)
+    print(f"{found} on {model.device}", file=sys.stderr)
     if sys.stdout is None:
         raise UserError("stdout is closed; there is nowhere to write the text to")
     write = _terminal_writer() if sys.stdout.isatty() else _write_raw
@@ -169,17 +219,18 @@ def evaluate_data(checkpoint: str | None, data: Sequence[str], field: str | None
     if field is not None and not any(is_jsonl(source.path) for source in sources):
         print(f"arbitor: note: {unused_field(field)}", file=sys.stderr)
     stream = ByteStream(open_contents(sources, field or "text", Store()))
-    model, folder = open_model(checkpoint, None, device)
+    found = find_model(checkpoint, None, ("text",))
+    model = found.open(device)
     data_1mb = np.array(stream.as_array(1_000_000))
     with deterministic(0, model.device), Display(Console(stderr=True, highlight=False)) as display:
         shown = functools.partial(display.progress, "measuring: window")
         result = bits_per_byte(model, data_1mb, model.config.ctx, progress=shown)
     if not math.isfinite(result.bits_per_byte):
-        raise UserError(f"{folder}: the model's logits are not finite, its training diverged")
+        raise UserError(f"{found}: the model's logits are not finite, its training diverged")
     whole = len(stream)
     part = "all" if result.num_bytes == whole else f"the first {result.num_bytes:,}"
     print(f"{result.bits_per_byte:.4f} bits per byte")
-    print(f"{folder}: {part} of {whole:,} bytes of {' '.join(data)}, context {model.config.ctx} bytes")
+    print(f"{found}: {part} of {whole:,} bytes of {' '.join(data)}, context {model.config.ctx} bytes")
     return 0
 
 

@@ -1,5 +1,6 @@
 """The command behind `training/diffusion.py`: what is heavy is imported inside it."""
 
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -180,7 +181,11 @@ def diffusion(
 
 
 def _defaults(settings: dict[str, Any], base: str | None, preset: str | None) -> dict[str, Any]:
-    """The settings of one task, with what follows from the data and the task."""
+    """The settings of one task, with what follows from the data and the task.
+
+    Raises:
+        UserError: the base has no autoencoder to draw with.
+    """
     from arbitor.config import load_config
     from arbitor.config import preset as preset_config
     from arbitor.ternary.optimizer import STATES
@@ -196,18 +201,24 @@ def _defaults(settings: dict[str, Any], base: str | None, preset: str | None) ->
         "steps": FLOW_STEPS if flow else CODEC_STEPS,
         "lr": rate * FLOW_RATE if flow else rate,
     }
-    if base is None:
+    if base is None or not start.model.video_size:
         from arbitor.config import VIDEO_SIZE
 
+        if base is not None and flow and "video_size" not in settings:
+            raise UserError(
+                f"--task flow: {base} has no autoencoder of clips; first train one that starts from it, with "
+                f"python training/diffusion.py --task codec --base {shlex.quote(base)}, and give that run as "
+                "--base"
+            )
         usual |= {"video_size": VIDEO_SIZE, "batch": BATCH}
         if settings.get("data"):
             usual["video_ids"] = CAPTION_IDS
-        if flow:
-            print(
-                "arbitor: note: without --base the autoencoder stays as it was drawn, which is enough to try "
-                "only: train one with --task codec first, or leave --task out",
-                file=sys.stderr,
-            )
+    if base is None and flow:
+        print(
+            "arbitor: note: without --base the autoencoder stays as it was drawn, which is enough to try "
+            "only: train one with --task codec first, or leave --task out",
+            file=sys.stderr,
+        )
     return usual | settings
 
 
@@ -261,13 +272,14 @@ def _sample(
     """Draw clips with a run's best checkpoint and write them; returns the exit code."""
     from arbitor.data.video import write_clips
     from arbitor.drawing import autoencoder_of, draw
-    from arbitor.verbs import open_model
+    from arbitor.verbs import find_model
 
     if count < 1:
         raise UserError(f"--count must be at least 1, got {count}")
     if not out.lower().endswith((".gif", ".png")):
         raise UserError(f"--out must end in .gif or .png, got {out!r}")
-    model, source = open_model(run, None, device)
+    source = find_model(run, None, ("flow",))
+    model = source.open(device)
     autoencoder_of(model)
     texts = [text.encode("utf-8", "surrogateescape") for text in captions for _ in range(count)]
     clips = draw(model, texts, **settings).numpy()

@@ -198,6 +198,13 @@ def test_the_verb_takes_the_newest_finetune(tmp_path, monkeypatch, capfd):
         assert out == "y\ny\n"
         assert "base/best with the adapter" in err
         assert "tuned/best on cpu" in err
+        assert "note" not in err
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"7\n")))
+    assert main(["chat", "base", "--bytes", "1"]) == 0
+    assert capfd.readouterr().err == (
+        "arbitor: note: runs/base/best was not finetuned on conversations and will merely continue text; "
+        "teach it to answer with: arbitor finetune base\nruns/base/best on cpu\n"
+    )
 
 
 def test_an_interrupted_pass_through_the_model_leaves_no_trace():

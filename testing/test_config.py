@@ -217,6 +217,30 @@ def test_toml_round_trip_is_exact(tmp_path, config):
     assert dump_toml(load_config(path)) == dump_toml(config)
 
 
+@pytest.mark.parametrize(
+    ("settings", "learns", "learnt"),
+    [
+        ({}, "text", "text"),
+        ({"image_size": 16}, "image", "image"),
+        ({"audio_task": "speak", "learnt_before": ["codec", "text"]}, "speak", "text codec speak"),
+        ({"audio_task": "codec", "learnt_before": ["listen", "text", "flow"]}, "codec", "text codec flow"),
+        ({"video_task": "codec", "learnt_before": ["flow"]}, "autoencoder", "autoencoder"),
+        ({"video_task": "flow", "learnt_before": ["autoencoder"]}, "flow", "autoencoder flow"),
+        ({"code_weight": 1, "audio_weight": 1}, "text codec speak", "text codec speak"),
+        (
+            {"audio_weight": 1, "train_codec": False, "learnt_before": ["codec", "listen"]},
+            "speak",
+            "codec listen speak",
+        ),
+        ({"image_weight": 1, "video_weight": 1}, "image autoencoder flow", "image autoencoder flow"),
+    ],
+)
+def test_what_a_run_has_learnt_follows_from_its_settings(settings, learns, learnt):
+    config = preset("tiny", **settings)
+    assert config.learns == tuple(learns.split())
+    assert config.learnt == tuple(learnt.split())
+
+
 def write(tmp_path: Path, text: str | bytes) -> Path:
     path = tmp_path / "config.toml"
     path.write_bytes(text.encode() if isinstance(text, str) else text)

@@ -148,13 +148,22 @@ def test_clips_are_drawn_with_a_run(tmp_path, capsys):
         assert why in capsys.readouterr().err
 
 
-def test_a_text_run_grows_into_one_that_draws(tmp_path):
+def test_a_text_run_grows_into_one_that_draws(tmp_path, capsys):
     from arbitor import cli
 
     (tmp_path / "data.txt").write_text("some text to learn from, again and again\n" * 200)
     few = ["--steps", "2", "--batch", "4", "--eval-steps", "4", "--device", "cpu"]
     assert cli.main(["train", "--data", "data.txt", *few, "--run", "text"]) == 0
+    assert main(["--base", "text"]) == 2
+    assert capsys.readouterr().err == (
+        "arbitor: error: --task flow: text has no autoencoder of clips; first train one that starts from it, "
+        "with python training/diffusion.py --task codec --base text, and give that run as --base\n"
+    )
     assert main(["--base", "text", "--task", "codec", *SMALL, "--run", "codec"]) == 0
+    assert main(["--sample", "x", "--run", "codec"]) == 2
+    assert "has learnt to continue text and the autoencoder of clips, not to draw clips: " in (
+        capsys.readouterr().err
+    )
     assert main(["--base", "codec", "--steps", "2", "--run", "flow"]) == 0
     summary = json.loads((tmp_path / "runs/flow/summary.json").read_text())
     assert summary["figure"] == "velocity_loss"

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from arbitor.config import did_you_mean
-from arbitor.errors import UserError
+from arbitor.errors import UserError, extra_command
 
 PREFIX = "hf:"
 MAX_MEDIA = 4096  # images or recordings of a data set that are read into memory
@@ -93,7 +93,8 @@ class HubExamples:
             import datasets
         except ImportError as error:
             raise UserError(
-                f"{item!r} is read by the library datasets: pip install datasets, or give files"
+                f"{item!r} is read by the library datasets, of the extra hub: {extra_command('hub')}, or "
+                "give files"
             ) from error
         self._stream = self._tried(
             lambda: datasets.load_dataset(spec.name, spec.configuration, split=spec.split, streaming=True)

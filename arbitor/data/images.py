@@ -45,7 +45,7 @@ from arbitor.data.media import (
 from arbitor.data.sources import reason
 from arbitor.data.store import MappedBytes, Store
 from arbitor.data.stream import ByteStream
-from arbitor.errors import UserError
+from arbitor.errors import UserError, extra_command
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
@@ -442,8 +442,8 @@ def _digits() -> _Found:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise UserError(
-            "the built-in images are scikit-learn's digits: pip install scikit-learn, or give images "
-            "of your own"
+            "the built-in images are scikit-learn's digits, of the extra vision: "
+            f"{extra_command('vision')}, or give images of your own"
         ) from error
     digits = load_digits()
     found = _Found(name="scikit-learn's handwritten digits")

@@ -2,7 +2,8 @@
 
 A file that is named, or matched by a glob, is taken as it is. A folder gives every text-like file beneath it
 in any depth: regular files that are not empty, not hidden (nor in a hidden folder) and have no NUL byte in
-their first 8 KiB, which is how git tells text from binary; `.gz` files are judged by what they hold.
+their first 8 KiB, which is how git tells text from binary; `.gz` files are judged by what they hold. The
+folder in which runs are written is left out of folders and globs that do not begin in it.
 """
 
 import glob
@@ -15,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from arbitor.config import did_you_mean
+from arbitor.config import RUNS, did_you_mean
 from arbitor.errors import UserError
 
 _SNIFFED_BYTES = 8 << 10
@@ -38,12 +39,13 @@ class Source:
 
 @dataclass(kw_only=True, slots=True)
 class Skipped:
-    """How many entries of folders were left out, by reason; a hidden folder counts once."""
+    """How many entries of folders were left out, by reason; a hidden folder and that of runs count once."""
 
     hidden: int = 0
     binary: int = 0
     empty: int = 0
     special: int = 0
+    runs: int = 0
 
     def __str__(self) -> str:
         """E.g. `skipped 3 binary and 1 hidden`; empty if nothing was skipped."""
@@ -52,6 +54,7 @@ class Skipped:
             (self.hidden, "hidden"),
             (self.empty, "empty"),
             (self.special, "special"),
+            (self.runs, "folder of runs"),
         )
         parts = [f"{count:,} {reason}" for count, reason in counts if count]
         return "skipped " + " and ".join(", ".join(parts).rsplit(", ", 1)) if parts else ""
@@ -65,9 +68,24 @@ def find_sources(items: Sequence[str], skipped: Skipped) -> list[Source]:
     """
     found: dict[str, Source] = {}
     for item in items:
+        if len(items) > 1 and is_runs(item):  # as a shell expands `*`
+            skipped.runs = 1
+            continue
         for source in _expand(item, skipped):
             found.setdefault(os.path.realpath(source.path), source)
     return sorted(found.values(), key=lambda source: source.path.as_posix())
+
+
+def is_runs(path: str | Path) -> bool:
+    """Whether a path is that of the folder in which runs are written."""
+    try:
+        return os.path.realpath(path) == os.path.realpath(RUNS)
+    except ValueError:  # of a name that no file can have
+        return False
+
+
+def _is_in_runs(path: Path) -> bool:
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(RUNS))
 
 
 def reason(error: Exception) -> str:
@@ -85,7 +103,11 @@ def _expand(item: str, skipped: Skipped) -> Iterator[Source]:
             )
         before = str(skipped)
         count = 0
+        begin = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
         for match in map(Path, matches):
+            if _is_in_runs(match) and not _is_in_runs(begin):
+                skipped.runs = 1
+                continue
             # With `**` every folder's files are matches of their own already.
             if match.is_dir() and "**" in item:
                 continue
@@ -145,7 +167,8 @@ def _folder(folder: Path, skipped: Skipped) -> Iterator[Source]:
     for root, folders, names in os.walk(folder, onerror=refuse):
         shown = sorted(name for name in folders if not name.startswith("."))
         skipped.hidden += len(folders) - len(shown)
-        folders[:] = shown
+        folders[:] = [name for name in shown if not is_runs(Path(root, name))]
+        skipped.runs |= len(folders) < len(shown)
         for name in sorted(names):
             if name.startswith("."):
                 skipped.hidden += 1

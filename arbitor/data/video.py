@@ -36,7 +36,7 @@ from arbitor.data.media import (
     why_no_file,
 )
 from arbitor.data.stream import ByteStream
-from arbitor.errors import UserError
+from arbitor.errors import UserError, extra_command
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".gif", ".ogv")
 # Demuxers of FFmpeg that read the one file that they are given.
@@ -259,8 +259,8 @@ def moving_digits(geometry: ClipGeometry) -> MovingDigits:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise UserError(
-            "the built-in clips are made of scikit-learn's digits: pip install scikit-learn, or give "
-            "clips of your own"
+            "the built-in clips are made of scikit-learn's digits, of the extra video: "
+            f"{extra_command('video')}, or give clips of your own"
         ) from error
     digits = load_digits()
     pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
@@ -438,7 +438,9 @@ def _pyav() -> Any:
     try:
         import av
     except ImportError as error:
-        raise UserError("video files are read by PyAV: pip install av") from error
+        raise UserError(
+            f"video files are read by PyAV, of the extra video: {extra_command('video')}"
+        ) from error
     return av
 
 

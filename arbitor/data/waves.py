@@ -13,7 +13,7 @@ import numpy as np
 
 from arbitor.data.media import file_status, why_no_file
 from arbitor.data.sources import reason
-from arbitor.errors import UserError
+from arbitor.errors import UserError, extra_command
 
 UNIT = 1 << 15  # of 16-bit samples, as libsndfile has it
 MIN_RATE, MAX_RATE = 1_000, 768_000
@@ -197,5 +197,7 @@ def _soundfile() -> Any:
     try:
         import soundfile
     except (ImportError, OSError) as error:
-        raise UserError("audio files need soundfile: pip install soundfile") from error
+        raise UserError(
+            f"audio files need soundfile, of the extra audio: {extra_command('audio')}"
+        ) from error
     return soundfile

@@ -104,6 +104,13 @@ class FinetuneConfig:
         require_name("state", self.state, STATES)
         require_name("device", self.device, DEVICES)
 
+    @property
+    def learns(self) -> tuple[str, ...]:
+        """What the data teaches, of `arbitor.config.LEARNT`."""
+        if self.audio:
+            return (self.audio_task,)
+        return ("flow",) if self.video else ("image",) if self.vision else ("chat",)
+
     def dump(self) -> str:
         """Text of `finetune.json`."""
         return dump_document({**dataclasses.asdict(self), "format": FORMAT})

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from arbitor.config import MIXED, RunConfig, override
+from arbitor.config import MIXED, RunConfig, in_order, override
 from arbitor.errors import UserError
 from arbitor.finetune.adapter import (
     CONFIG_FILE,
@@ -215,6 +215,7 @@ class VoteMethod:
             held_out=config.held_out,
             audio_task=config.audio_task,
             video_task="flow" if config.video else "",
+            learnt_before=in_order({*base.config.learnt, *config.learns}),
             **{f"{name}_weight": 0.0 for name in MIXED},
         )
 

@@ -5,7 +5,7 @@ import json
 import math
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from arbitor import __version__
-from arbitor.config import dump_toml, load_config
+from arbitor.config import dump_toml, in_order, load_config
 from arbitor.errors import UserError
 from arbitor.finetune.adapter import find_adapter
 from arbitor.finetune.config import AUDIO_TASKS, CONFIG_FILE, FinetuneConfig, load_finetune
@@ -28,6 +28,7 @@ from arbitor.train import runs, swap
 from arbitor.train.checkpoint import Checkpoint, load_checkpoint
 from arbitor.train.device import Device, deterministic, resolve_device, thread_count
 from arbitor.train.display import Display, format_bytes, format_seconds, printable
+from arbitor.train.learnt import learnt_of
 from arbitor.train.metrics import MetricsLog
 from arbitor.train.plot import plot_loss
 from arbitor.train.report import print_rows
@@ -86,7 +87,7 @@ def start_finetuning(
         raise UserError(
             f"{adapter} is an adapter; a finetune starts from a base: give the run or checkpoint of one"
         )
-    folder_of_base = _base_of_newest(settings) if checkpoint is None else runs.find_checkpoint(checkpoint)
+    folder_of_base = _find_base(checkpoint, settings)
     device = resolve_device(settings.get("device", "auto"))
     base, model = _load_base(str(folder_of_base), device)
     if settings.get("audio") and "audio_task" not in settings:
@@ -116,14 +117,32 @@ def list_finetunes() -> list[Path]:
     return sorted(found, key=lambda path: _made(path / CONFIG_FILE), reverse=True)
 
 
-def newest_adapter() -> Path | None:
-    """The adapter of the newest finetune; None if a run is newer, it voted on trits, or there is none."""
-    finetunes, newest_run = list_finetunes(), next(iter(runs.list_runs()), None)
-    if not finetunes:
+def newest_adapter(wanted: Sequence[str]) -> Path | None:
+    """The adapter of the newest finetune on conversations.
+
+    None if a run that has learnt what is `wanted` is newer, if it voted on trits, or if there is none.
+    """
+    finetune = next((path for path in list_finetunes() if _learns(path) in (("chat",), None)), None)
+    if finetune is None:
         return None
-    if newest_run is not None and _made(newest_run / runs.CONFIG_FILE) >= _made(finetunes[0] / CONFIG_FILE):
+    newest = runs.newest_checkpoint(wanted)
+    if newest is not None and _made(newest.parent / runs.CONFIG_FILE) >= _made(finetune / CONFIG_FILE):
         return None
-    return find_adapter(finetunes[0])
+    return find_adapter(finetune)
+
+
+def learnt_by_adapter(adapter: Path, base: Path) -> tuple[str, ...] | None:
+    """What an adapter on its base has learnt, of `arbitor.config.LEARNT`; None if that is not known."""
+    learns, before = _learns(adapter.parent), learnt_of(base)
+    return None if learns is None or before is None else in_order({*learns, *before})
+
+
+def _learns(finetune: Path) -> tuple[str, ...] | None:
+    """What the data of a finetune teaches; None if its settings cannot be read."""
+    try:
+        return load_finetune(finetune).learns
+    except UserError:
+        return None
 
 
 def _made(path: Path) -> int:
@@ -188,19 +207,23 @@ def _load_base(path: str, device: Device) -> tuple[Checkpoint, ARBModel]:
     return base, base.build_model(device.device).eval()
 
 
-def _base_of_newest(settings: Mapping[str, Any]) -> Path:
-    """The checkpoint of the newest run that has the part which the data needs, if there is one.
+def _find_base(checkpoint: str | None, settings: Mapping[str, Any]) -> Path:
+    """The base that is named; else the newest run with the part which the data needs, if there is one.
 
-    Finetunes with `--full` are runs too, but no base unless named.
+    For conversations it must have learnt text. Finetunes with `--full` are runs too, but no base unless
+    named.
     """
     needed = [field for name, field in _SIDECARS.items() if settings.get(name)]
+    wanted = () if needed or "audio_task" in settings else ("text",)
+    if checkpoint is not None:
+        return runs.find_checkpoint(checkpoint, wanted)
     for run in runs.list_runs():
         if not (run / CONFIG_FILE).is_file():
             with contextlib.suppress(UserError):
                 model = load_config(run / runs.CONFIG_FILE).model
                 if all(getattr(model, field) for field in needed):
-                    return runs.find_checkpoint(run)
-    return runs.find_checkpoint(None)
+                    return runs.find_checkpoint(run, wanted)
+    return runs.find_checkpoint(None, wanted)
 
 
 def _base_name(checkpoint: Path) -> str:

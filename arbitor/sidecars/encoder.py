@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from arbitor.config import ENCODER_FIELDS, IMAGE_SIZE
-from arbitor.errors import UserError
+from arbitor.errors import UserError, extra_command
 
 INT8_MAX = 127
 INT16_MAX = 32767
@@ -29,8 +29,8 @@ def _transformers() -> Any:
         import transformers
     except ImportError as error:
         raise UserError(
-            "a frozen image encoder is computed by transformers: pip install transformers; without one, "
-            "leave --image-encoder out"
+            "a frozen image encoder is computed by transformers, of the extra vision: "
+            f"{extra_command('vision')}; without one, leave --image-encoder out"
         ) from error
     return transformers
 

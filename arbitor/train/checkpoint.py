@@ -30,6 +30,7 @@ from arbitor.train.tensorfile import (
     NewerError,
     digest,
     dump_document,
+    may_hold_tensors,
     parse_document,
     read_tensors,
     read_text,
@@ -178,6 +179,10 @@ def load(path: str | Path, device: str = "auto") -> ARBModel:
         UserError: nothing there, damaged (naming file and tensor), or not a model of arbitor.
     """
     path = Path(path)
+    if path.is_file() and not may_hold_tensors(path):
+        raise UserError(
+            f"{path} is no checkpoint of arbitor: give a run, a checkpoint's folder, or its {MODEL_FILE}"
+        )
     file = path if path.is_file() else find_checkpoint(path) / MODEL_FILE
     weights, header = read_tensors(file, "model")
     return build_model(file, _model_config(file, header), weights, resolve_device(device).device).eval()

@@ -24,10 +24,10 @@ from arbitor.ternary import (
 from arbitor.ternary.audit import audit
 from arbitor.train.device import backend
 from arbitor.train.display import format_bytes, format_seconds, printable
+from arbitor.train.learnt import try_command
 from arbitor.train.loop import Trainer
 from arbitor.train.metrics import FIGURES, HELD_OUT
 from arbitor.train.recorded import why_not_recorded
-from arbitor.train.runs import existing_run
 from arbitor.train.task import TextTask
 
 EMBEDDED_PROMPT = b"def "
@@ -224,30 +224,22 @@ def show_end(
 
 
 def resume_command(run: Path) -> str:
-    """A command line that goes on with the run."""
-    is_newest = existing_run(None) == run
-    return "arbitor train --resume" + ("" if is_newest else f" --run {shlex.quote(run.name)}")
+    """A command line that goes on with the run, whatever other runs there will be."""
+    return f"arbitor train --resume --run {shlex.quote(run.name)}"
 
 
 def _next_command(run: Path, config: RunConfig, prompt: bytes) -> str:
     """A command line that tries the run just made."""
-    mixed = config.mix.active
-    if mixed in (("audio",), ("audio", "video")):
-        return f"python training/audio.py --say TEXT --run {shlex.quote(run.name)}"
-    if mixed == ("video",):
-        return f"python training/diffusion.py --sample TEXT --run {shlex.quote(run.name)}"
-    if mixed and "image" not in mixed:
-        return f"arbitor generate {shlex.quote(run.name)}"
-    if task := config.data.video_task:
-        command = "--sample TEXT --run" if task == "flow" else "--task flow --base"
-        return f"python training/diffusion.py {command} {shlex.quote(run.name)}"
-    if config.data.audio_task:
-        what = {"codec": "--reconstruct FILE", "listen": "--hear FILE", "speak": "--say TEXT"}
-        return f"python training/audio.py {what[config.data.audio_task]} --run {shlex.quote(run.name)}"
-    if config.model.image_size:
-        return f"arbitor generate {shlex.quote(run.name)} --image FILE --temperature 0"
-    text = _as_text(prompt).splitlines()[0] if prompt.strip() else ""
-    return f"arbitor generate {shlex.quote(run.name)} --prompt {shlex.quote(text)}"
+    command = try_command(run.name, config.learns)
+    text = prompt_text(prompt)
+    with_prompt = bool(text.strip()) and config.learns == ("text",) and not config.mix.active
+    return f"{command} --prompt {shlex.quote(text)}" if with_prompt else command
+
+
+def prompt_text(prompt: bytes) -> str:
+    """What can be typed of a prompt's first line: up to the first byte that belongs to no printable text."""
+    line = _as_text(prompt.lstrip(b"\r\n")).partition("\n")[0]
+    return line.partition("\N{REPLACEMENT CHARACTER}")[0]
 
 
 def _as_text(data: bytes) -> str:

@@ -5,13 +5,15 @@ import difflib
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from arbitor.config import RUNS
 from arbitor.errors import UserError
 from arbitor.train import swap
+from arbitor.train.learnt import lacks, learnt_of, refusal
 
-RUNS = Path("runs")
 CONFIG_FILE = "config.toml"
 FINETUNE_FILE = "finetune.json"
 SUMMARY_FILE = "summary.json"
@@ -26,8 +28,17 @@ def run_path(name: str) -> Path:
     Raises:
         UserError: the name is not one plain component of a path.
     """
-    if not name or name.startswith(".") or name != os.path.basename(name) or "\\" in name or "\0" in name:
-        raise UserError(f"--run {name!r} is no name of a run: use letters, digits, '-', '_' and '.', no '/'")
+    if (
+        not name
+        or name.startswith((".", "-"))
+        or name != os.path.basename(name)
+        or "\\" in name
+        or "\0" in name
+    ):
+        raise UserError(
+            f"--run {name!r} is no name of a run: use letters, digits, '-', '_' and '.', "
+            "neither '-' nor '.' at the beginning, no '/'"
+        )
     return RUNS / name
 
 
@@ -145,23 +156,65 @@ def read_summary(path: Path) -> dict[str, Any]:
     return summary if type(summary.get(f"held_out_{figure}")) is float else {}
 
 
-def find_checkpoint(given: str | Path | None = None) -> Path:
+def find_checkpoint(given: str | Path | None = None, wanted: Sequence[str] = ()) -> Path:
     """The checkpoint folder that a command means.
 
     Args:
         given: name of a run, folder of a run, checkpoint folder, or its `model.safetensors`; None is the
-            newest run that has a checkpoint. Of a run, `best` is taken, else `latest`, else `final`.
+            newest run that has a checkpoint and has learnt what is wanted. Of a run, `best` is taken, else
+            `latest`, else `final`.
+        wanted: what it must have learnt one of, of `arbitor.config.LEARNT`; empty is anything. A checkpoint
+            without settings is taken for what it may have learnt.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or it has learnt something else.
     """
     if given is None:
-        runs = list_runs()
-        for run in runs:
-            if found := _checkpoint_of(run):
-                return found
-        problem = f"no run under ./{RUNS} has a checkpoint" if runs else f"there is no run under ./{RUNS}"
-        raise UserError(f"{problem}; `arbitor train` makes one")
+        if found := newest_checkpoint(wanted):
+            return found
+        folder = newest_checkpoint()
+        if folder is None:
+            problem = (
+                f"no run under ./{RUNS} has a checkpoint"
+                if list_runs()
+                else f"there is no run under ./{RUNS}"
+            )
+            raise UserError(f"{problem}; `arbitor train` makes one")
+    else:
+        folder = _named_checkpoint(given)
+    refuse_unlearnt(folder, learnt_of(folder), wanted)
+    return folder
+
+
+def refuse_unlearnt(folder: Path, learnt: Sequence[str] | None, wanted: Sequence[str]) -> None:
+    """Raise UserError if a checkpoint is known to have learnt nothing of what is `wanted`.
+
+    Args:
+        folder: the checkpoint, or an adapter's folder.
+        learnt: what it has learnt; None if that is not known.
+        wanted: as `find_checkpoint` takes it.
+    """
+    if learnt is None or not lacks(learnt, wanted):
+        return
+    other = newest_checkpoint(wanted)
+    raise UserError(
+        refusal(folder, name_of(folder), learnt, wanted, None if other is None else name_of(other))
+    )
+
+
+def newest_checkpoint(wanted: Sequence[str] = ()) -> Path | None:
+    """The newest run's checkpoint that may have learnt what is `wanted`, as `find_checkpoint` takes it."""
+    found = filter(None, map(_checkpoint_of, list_runs()))
+    return next((folder for folder in found if not lacks(learnt_of(folder), wanted)), None)
+
+
+def name_of(checkpoint: Path) -> str:
+    """What a command calls a checkpoint: its run, if that means this one, else its path."""
+    run = checkpoint.parent
+    return run.name if run.parent == RUNS and _checkpoint_of(run) == checkpoint else str(checkpoint)
+
+
+def _named_checkpoint(given: str | Path) -> Path:
     name, path = str(given), Path(given)
     is_name = bool(name) and not name.startswith(".") and name == os.path.basename(name)
     if is_name and (RUNS / name / CONFIG_FILE).is_file():

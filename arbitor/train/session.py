@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import math
+import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -96,7 +97,7 @@ def start_training(
         if (folder / runs.FINETUNE_FILE).is_file():
             raise UserError(
                 f"the run {folder.name!r} is a finetune; go on with: "
-                f"arbitor finetune --resume --run {folder.name}"
+                f"arbitor finetune --resume --run {shlex.quote(folder.name)}"
             )
         config = load_config(folder / runs.CONFIG_FILE)
         if added_sidecars(config.model, settings):
@@ -148,6 +149,7 @@ def _grow(base: Checkpoint, settings: Mapping[str, Any], run: str | None, consol
             "field": "text",
             "audio_task": "",
             "video_task": "",
+            "learnt_before": config.learnt,
         }
         others |= {f"{name}_weight": 0.0 for name in MIXED}
         grown = override(config, **{**others, **settings})
@@ -238,7 +240,8 @@ def _new_config(settings: Mapping[str, Any], preset: str | None, config_file: st
     if config_file is not None:
         base = load_config(config_file, base)
     with naming_flags(settings):
-        return override(base or preset_config("tiny"), **settings)
+        # The file may be that of a run which started from another one; this one starts from none.
+        return override(base or preset_config("tiny"), **{**settings, "learnt_before": ()})
 
 
 def _settled(config: RunConfig) -> RunConfig:
@@ -334,7 +337,9 @@ def _newest_checkpoint(folder: Path, console: Console) -> Checkpoint:
             break
     if not found:
         reason = problems[0] if problems else f"{folder} holds no checkpoint"
-        raise UserError(f"cannot resume: {reason}; start the run anew with --run {folder.name} --reset")
+        raise UserError(
+            f"cannot resume: {reason}; start the run anew with --run {shlex.quote(folder.name)} --reset"
+        )
     checkpoint = max(found, key=lambda c: int(c.state["step"]))
     for problem in problems:
         console.print(f"warning: {problem}", markup=False, soft_wrap=True)
@@ -433,7 +438,7 @@ def _naming_folder(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(
             f"cannot write to {folder}: {error.strerror or error}; its checkpoints are whole, "
-            f"`arbitor train --resume --run {folder.name}` writes the rest"
+            f"`{report.resume_command(folder)}` writes the rest"
         ) from error
 
 

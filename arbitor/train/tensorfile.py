@@ -23,6 +23,7 @@ from arbitor.errors import UserError
 FORMAT = 1
 MAX_HEADER_BYTES = 16 << 20  # a thousand times what the largest preset needs
 MAX_TEXT_BYTES = 1 << 20
+SUFFIX = ".safetensors"
 
 
 class DamagedError(UserError):
@@ -142,6 +143,18 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
     except OSError as error:
         raise DamagedError(f"cannot read {path}: {error.strerror or error}") from error
     return tensors, document
+
+
+def may_hold_tensors(path: Path) -> bool:
+    """Whether a file is a safetensors file by its name, or by what it begins with: a size, and then JSON."""
+    if path.suffix == SUFFIX:
+        return True
+    try:
+        with open(path, "rb") as file:
+            begin = file.read(9)
+    except OSError:
+        return True  # Reading it says why it cannot be read.
+    return int.from_bytes(begin[:8], "little") <= MAX_HEADER_BYTES and begin[8:] == b"{"
 
 
 def read_header(path: Path, kind: str) -> dict[str, Any]:

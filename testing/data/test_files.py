@@ -6,6 +6,7 @@ import io
 import json
 import os
 import tarfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from arbitor.data import ByteStream, Sampler, contents, open_corpus, store
 from arbitor.data.contents import open_contents
+from arbitor.data.media import listed
 from arbitor.data.sources import Skipped, find_sources
 from arbitor.data.store import Store
 from arbitor.errors import UserError
@@ -76,6 +78,25 @@ def test_a_glob_means_what_the_shell_makes_of_it(tmp_path):
     assert read(tmp_path / "**" / "*.txt") == b"[a.txt][b.txt][sub/d.txt]"
     assert read(tmp_path / "*") == b"[a.txt][b.txt][c.md][sub/d.txt]"
     assert read(tmp_path / "**") == b"[a.txt][b.txt][c.md][sub/d.txt]"
+
+
+def test_the_folder_of_runs_is_left_out_unless_it_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "sub/runs/b.txt", "runs/tiny-1/metrics.jsonl", "runs/tiny-1/sample.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_text(name)
+    for items in (["."], [str(tmp_path)], ["**"], ["*"], ["**/*.txt", "runs"], ["sub", "a.txt", "runs"]):
+        skipped = Skipped()
+        found = [source.path.resolve().relative_to(tmp_path) for source in find_sources(items, skipped)]
+        assert list(map(str, found)) == ["a.txt", "sub/runs/b.txt"], items
+        assert str(skipped) == "skipped 1 folder of runs"
+    sample = str(Path("runs/tiny-1/sample.txt"))
+    for item in (sample, "runs/*/sample.txt", "runs/*/*.txt", str(tmp_path / "runs/tiny-1/*.txt")):
+        assert read(item) == sample.encode()
+    assert len(find_sources(["runs"], Skipped())) == 2
+    lines, media = listed(Path("."), (".txt",), left_out := Counter())
+    assert ([str(path) for path in media], lines) == (["a.txt", "sub/runs/b.txt"], [])
+    assert left_out == {"folder of runs": 1}
 
 
 def test_a_name_with_glob_characters_is_taken_literally_where_it_exists(tmp_path):

@@ -268,7 +268,7 @@ def test_the_digits_of_scikit_learn():
 
 def test_without_scikit_learn_the_digits_say_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
-    with pytest.raises(UserError, match="pip install scikit-learn, or give images"):
+    with pytest.raises(UserError, match=r"extra vision: pip install '\.\[vision\]' in the clone, or give"):
         open_images([], None, GREY)
 
 

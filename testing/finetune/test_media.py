@@ -17,6 +17,7 @@ from arbitor.cli import main
 from arbitor.data.waves import write_recording
 from arbitor.drawing import draw
 from arbitor.finetune.adapter import audit_adapter, read_adapter
+from arbitor.finetune.session import newest_adapter
 from arbitor.pretrain_command import main as pretrain_main
 from arbitor.ternary.audit import audit_checkpoint
 from arbitor.train.checkpoint import load_checkpoint
@@ -177,6 +178,11 @@ def test_finetunes_are_tried_like_runs(workplace, capsys):
     assert "next: python training/audio.py --hear FILE --run listen" in out
     assert "next: python training/audio.py --say TEXT --run speak" in out
     assert "next: python training/diffusion.py --sample TEXT --run draw" in out
+    for verb in (["generate", "speak"], ["chat", "speak"], ["eval", "draw", "--data", "data.txt"]):
+        assert main(verb) == 2
+        assert f"runs/{verb[1]}/best has learnt " in (error := capsys.readouterr().err)
+        assert "not to continue text: the run 'text' has" in error
+    assert newest_adapter(("text", "chat")) is None  # those of media do not chat
     assert list(Path("runs/speak/samples").glob("*.wav"))
     assert Path("runs/draw/samples/drawn.gif").is_file()
     assert not Path("runs/listen/samples").exists()

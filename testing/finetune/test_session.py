@@ -208,6 +208,7 @@ def test_votes_leave_a_run_like_any_other(finetune, workplace, capsysbinary):
     ours, base = (load_checkpoint(Path("runs", run, "final")) for run in ("voted", "base"))
     assert any(not torch.equal(ours.weights[name], tensor) for name, tensor in base.weights.items())
     assert ours.optimizer_state.keys() == base.optimizer_state.keys()
+    assert ours.config.learnt == ("text", "chat")
     assert main(["train", "--resume", "--run", "voted"]) == 2
     assert b"arbitor finetune --resume --run voted" in capsysbinary.readouterr().err
 

@@ -136,5 +136,5 @@ def test_what_does_not_fit_is_named(folder, tmp_path):
 
 def test_without_transformers_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
-    with pytest.raises(UserError, match="pip install transformers"):
+    with pytest.raises(UserError, match=r"extra vision: pip install '\.\[vision\]'"):
         read_architecture("anything")

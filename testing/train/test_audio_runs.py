@@ -14,6 +14,7 @@ SMALL = [
     *("--codec-layers", "1", "--eval-steps", "5", "--eval-interval", "2", "--save-interval", "2"),
     *("--device", "cpu"),
 ]  # fmt: skip
+SMALL_CODEC = ["--steps", "1", "--ctx", "1000", "--codec-dim", "16", "--codec-layers", "1", "--batch", "2"]
 FIGURES = {"codec": "log_mel_distance", "listen": "bits_per_byte", "speak": "bits_per_code"}
 
 
@@ -113,8 +114,10 @@ def test_wav_files_by_one_command(tmp_path, capsys):
     done = capsys.readouterr()
     assert done.out.count("\n") == 1
     assert not done.err
-    assert main(["--hear", "in.wav", "--run", "s"]) == 0  # l may have come ahead of s
-    assert "note: runs/s/best was trained to speak" in capsys.readouterr().err
+    assert main(["--hear", "in.wav", "--run", "s"]) == 2
+    assert "runs/s/best has learnt the codec of sounds and to speak, not to listen: the run 'l' has" in (
+        capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(("what", "task"), [("--say", "speak"), ("--hear", "listen")])
@@ -127,13 +130,35 @@ def test_a_run_of_the_codec_alone_neither_speaks_nor_listens(what, task, tmp_pat
         done = capsys.readouterr()
         assert not done.out
         folder = "runs/c/latest" if "runs/c/latest" in run else "runs/c/best"
+        name = folder if folder.endswith("latest") else "c"
         assert done.err == (
-            f"arbitor: error: {folder} has learnt its codec only, not to {task}; first train a run that "
-            f"does: python training/audio.py --task {task} --base {folder}\n"
+            f"arbitor: error: {folder} has learnt the codec of sounds, not to {task}: "
+            f"`python training/audio.py --task {task} --base {name}` makes a run that has; what this one is "
+            f"for: python training/audio.py --reconstruct FILE --run {name}\n"
         )
         assert not (tmp_path / "out.wav").exists()
     assert main(["--task", task, "--base", folder, "--steps", "1", "--run", "behind"]) == 0
     assert main([what, "in.wav", "--out", "out.wav", "--seed", "0"]) == 0
+
+
+def test_a_run_of_the_codec_is_no_model_of_text(tmp_path, capsys):
+    from arbitor import cli
+
+    assert main([*SMALL, "--run", "c"]) == 0
+    (tmp_path / "data.txt").write_text("some text to learn from, again and again\n" * 50)
+    verbs = (["generate"], ["eval", "--data", "data.txt"], ["chat"], ["finetune"])
+    for verb, *flags in verbs:
+        for run in ([], ["c"]):
+            capsys.readouterr()
+            assert cli.main([verb, *run, *flags]) == 2
+            done = capsys.readouterr()
+            assert not done.out
+            assert done.err == (
+                "arbitor: error: runs/c/best has learnt the codec of sounds, not to continue text: "
+                "`arbitor train` makes a run that has; what this one is for: "
+                "python training/audio.py --reconstruct FILE --run c\n"
+            )
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["c"]
 
 
 def test_a_sound_that_ends_at_once_is_not_written(tmp_path, capsys, monkeypatch):
@@ -202,6 +227,14 @@ def test_enable_audio_of_the_train_verb_listens_and_grows_a_text_run(tmp_path, c
     (tmp_path / "data.txt").write_text("some text to learn from, again and again\n" * 200)
     few = ["--steps", "2", "--batch", "4", "--eval-steps", "4", "--device", "cpu"]
     assert cli.main(["train", "--data", "data.txt", *few, "--run", "text"]) == 0
+    capsys.readouterr()
+    assert main(["--task", "listen", "--base", "text"]) == 2
+    assert capsys.readouterr().err == (
+        "arbitor: error: --task listen: text has no codec of sounds; first train one that starts from it, "
+        "with python training/audio.py --base text, and give that run as --base\n"
+    )
+    assert main(["--base", "text", *SMALL_CODEC, "--run", "codec"]) == 0
+    assert cli.main(["generate", "codec", "--bytes", "1"]) == 0  # the codec left the text as it was
     assert cli.main(["train", "--resume", "--run", "text", "--enable-audio", *few]) == 0
     assert "of the captions right" in capsys.readouterr().out
     assert (tmp_path / "runs/tiny-1/summary.json").is_file()

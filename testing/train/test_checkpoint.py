@@ -241,6 +241,20 @@ def test_files_of_others_are_refused(saved, tmp_path):
         load(saved / "optimizer.safetensors", device="cpu")
 
 
+def test_a_file_of_text_is_no_checkpoint(saved, tmp_path):
+    path = tmp_path / "my.txt"
+    for text in (b"", b"short", b"a line of text and another one\n" * 9):
+        path.write_bytes(text)
+        with pytest.raises(UserError, match=r"my\.txt is no checkpoint of arbitor: give a run, a") as error:
+            load(path, device="cpu")
+        assert not isinstance(error.value, DamagedError)
+    shutil.copy(saved / "model.safetensors", path)
+    load(path, device="cpu")
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DamagedError, match="damaged or cut short"):
+        load(path, device="cpu")
+
+
 def test_links_and_other_special_files_are_not_followed(saved, tmp_path):
     for name in FILES:
         path = saved / name

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import shlex
 import signal
 from pathlib import Path
 
@@ -10,10 +11,11 @@ import pytest
 import torch
 from rich.console import Console
 
+from arbitor.config import preset
 from arbitor.errors import UserError
 from arbitor.evaluate import Evaluation
 from arbitor.model import ARBModel
-from arbitor.train import loop
+from arbitor.train import loop, report
 from arbitor.train.checkpoint import load_checkpoint
 from arbitor.train.loop import MAX_DROPPED_IN_A_ROW, Trainer
 from arbitor.train.metrics import MetricsLog
@@ -186,6 +188,24 @@ def test_the_start_says_what_is_trained_on_what(workplace, settings, capsys):
         "next: arbitor generate tiny-1 --prompt",
     ):
         assert words in printed
+
+
+@pytest.mark.parametrize(
+    ("prompt", "given"),
+    [
+        (b"it's a line\nand another", "it's a line"),
+        (b"\r\n  indented\r\n", "  indented"),
+        ("日本語のテキスト".encode()[:-1], "日本語のテキス"),
+        (b"text\xff\xfe\0", "text"),
+        (b"\xff\xfe\0text", None),
+        (b" \n", None),
+        (b"", None),
+    ],
+)
+def test_the_command_that_is_printed_can_be_pasted(prompt, given):
+    command = report._next_command(Path("runs/a run"), preset("tiny"), prompt)
+    assert shlex.split(command) == ["arbitor", "generate", "a run", *(["--prompt", given] if given else [])]
+    assert "\N{REPLACEMENT CHARACTER}" not in command
 
 
 @pytest.mark.parametrize("log_interval", [1, 4, 50])

@@ -604,7 +604,7 @@ def test_a_data_set_of_empty_texts_does_not_keep_a_run_waiting(hub, monkeypatch)
 
 def test_without_the_library_the_extra_is_named(monkeypatch, mix_config):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match="pip install datasets"):
+    with pytest.raises(UserError, match=r"extra hub: pip install '\.\[hub\]'"):
         open_mix(mix_config(text_data=["hf:some/texts"]))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import shutil
 import signal
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from arbitor.cli import main
 from arbitor.errors import UserError
 from arbitor.train import device
 from arbitor.train.checkpoint import load_checkpoint
@@ -214,7 +216,8 @@ def test_resume_takes_the_newest_run_and_a_finished_one_says_so(workplace, setti
     assert start_training(settings, run="older") == 0
     interrupt("take_step", 2, lambda: signal.raise_signal(signal.SIGINT))
     assert start_training(settings) == 130
-    assert "go on with: arbitor train --resume\n" in capsys.readouterr().out
+    command = capsys.readouterr().out.rpartition("go on with: ")[2]
+    assert command == "arbitor train --resume --run tiny-1\n"
     assert start_training({}, resume=True) == 0
     assert (RUNS / "tiny-1" / "summary.json").exists()
     capsys.readouterr()
@@ -222,6 +225,11 @@ def test_resume_takes_the_newest_run_and_a_finished_one_says_so(workplace, setti
     assert start_training({}, resume=True) == 0
     assert "the run 'tiny-1' is finished with" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in RUNS.rglob("*")} == before
+    # The command that was printed means the same run when there is a newer one.
+    shutil.copytree(RUNS / "older", RUNS / "later", copy_function=shutil.copy)
+    capsys.readouterr()
+    assert main(shlex.split(command)[1:]) == 0
+    assert "the run 'tiny-1' is finished with" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", "{}", '{"steps": "12"}', "[" * 100_000, "\0"])

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from arbitor.config import dump_toml, preset
 from arbitor.errors import UserError
 from arbitor.train import runs
 from arbitor.train.runs import find_checkpoint
@@ -15,8 +16,8 @@ def _workplace(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def make(name: str, *checkpoints: str, age: int = 0) -> Path:
-    """A run that was made `age` seconds ago."""
+def make(name: str, *checkpoints: str, age: int = 0, **settings: object) -> Path:
+    """A run that was made `age` seconds ago; with settings, they stand in its checkpoints as well."""
     path = Path("runs") / name
     path.mkdir(parents=True)
     (path / "config.toml").write_text("")
@@ -25,6 +26,8 @@ def make(name: str, *checkpoints: str, age: int = 0) -> Path:
     for checkpoint in checkpoints:
         (path / checkpoint).mkdir()
         (path / checkpoint / "model.safetensors").touch()
+        if settings:
+            (path / checkpoint / "config.toml").write_text(dump_toml(preset("tiny", **settings)))
     return path
 
 
@@ -41,7 +44,7 @@ def test_names_count_up_and_fill_no_gap_twice():
         runs.make_run("tiny", "half")
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "/abs", ".hidden", "a\\b", "nul\0"])
+@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "/abs", ".hidden", "-flag", "a\\b", "nul\0"])
 def test_names_cannot_leave_the_folder(name):
     with pytest.raises(UserError, match="is no name of a run"):
         runs.run_path(name)
@@ -92,6 +95,28 @@ def test_what_a_command_means_by_a_checkpoint():
     Path("runs/older/best").rename("runs/older/.best.previous")  # killed between the two renames
     assert find_checkpoint("older") == Path("runs/older/.best.previous")
     assert find_checkpoint("runs/older/best") == Path("runs/older/.best.previous")
+
+
+def test_the_newest_run_that_fits_is_taken_and_others_are_refused():
+    make("codec", "best", audio_task="codec", audio_rate=8000)
+    with pytest.raises(UserError, match=r"^runs/codec/best has learnt the codec of sounds, not to continue"):
+        find_checkpoint(None, ("text",))
+    make("text", "best", age=9, steps=1)
+    make("images", "latest", age=5, image_size=16)
+    make("grown", "best", age=7, audio_task="listen", audio_rate=8000, learnt_before=("image", "codec"))
+    for wanted, name in (("text", "text"), ("image", "images"), ("listen", "grown"), ("codec", "codec")):
+        assert find_checkpoint(None, (wanted,)).parent.name == name
+        assert find_checkpoint(name, (wanted,)).parent.name == name
+    assert find_checkpoint("grown", ("image",)) == Path("runs/grown/best")
+    assert find_checkpoint(None) == Path("runs/codec/best")
+    with pytest.raises(UserError, match=r"not to continue text: the run 'text' has; what this one is for: "):
+        find_checkpoint("images", ("text",))
+    with pytest.raises(
+        UserError, match=r"not to draw clips: `python training/diffusion.py` makes a run that"
+    ):
+        find_checkpoint(None, ("flow",))
+    make("unknown", "best", age=8)  # no settings beside its weights
+    assert find_checkpoint("unknown", ("flow",)) == find_checkpoint(None, ("flow",))
 
 
 @pytest.mark.parametrize(

@@ -191,4 +191,6 @@ def test_flags(folder, capsys):
 def test_an_image_for_a_model_of_text_is_refused(workplace, settings, capsys):
     assert start_training({**settings, "steps": 1}, run="text") == 0
     assert main(["generate", "text", "--image", "data.txt", "--device", "cpu"]) == 2
-    assert "takes no images; `arbitor train --enable-vision` makes a model" in capsys.readouterr().err
+    assert (
+        "not to name images: `arbitor train --enable-vision` makes a run that has" in capsys.readouterr().err
+    )

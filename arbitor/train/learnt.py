@@ -1,0 +1,87 @@
+"""What checkpoints have learnt, by the settings beside them, and what is said of one that does not fit."""
+
+import shlex
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from arbitor.config import load_config
+from arbitor.errors import UserError
+
+WORDS = {
+    "text": "to continue text",
+    "chat": "to answer",
+    "image": "to name images",
+    "codec": "the codec of sounds",
+    "listen": "to listen",
+    "speak": "to speak",
+    "autoencoder": "the autoencoder of clips",
+    "flow": "to draw clips",
+}
+_TRIED = {
+    "chat": "arbitor chat {}",
+    "image": "arbitor generate {} --image FILE --temperature 0",
+    "text": "arbitor generate {}",
+    "speak": "python training/audio.py --say TEXT --run {}",
+    "listen": "python training/audio.py --hear FILE --run {}",
+    "codec": "python training/audio.py --reconstruct FILE --run {}",
+    "flow": "python training/diffusion.py --sample TEXT --run {}",
+    "autoencoder": "python training/diffusion.py --task flow --base {}",
+}
+"""Of what a run has learnt, the first one here is what it is tried with."""
+_MADE = {
+    "text": "arbitor train",
+    "image": "arbitor train --enable-vision",
+    "codec": "python training/audio.py",
+    "listen": "python training/audio.py --task listen",
+    "speak": "python training/audio.py --task speak",
+    "flow": "python training/diffusion.py",
+}
+_MADE_FROM = {
+    "codec": {
+        "listen": "python training/audio.py --task listen --base {}",
+        "speak": "python training/audio.py --task speak --base {}",
+    },
+    "autoencoder": {"flow": "python training/diffusion.py --task flow --base {}"},
+}
+
+
+def learnt_of(checkpoint: Path) -> tuple[str, ...] | None:
+    """What a checkpoint has learnt, of `arbitor.config.LEARNT`; None if no settings beside it can be read."""
+    try:
+        return load_config(checkpoint / "config.toml").learnt
+    except (UserError, OSError):
+        return None
+
+
+def lacks(learnt: Collection[str] | None, wanted: Collection[str]) -> bool:
+    """Whether it is known that nothing of what is `wanted` was learnt."""
+    return bool(wanted) and learnt is not None and not set(wanted).intersection(learnt)
+
+
+def try_command(name: str, learnt: Collection[str]) -> str:
+    """A command line that tries a run, given by its name or path, that has learnt something."""
+    return next(command for what, command in _TRIED.items() if what in learnt).format(shlex.quote(name))
+
+
+def refusal(
+    checkpoint: Path, name: str, learnt: Collection[str], wanted: Sequence[str], other: str | None
+) -> str:
+    """What is said of a checkpoint that has learnt nothing of what is `wanted`.
+
+    Args:
+        checkpoint: which one.
+        name: its run, or its path, as commands take it.
+        learnt: what it has learnt.
+        wanted: see `lacks`; the first of them stands for all.
+        other: name of a run that has learnt it, if there is one.
+    """
+    known = " and ".join(WORDS[what] for what in WORDS if what in learnt)
+    made = _MADE[wanted[0]]
+    for part, commands in _MADE_FROM.items():
+        if part in learnt and wanted[0] in commands:
+            made = commands[wanted[0]].format(shlex.quote(name))
+    advice = f"`{made}` makes a run that has" if other is None else f"the run {other!r} has"
+    return (
+        f"{checkpoint} has learnt {known}, not {WORDS[wanted[0]]}: {advice}; what this one is for: "
+        f"{try_command(name, learnt)}"
+    )

@@ -276,6 +276,42 @@ def test_codes_equal_the_reference(tokens, columns, input_norm, dtype, squared):
         torch.testing.assert_close(mine.cpu(), theirs, rtol=2**-23 * (2 + columns**0.5), atol=0)
 
 
+@pytest.mark.parametrize(("tokens", "columns"), [(5, 40), (3, 1), (2, 1100), (0, 7)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("block", [16384, 512])
+def test_codes_of_a_sum_equal_those_of_the_sum(tokens, columns, dtype, block, monkeypatch):
+    from arbitor.ops.activations import triton
+
+    if dtype == torch.bfloat16 and DEVICE == "cpu":
+        pytest.skip("Triton's interpreter has no bf16 of its own")
+    monkeypatch.setattr(triton, "MAX_BLOCK", block)
+    torch.manual_seed(0)
+    x, y = moved(torch.randn(tokens, columns).to(dtype), torch.randn(tokens, columns).to(torch.bfloat16))
+    guarded = Guarded()
+    total, *found = triton.add_and_quantize(guarded(x), guarded(y))
+    guarded.check()
+    assert torch.equal(total, x + y)
+    for mine, theirs in zip(found, triton.quantize(x + y, True), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("squared", [False, True])
+def test_rows_beyond_a_block_equal_those_within(squared, monkeypatch):
+    from arbitor.ops.activations import triton
+
+    torch.manual_seed(0)
+    x, gradient, more, beside = moved(*torch.randn(4, 3, 1100))
+    codes, scale, rstd = triton.quantize(x, True, squared)
+    dx = triton.norm_backward(gradient, x, rstd, True, squared, more=more, beside=beside)
+    monkeypatch.setattr(triton, "MAX_BLOCK", 512)
+    found = triton.quantize(x, True, squared)
+    assert torch.equal(found[0], codes)
+    for mine, theirs in zip(found[1:], (scale, rstd), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=2**-23 * (2 + 1100**0.5), atol=0)
+    found = triton.norm_backward(gradient, x, rstd, True, squared, more=more, beside=beside)
+    assert (found - dx).norm() <= 2**-23 * (4 + 1100**0.5) * 2 * float(x.max()) * dx.norm()
+
+
 def test_a_token_that_overflows_shows():
     from arbitor.ops.activations import triton
 

@@ -37,7 +37,7 @@ from arbitor.model.sequencer import WINDOW, TextSequencer
 from arbitor.model.vocab import PAD
 from arbitor.model.vq import VQBridge
 from arbitor.ternary import Int8Embedding, VoteOptimizer, runtime
-from arbitor.ternary.stream import add_to_stream, deferring, settled, stream_dtype, widened
+from arbitor.ternary.stream import add_to_stream, deferring, settled, stream_dtype, widened, widened_dtype
 
 DEFAULT_PRESET = "arb-1b"
 DIVERSITY_WEIGHT = 3.0  # motifs' perplexity after 1,000 steps: 180 with 1, 359 with 3, 346 with 10
@@ -485,9 +485,10 @@ class ARBModel(nn.Module):
         h_BND = h_BQD[:, num_prefix:]
         # Outside of bf16: the head's integer sums are exact, and rounding logits to 8 bits would cost loss.
         with torch.autocast(h_BND.device.type, enabled=False):
-            # The head itself rounds nothing more than codes; what stands in for one or wraps it may.
-            head_input_BND = h_BND if type(self.head) is ByteHead else widened(h_BND)
-            logits_BNS = self.head.logits(head_input_BND).float()
+            if type(self.head) is ByteHead:
+                logits_BNS = self.head.logits(h_BND, dtype=widened_dtype(h_BND)).float()
+            else:  # what wraps a head, or stands in for one, may work in the dtype of its input
+                logits_BNS = self.head.logits(widened(h_BND)).float()
         modalities_BNC = None if self.router is None else self.router(h_BND)
         return _Pass(logits_BNS, modalities_BNC, losses)
 

@@ -465,15 +465,16 @@ class Int8Embedding(Int8Weights):
         """ids int [...] -> fp32 [..., dim]; UserError for an id that is no row (not checked on CUDA)."""
         return _Gather.apply(root_of(self), _row_ids(ids, self.num_embeddings), self)
 
-    def logits(self, x: Tensor, quantize: bool = True) -> Tensor:
+    def logits(self, x: Tensor, quantize: bool = True, dtype: torch.dtype | None = None) -> Tensor:
         """The table as an output layer: x float [..., dim] -> [..., num_embeddings].
 
-        The dtype is autocast's where autocast is on, else that of x, but at least fp32.
+        Args:
+            x: what is read.
+            quantize: int8 activations per token; False keeps them float.
+            dtype: of the result; None is autocast's where autocast is on, else that of x.
         """
         x_ND = x.reshape(-1, self.dim)
-        dtype = output_dtype(x)
-        if not torch.is_autocast_enabled(x.device.type):
-            dtype = torch.promote_types(dtype, torch.float32)
+        dtype = output_dtype(x) if dtype is None else dtype
         y_NV = _TableMatmul.apply(root_of(self), x_ND, self, quantize, dtype)
         return y_NV.view(*x.shape[:-1], self.num_embeddings)
 

@@ -61,9 +61,14 @@ def stream_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+def widened_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of x, but at least fp32."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def widened(x: Tensor) -> Tensor:
     """x in fp32 at least, for what must not be rounded more than that."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(widened_dtype(x))
 
 
 def deferring(stream: Tensor) -> Tensor | Stream:

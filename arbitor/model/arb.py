@@ -37,6 +37,7 @@ from arbitor.model.sequencer import WINDOW, TextSequencer
 from arbitor.model.vocab import PAD
 from arbitor.model.vq import VQBridge
 from arbitor.ternary import Int8Embedding, VoteOptimizer, runtime
+from arbitor.ternary.stream import add_to_stream, deferring, settled, stream_dtype, widened, widened_dtype
 
 DEFAULT_PRESET = "arb-1b"
 DIVERSITY_WEIGHT = 3.0  # motifs' perplexity after 1,000 steps: 180 with 1, 359 with 3, 346 with 10
@@ -209,7 +210,8 @@ class ARBModel(nn.Module):
     ) -> ARBOutput:
         """Logits of every position, and the loss if targets are given.
 
-        On CUDA, matrix products of floats run in bf16 (autocast); the residual stream stays fp32.
+        On CUDA, matrix products of floats run in bf16 (autocast), which is the dtype of the residual stream
+        as well where Triton's kernels run; see `arbitor.ternary.stream.stream_dtype`.
 
         Args:
             ids: integers [B, L] in 0..vocab_size - 1, L >= 3 (with a ledger that holds some: L >= 1). Moved
@@ -483,7 +485,10 @@ class ARBModel(nn.Module):
         h_BND = h_BQD[:, num_prefix:]
         # Outside of bf16: the head's integer sums are exact, and rounding logits to 8 bits would cost loss.
         with torch.autocast(h_BND.device.type, enabled=False):
-            logits_BNS = self.head.logits(h_BND).float()
+            if type(self.head) is ByteHead:
+                logits_BNS = self.head.logits(h_BND, dtype=widened_dtype(h_BND)).float()
+            else:  # what wraps a head, or stands in for one, may work in the dtype of its input
+                logits_BNS = self.head.logits(widened(h_BND)).float()
         modalities_BNC = None if self.router is None else self.router(h_BND)
         return _Pass(logits_BNS, modalities_BNC, losses)
 
@@ -515,18 +520,24 @@ class ARBModel(nn.Module):
         layers = itertools.repeat(None) if ledger is None else iter(ledger.layers)
 
         def through(blocks: Iterable[nn.Module], h_BQD: Tensor) -> Tensor:
+            stream = deferring(h_BQD)
             for block in blocks:
-                h_BQD = block(h_BQD, rotation, next(layers))
-            return h_BQD
+                stream = block(stream, rotation, next(layers))
+            return settled(stream)
 
+        if isinstance(self.embed, Int8Embedding):  # a stand-in of floats keeps the dtype that it gives
+            h_BQD = h_BQD.to(stream_dtype(h_BQD))
         prelude = list(self.prelude)
-        h_BQD = through(prelude[:1], h_BQD)
         if self.memory is not None:
+            h_BQD = through(prelude[:1], h_BQD)
             h_BQD = self._with_memory(h_BQD, text, motif_BQ, ledger)
-        h_BQD = through(prelude[1:], h_BQD)
+            prelude = prelude[1:]
+        h_BQD = through(prelude, h_BQD)
         if self.core is not None:
-            core = self.core(h_BQD, motif_BQ, None if self.vq is None else self.vq.code_vectors)
-            h_BQD = core.state
+            # In fp32: a position's state is a sum over iterations, and whether it halts a comparison.
+            code_vectors = None if self.vq is None else self.vq.code_vectors
+            core = self.core(widened(h_BQD), motif_BQ, code_vectors)
+            h_BQD = core.state.to(h_BQD.dtype)
             metrics |= core.metrics
             if core.ponder is not None:
                 losses["ponder"] = core.ponder
@@ -542,7 +553,7 @@ class ARBModel(nn.Module):
             if text is None:
                 return h_BQD
             text_BND = h_BQD[:, text.first : text.end]
-            text_BND = text_BND + self.memory(text_BND, text.ids_BL)
+            text_BND = add_to_stream(text_BND, self.memory(widened(text_BND), text.ids_BL))
             if text_BND.shape[1] == h_BQD.shape[1]:
                 return text_BND
             return torch.cat([h_BQD[:, : text.first], text_BND, h_BQD[:, text.end :]], dim=1)
@@ -550,7 +561,7 @@ class ARBModel(nn.Module):
         motif_BL = self.memory.preceded(motif_BQ, None if ledger is None else ledger.motif_tail)
         if ledger is not None:
             ledger.motif_tail = motif_BL[:, -2:].clone()
-        return h_BQD + self.memory(h_BQD, motif_BL)
+        return add_to_stream(h_BQD, self.memory(widened(h_BQD), motif_BL))
 
     def _losses(self, done: _Pass, targets_BN: Tensor, mask_BN: Tensor | None) -> dict[str, Tensor]:
         """Losses of all rows but the last, whose target is not known; those of the parts, of all rows.

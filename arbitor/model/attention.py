@@ -14,7 +14,7 @@ from arbitor.model.rotary import Rotation
 from arbitor.model.short_attention import is_short, short_attention
 from arbitor.ops.head_norm import keys_and_values, norm_and_rotate
 from arbitor.ternary import TernaryLinear
-from arbitor.ternary.stream import read_stream
+from arbitor.ternary.stream import Stream, read_stream
 
 
 class LatentAttention(nn.Module):
@@ -58,12 +58,12 @@ class LatentAttention(nn.Module):
         return self.update(h_BND, rotation, ledger)[1]
 
     def update(
-        self, h_BND: Tensor, rotation: Rotation, ledger: LayerLedger | None = None
+        self, stream: Tensor | Stream, rotation: Rotation, ledger: LayerLedger | None = None
     ) -> tuple[Tensor, Tensor]:
         """The residual stream, to go on with, and what attention adds to it.
 
         Args:
-            h_BND: residual stream of the new positions.
+            stream: residual stream [B, N, D] of the new positions.
             rotation: their angles, [N, R/2].
             ledger: latents and rotary keys of the positions before them; the new ones are appended.
                 Without one, the new positions are the whole context.
@@ -71,8 +71,8 @@ class LatentAttention(nn.Module):
         Returns:
             [B, N, D] twice.
         """
-        B, N, _ = h_BND.shape
-        h_BND, query_BNE, down_BNE = read_stream(h_BND, self.query, self.kv_down)
+        B, N, _ = stream.shape
+        h_BND, query_BNE, down_BNE = read_stream(stream, self.query, self.kv_down)
         query_BNHK = query_BNE.unflatten(-1, (self.num_heads, -1))
         query_BHNK = norm_and_rotate(query_BNHK, *rotation).transpose(1, 2)
         latent_BMC, shared_key_BMR = down_BNE.split([self.latent_dim, self.rope_dim], dim=-1)

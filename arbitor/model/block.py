@@ -8,7 +8,7 @@ from arbitor.model.attention import LatentAttention
 from arbitor.model.ffn import FeedForward
 from arbitor.model.ledger import LayerLedger
 from arbitor.model.rotary import Rotation
-from arbitor.ternary.stream import add_to_stream
+from arbitor.ternary.stream import Stream
 
 
 class Block(nn.Module):
@@ -19,7 +19,13 @@ class Block(nn.Module):
         self.attention = LatentAttention(config, device)
         self.ffn = FeedForward(config, device)
 
-    def forward(self, h_BND: Tensor, rotation: Rotation, ledger: LayerLedger | None = None) -> Tensor:
-        """Residual stream [B, N, D] -> residual stream [B, N, D], same dtype; see `LatentAttention`."""
-        h_BND = add_to_stream(*self.attention.update(h_BND, rotation, ledger))
-        return add_to_stream(*self.ffn.update(h_BND))
+    def forward(
+        self, h_BND: Tensor | Stream, rotation: Rotation, ledger: LayerLedger | None = None
+    ) -> Tensor | Stream:
+        """Residual stream [B, N, D] -> residual stream [B, N, D], same dtype; see `LatentAttention`.
+
+        What it adds last waits in the result where it was given a `Stream`.
+        """
+        stream = Stream(*self.attention.update(h_BND, rotation, ledger))
+        stream = Stream(*self.ffn.update(stream))
+        return stream if isinstance(h_BND, Stream) else stream.settled()

@@ -9,7 +9,7 @@ from arbitor.config import ModelConfig
 from arbitor.ops.backend import uses_triton
 from arbitor.ternary import TernaryExperts, TernaryLinear
 from arbitor.ternary.first_rows import on_first_rows
-from arbitor.ternary.stream import read_stream
+from arbitor.ternary.stream import Stream, read_stream
 
 
 class _SquaredReLU(torch.autograd.Function):
@@ -73,7 +73,7 @@ class FeedForward(nn.Module):
             return after_squared_relu(self.down, u)
         return after_squared_relu(self.down, u, count=count)
 
-    def update(self, h: Tensor) -> tuple[Tensor, Tensor]:
+    def update(self, stream: Tensor | Stream) -> tuple[Tensor, Tensor]:
         """The residual stream, to go on with, and what is added to it."""
-        h, u = read_stream(h, self.up)
+        h, u = read_stream(stream, self.up)
         return h, after_squared_relu(self.down, u)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from arbitor.config import ModelConfig
 from arbitor.ternary import TernaryLinear
+from arbitor.ternary.stream import widened
 
 MODALITIES: Final = ("text", "audio", "video")
 UNSUPERVISED: Final = -100  # the modality of a position that has no target
@@ -26,7 +27,7 @@ class OutputRouter(nn.Module):
     def forward(self, h_BND: Tensor) -> Tensor:
         """Residual stream [B, N, D] -> logits of the modalities, fp32 [B, N, C]."""
         with torch.autocast(h_BND.device.type, enabled=False):
-            return self.linear(h_BND).float()
+            return self.linear(widened(h_BND)).float()
 
     @staticmethod
     def loss(logits_BNC: Tensor, modality_BN: Tensor) -> tuple[Tensor, Tensor]:

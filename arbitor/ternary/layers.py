@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from arbitor.errors import UserError
-from arbitor.ops.activations import scale_tokens
+from arbitor.ops.activations import backward_dtype, scale_tokens
 from arbitor.ops.backend import rounds_gradients, uses_triton
 from arbitor.ops.int8_table import Q_MAX, int8_gather, int8_linear, int8_linear_backward
 from arbitor.ops.ternary_linear import cpu, ternary_linear, ternary_linear_backward
@@ -63,12 +63,24 @@ def scaled_gradient(dy: Tensor, scale: Tensor) -> Tensor:
     return scale_tokens(dy, scale, dtype)
 
 
-def capture_linear(capture: GradientCapture, codes: Tensor, scale: Tensor, dy: Tensor) -> None:
-    """Leave a weight's gradient: dy [N, O] beside the input, which is codes [N, I] times scale [N, 1]."""
+def capture_linear(
+    capture: GradientCapture,
+    codes: Tensor,
+    scale: Tensor,
+    dy: Tensor,
+    scaled: dict[torch.dtype, Tensor] | None = None,
+) -> None:
+    """Leave a weight's gradient: dy [N, O] beside the input, which is codes [N, I] times scale [N, 1].
+
+    Linears with the same input may share `scaled`, where their product is kept by its dtype.
+    """
     if dy.dtype != torch.float16 and uses_triton(dy) and capture.forms_product(codes, dy):
         # The codes become floats for the product in any case; with their scale, dy needs no pass.
+        scaled = {} if scaled is None else scaled
+        if dy.dtype not in scaled:
+            scaled[dy.dtype] = scale_tokens(codes, scale, dy.dtype)
         with outside_autocast():
-            capture.add_dense(dy.t() @ scale_tokens(codes, scale, dy.dtype))
+            capture.add_dense(dy.t() @ scaled[dy.dtype])
     else:
         capture.add_linear(codes, scaled_gradient(dy, scale))
 
@@ -308,9 +320,17 @@ class _TableMatmul(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, rstd, q, exponent, codes, scale = ctx.saved_tensors
-        if ctx.module.capture is not None and codes is not None and wants_weights(ctx):
-            capture_linear(ctx.module.capture, codes, scale, dy)
-        dx = int8_linear_backward(dy, x, rstd, q, exponent) if ctx.needs_input_grad[1] else None
+        # Products of gradients on a GPU are of bf16; that of the table is kept in fp32 all the same.
+        rounded = dy.to(backward_dtype(x)) if dy.is_cuda and uses_triton(dy) else dy
+        capture = ctx.module.capture
+        if capture is not None and codes is not None and wants_weights(ctx):
+            if rounded is not dy and capture.forms_product(codes, dy):
+                codes = scale_tokens(codes, scale, rounded.dtype)
+                with outside_autocast():
+                    capture.add_dense(torch.mm(rounded.t(), codes, out_dtype=torch.float32))
+            else:
+                capture_linear(capture, codes, scale, dy)
+        dx = int8_linear_backward(rounded, x, rstd, q, exponent) if ctx.needs_input_grad[1] else None
         return None, dx, None, None, None
 
 
@@ -445,10 +465,17 @@ class Int8Embedding(Int8Weights):
         """ids int [...] -> fp32 [..., dim]; UserError for an id that is no row (not checked on CUDA)."""
         return _Gather.apply(root_of(self), _row_ids(ids, self.num_embeddings), self)
 
-    def logits(self, x: Tensor, quantize: bool = True) -> Tensor:
-        """The table as an output layer: x float [..., dim] -> [..., num_embeddings]."""
+    def logits(self, x: Tensor, quantize: bool = True, dtype: torch.dtype | None = None) -> Tensor:
+        """The table as an output layer: x float [..., dim] -> [..., num_embeddings].
+
+        Args:
+            x: what is read.
+            quantize: int8 activations per token; False keeps them float.
+            dtype: of the result; None is autocast's where autocast is on, else that of x.
+        """
         x_ND = x.reshape(-1, self.dim)
-        y_NV = _TableMatmul.apply(root_of(self), x_ND, self, quantize, output_dtype(x))
+        dtype = output_dtype(x) if dtype is None else dtype
+        y_NV = _TableMatmul.apply(root_of(self), x_ND, self, quantize, dtype)
         return y_NV.view(*x.shape[:-1], self.num_embeddings)
 
     def extra_repr(self) -> str:

@@ -5,7 +5,7 @@ import inspect
 import math
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
@@ -33,12 +33,11 @@ from arbitor.ternary.rules import get_rule
 from arbitor.ternary.step import Step
 from arbitor.ternary.tensor import RESIDUAL_UNITS, IntegerModule, TernaryScaleTensor, named_ternary
 from arbitor.ternary.tied import untied
-from arbitor.ternary.update import StepNumbers, VoteConstants
+from arbitor.ternary.update import WORKSPACE_BYTES_PER_WEIGHT, StepNumbers, VoteConstants
 
 TABLE_STEP = 32  # table units (1/64 of a weight) a trit of learning rate: lr / 2 * 64
 SIGN_THRESHOLD = 32
 _NO_MOMENTUM = 0x88  # two 4-bit codes of 0
-WORKSPACE_BYTES_PER_WEIGHT = 40  # transient, of the weights that are worked on at once
 
 
 @dataclass(frozen=True)
@@ -382,10 +381,10 @@ class VoteOptimizer(torch.optim.Optimizer):
         captured = {
             name: m for name, m in self._modules.items() if m.capture is not None and not m.capture.empty
         }
-        ok = self._all_finite(captured.values())
+        ok, norms = self._all_finite(captured)
         self.flips = {}
         if ok.is_cuda or bool(ok):
-            self._update_all(captured, ok)
+            self._update_all(captured, ok, norms)
         self._last_ok = ok
         self._dropped += ~ok
         self.zero_grad()
@@ -396,18 +395,22 @@ class VoteOptimizer(torch.optim.Optimizer):
         counted = {self._last_ok.device if buffer is None else buffer.device for buffer in buffers}
         return {module.stored.device for module in self._modules.values()} | counted
 
-    def _all_finite(self, modules: Iterable[IntegerModule]) -> Tensor:
-        """One flag on the device: the noted loss and every captured gradient are finite."""
-        tensors: dict[torch.device, list[Tensor]] = defaultdict(list)
+    def _all_finite(self, modules: Mapping[str, IntegerModule]) -> tuple[Tensor, dict[str, Tensor]]:
+        """One flag on the device: the noted loss and every captured gradient are finite.
+
+        Also, by name, the largest magnitude of gradients that were formed and had to be looked at.
+        """
+        looked_at: dict[tuple[torch.device, torch.dtype], list[tuple[str | None, Tensor]]] = defaultdict(list)
         plain: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
-        for module in modules:
+        for name, module in modules.items():
             capture = module.capture
             if isinstance(capture, MatrixCapture) and uses_triton(module.stored) and capture.plain_gradients:
                 for tensor in capture.plain_gradients:
                     plain[tensor.device, tensor.dtype].append(tensor)
             elif capture is not None:
                 for tensor in capture.magnitudes():
-                    tensors[tensor.device].append(tensor)
+                    whole = isinstance(capture, GradientCapture) and tensor is capture.dense
+                    looked_at[tensor.device, tensor.dtype].append((name if whole else None, tensor))
         ok = torch.ones_like(self._last_ok)
         if self._loss_ok is not None:
             ok = ok & self._loss_ok.to(ok.device)
@@ -415,15 +418,21 @@ class VoteOptimizer(torch.optim.Optimizer):
             # One bound for all, in a few launches: no sum of products can be larger.
             sums = torch.stack(torch._foreach_norm(group, 1, dtype=torch.float32))
             ok = ok & torch.isfinite(sums.sum() * (127 * ROUNDING_MARGIN)).to(ok.device)
-        for device, group in tensors.items():
-            if device.type == "cpu" and _surely_finite(group):
+        norms: dict[str, Tensor] = {}
+        # Of one dtype, which torch looks at in a few launches.
+        for (device, _), pairs in looked_at.items():
+            names, tensors = zip(*pairs, strict=True)
+            if device.type == "cpu" and _surely_finite(list(tensors)):
                 continue
-            largest = torch.stack([n.to(torch.float32) for n in torch._foreach_norm(group, float("inf"))])
-            ok = ok & torch.isfinite(largest).all().to(ok.device)
-        return ok
+            largest = torch._foreach_norm(list(tensors), math.inf)
+            norms |= {name: norm for name, norm in zip(names, largest, strict=True) if name is not None}
+            ok = ok & torch.isfinite(torch.stack(largest)).all().to(ok.device)
+        return ok, norms
 
     @outside_autocast()
-    def _update_all(self, captured: Mapping[str, IntegerModule], ok: Tensor) -> None:
+    def _update_all(
+        self, captured: Mapping[str, IntegerModule], ok: Tensor, norms: Mapping[str, Tensor] | None = None
+    ) -> None:
         constants = VoteConstants(
             rule=self.rule,
             span=self.span,
@@ -435,7 +444,7 @@ class VoteOptimizer(torch.optim.Optimizer):
             scale_threshold=self.e_accum_threshold,
             workspace_weights=self.kind.workspace_bytes // WORKSPACE_BYTES_PER_WEIGHT,
         )
-        step = Step(self.state, constants, self.seed, self._numbers, self._streams, ok)
+        step = Step(self.state, constants, self.seed, self._numbers, self._streams, ok, norms or {})
         step.update_matrices(captured)
         for name, module in captured.items():
             if isinstance(module, Int8Weights):

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from arbitor.errors import UserError
+from arbitor.ops import newton_schulz
 from arbitor.ops.backend import rounds_gradients
+from arbitor.ops.newton_schulz import reference
 
 _TINY = 1e-30
-_NEWTON_SCHULZ_STEPS = 5
-_NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _SINKHORN_ROUNDS = 3
 _COLUMNS_AT_ONCE = 1 << 20  # numbers of factors that are fp64 at a time
 
@@ -34,25 +34,23 @@ def spectral(n: Tensor) -> Tensor:
     """
     rows, columns = n.shape[-2:]
     dtype = torch.bfloat16 if n.is_cuda or rounds_gradients(n) else n.dtype
-    x = n / _largest(n).clamp_min_(_TINY)
-    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp_min_(_TINY)
-    x = torch.div(x, norm, out=x if dtype == n.dtype else torch.empty_like(x, dtype=dtype))
+    x = reference.brought_to_unit_norm(n, _largest(n).clamp_min_(_TINY), dtype)
     x = x.flatten(0, -3) if n.dim() > 2 else x[None]
-    if rows > columns:
-        x = x.mT
-    a, b, c = _NEWTON_SCHULZ_COEFFICIENTS
-    for _ in range(_NEWTON_SCHULZ_STEPS):
-        gram = torch.bmm(x, x.mT)
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, polynomial, x, beta=a)
-    if rows > columns:
-        x = x.mT
-    scale = max(rows, columns) ** 0.5
+    if newton_schulz.iterates_narrow(n):
+        x = newton_schulz.newton_schulz(x, x.new_ones(len(x), dtype=torch.float32).view(torch.int32))
+    else:
+        x = reference.newton_schulz(x)
+    scale = spectral_scale(rows, columns)
     if not n.is_cuda:
         return x.to(n.dtype, copy=True).reshape(n.shape).mul_(scale)
     direction = torch.empty_like(n, memory_format=torch.contiguous_format)
     torch.mul(x, n.new_full((1,), scale), out=direction.view(x.shape))  # one pass, turned back as well
     return direction
+
+
+def spectral_scale(rows: int, columns: int) -> float:
+    """What brings a matrix with all singular values 1 to an RMS of 1, if it is of full rank."""
+    return float(max(rows, columns) ** 0.5)
 
 
 def _largest(n: Tensor) -> Tensor:
@@ -89,8 +87,8 @@ def spectral_coefficients(left_gram: Tensor, right_gram: Tensor, same: Tensor) -
     left_gram, right_gram = left_gram * same, right_gram * same
     square = same @ (left_gram * right_gram).sum(dim=-1, keepdim=True)
     coefficients = torch.diag_embed(torch.where(square > 0, square.rsqrt(), 0)[..., 0])
-    a, b, c = _NEWTON_SCHULZ_COEFFICIENTS
-    for _ in range(_NEWTON_SCHULZ_STEPS):
+    a, b, c = newton_schulz.COEFFICIENTS
+    for _ in range(newton_schulz.STEPS):
         k = coefficients @ right_gram @ coefficients.mT @ left_gram
         polynomial = torch.baddbmm(k, k, k, beta=b, alpha=c)
         coefficients = torch.baddbmm(coefficients, polynomial, coefficients, beta=a)

@@ -8,6 +8,7 @@ Shape letters: N tokens, O out, I in, E experts, K rows of a table that were loo
 """
 
 import dataclasses
+import math
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -29,10 +30,14 @@ from arbitor.ternary.tensor import IntegerModule, TernaryScaleTensor
 from arbitor.ternary.update import (
     FACTORED_RULES,
     LOOKAHEAD,
+    WORKSPACE_BYTES_PER_WEIGHT,
+    ApartBatch,
     FactoredBatch,
     MatrixBatch,
     StepNumbers,
     VoteConstants,
+    transient_bytes,
+    update_apart,
     update_dense,
     update_factored,
 )
@@ -77,6 +82,7 @@ class Step:
         numbers: of the step, on every device where there is something to update.
         streams: numbers of random streams by their names, which are kept from step to step.
         ok: bool scalar on the device: False keeps every bit of weights and state.
+        norms: scalars by the names of modules whose gradient was looked at: its largest magnitude.
 
     Attributes:
         flips: int64 scalar for every matrix that was updated.
@@ -90,6 +96,7 @@ class Step:
         numbers: Mapping[torch.device, StepNumbers],
         streams: dict[tuple[str, ...], Tensor],
         ok: Tensor,
+        norms: Mapping[str, Tensor],
     ) -> None:
         self.state = state
         self.constants = constants
@@ -97,6 +104,7 @@ class Step:
         self.numbers = numbers
         self.streams = streams
         self.ok = ok
+        self.norms = norms
         self.flips: dict[str, Tensor] = {}
 
     def update_matrices(self, captured: Mapping[str, IntegerModule]) -> None:
@@ -118,7 +126,9 @@ class Step:
         for names in self._joined(singles):
             self._update_joined({name: singles.pop(name) for name in names})
         for names, tokens in self._groups(singles):
-            if tokens is None:
+            if tokens is None and self._moves_apart(singles[names[0]]):
+                self._update_apart({name: singles[name] for name in names})
+            elif tokens is None:
                 self._update_group({name: singles[name] for name in names})
             else:
                 factored.append(_Factored(names, [singles[name] for name in names], tokens))
@@ -207,7 +217,16 @@ class Step:
 
     def _batch_size(self, module: TernaryScaleTensor) -> int:
         """Matrices of this shape that the workspace holds, at least one."""
-        return max(1, self.constants.workspace_weights // (module.out_features * module.in_features))
+        rows, columns = module.out_features, module.in_features
+        if self._moves_apart(module):
+            workspace = self.constants.workspace_weights * WORKSPACE_BYTES_PER_WEIGHT
+            return max(1, workspace // transient_bytes(rows, columns))
+        return max(1, self.constants.workspace_weights // (rows * columns))
+
+    def _moves_apart(self, module: TernaryScaleTensor) -> bool:
+        """Whether a single matrix moves by `update_apart`."""
+        spectral = self.constants.rule == "spectral" and not self.constants.votes_on_scales
+        return spectral and uses_triton(module.T_packed) and not isinstance(module, TernaryEmbeddingTable)
 
     def _may_stay_factored(self, module: TernaryScaleTensor, tokens: int) -> bool:
         """Whether the direction of a gradient of so few tokens comes from two thin matrices."""
@@ -239,6 +258,27 @@ class Step:
         for key, part in parts.items():
             if len(modules) > 1:
                 torch._foreach_copy_([t[key] for t in tensors], list(part.unbind(0)))
+        self.flips |= dict(zip(group, flips.unbind(0), strict=True))
+
+    def _update_apart(self, group: Mapping[str, TernaryScaleTensor]) -> None:
+        modules = list(group.values())
+        device = modules[0].T_packed.device
+        tensors = [self._tensors(module) for module in modules]
+        batch = ApartBatch(
+            packed=[t["T_packed"] for t in tensors],
+            accumulator=[t["T_accum"] for t in tensors],
+            momentum=[(t["M"], t["M_exp"]) for t in tensors if "M" in t],
+            exponent=_stack([t["E"] for t in tensors]),
+            group=modules[0].group,
+            keys=self._keys(list(group), device),
+            numbers=self.numbers[device],
+        )
+        captures = [m.capture for m in modules if isinstance(m.capture, GradientCapture)]
+        gradients = [capture.gradient() for capture in captures]
+        known = all(name in self.norms for name in group)
+        norms = [self.norms[n] for n in group] if known else list(torch._foreach_norm(gradients, math.inf))
+        active = (torch.stack(norms) != 0)[:, None, None] & self.ok.to(device)
+        flips = update_apart(batch, gradients, active, self.constants)
         self.flips |= dict(zip(group, flips.unbind(0), strict=True))
 
     def _update_formed(self, batch: MatrixBatch, gradient: Tensor, *, by_row: bool = False) -> Tensor:

@@ -7,6 +7,7 @@ Shape letters: O out, I in, P packed bytes a row, C momentum bytes a row, H mome
 groups, R rows of a factor (tokens).
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,13 +16,15 @@ from torch import Tensor, nn
 
 from arbitor.ops.exponent import exp2_int
 from arbitor.ops.factored_update import factored_update
-from arbitor.ops.momentum import momentum_fold_drawn
+from arbitor.ops.momentum import Weighed, momentum_fold_drawn, momentum_fold_weighed
+from arbitor.ops.newton_schulz import iterates_narrow, newton_schulz
 from arbitor.ops.random_bits import random_bits, skip
-from arbitor.ops.state_update import scale_update, state_update_drawn
+from arbitor.ops.state_update import Given, scale_update, state_update_drawn, state_update_of
 from arbitor.ops.trit_codec import trit_unpack
 from arbitor.ternary import rules
 
 FACTORED_RULES = ("spectral", "row")  # whose direction needs no more than some rows at a time
+WORKSPACE_BYTES_PER_WEIGHT = 40  # transient, of the weights that are worked on at once
 LOOKAHEAD = 0.95  # weight of the momentum in the direction, Nesterov's form
 
 
@@ -150,6 +153,90 @@ def update_dense(
     for rows in batch.slices(constants.workspace_weights):
         flips += _vote(batch, direction[:, rows], rows, _of_rows(active, rows), constants)
     return flips
+
+
+@dataclass(kw_only=True)
+class ApartBatch:
+    """Matrices of one shape with their state, each in tensors of its own.
+
+    Attributes:
+        packed, accumulator: of each matrix uint8 [O, P] and int8 [O, I], changed.
+        momentum: of each matrix codes [O, C] and exponents int16 [O, H], changed; empty for none.
+        exponent: int8 [n, O, G].
+        group: weights along I that share an exponent.
+        keys: int32 [n, 2], random stream of each matrix.
+        numbers: of the step.
+    """
+
+    packed: list[Tensor]
+    accumulator: list[Tensor]
+    momentum: list[tuple[Tensor, Tensor]]
+    exponent: Tensor
+    group: int
+    keys: Tensor
+    numbers: StepNumbers
+
+
+def update_apart(
+    batch: ApartBatch, gradients: Sequence[Tensor], active: Tensor, constants: VoteConstants
+) -> Tensor:
+    """`update_dense` with the rule spectral and exponents that stay, where kernels run: in few passes.
+
+    Weights and state are read and written where they lie. The direction is kept in what the iteration
+    multiplies in, bf16 on a GPU, until votes are made of it.
+
+    Args:
+        batch: what moves.
+        gradients: float [O, I] of each, of any dtype; kept.
+        active: bool [n, 1, 1]; the others stay as they are.
+        constants: of the step.
+
+    Returns:
+        int64 [n]: flips.
+    """
+    n, (rows, columns) = len(gradients), gradients[0].shape
+    narrow = iterates_narrow(gradients[0])
+    device = active.device
+    dtype = torch.bfloat16 if narrow else torch.float32
+    direction = torch.empty((n, rows, columns), dtype=dtype, device=device)
+    largest = torch.zeros(n, dtype=torch.int32, device=device)
+    weights = _relative(batch.exponent)
+    if batch.momentum:
+        for i, (gradient, (codes, exponent)) in enumerate(zip(gradients, batch.momentum, strict=True)):
+            momentum_fold_weighed(
+                gradient[None], codes[None], exponent[None], batch.keys, active,
+                constants.momentum_bits, constants.beta, LOOKAHEAD,
+                Weighed(direction, weights, batch.group, largest, i),
+            )  # fmt: skip
+    else:
+        for i, gradient in enumerate(gradients):
+            torch.mul(gradient, _spread(weights[i], batch.group, columns), out=direction[i])
+        magnitude = torch.linalg.vector_norm(direction, math.inf, dim=(-2, -1), dtype=torch.float32)
+        largest = magnitude.view(torch.int32)
+    if narrow:
+        direction, unit = newton_schulz(direction, largest), rules.spectral_scale(rows, columns)
+    else:
+        direction, unit = rules.spectral(direction), 1.0
+    flips = torch.zeros(n, dtype=torch.int64, device=device)
+    given = Given(direction.contiguous(), unit, batch.keys, active, batch.numbers.vote, flips)
+    for i, (packed, accumulator) in enumerate(zip(batch.packed, batch.accumulator, strict=True)):
+        state_update_of(
+            packed[None],
+            accumulator[None],
+            given,
+            i,
+            constants.span,
+            constants.threshold,
+            constants.rail,
+            reset=False,
+        )
+    return flips
+
+
+def transient_bytes(rows: int, columns: int) -> int:
+    """About what `update_apart` takes for each matrix while it works, with its gradient if that is formed."""
+    side = min(rows, columns)
+    return 8 * rows * columns + 4 * side * side
 
 
 @dataclass(kw_only=True)
@@ -300,11 +387,18 @@ def relative_scale(exponent: Tensor, group: int, in_features: int) -> Tensor | N
     """
     if exponent.shape[-2:] == (1, 1):
         return None
+    return _spread(_relative(exponent), group, in_features)
+
+
+def _relative(exponent: Tensor) -> Tensor:
+    """2^(E - max E of the matrix) as fp32 [..., O, G] of int8 [..., O, G]."""
     largest = exponent.amax(dim=(-2, -1), keepdim=True)
-    scale = exp2_int(exponent.to(torch.int32) - largest.to(torch.int32))
-    if exponent.shape[-1] == 1:
-        return scale
-    return scale.repeat_interleave(group, dim=-1)[..., :in_features]
+    return exp2_int(exponent.to(torch.int32) - largest.to(torch.int32))
+
+
+def _spread(scale: Tensor, group: int, in_features: int) -> Tensor:
+    """[..., O, I] of [..., O, G], or [..., O, 1] where a row is one group."""
+    return scale if scale.shape[-1] == 1 else scale.repeat_interleave(group, dim=-1)[..., :in_features]
 
 
 def _of_rows(active: Tensor, rows: slice) -> Tensor:

@@ -66,9 +66,10 @@ def as_on_a_gpu() -> None:
     """Choices that are made by the device of a tensor, as on a Hopper GPU."""
     from arbitor.model import ARBModel
     from arbitor.model.core import MoEGraph
-    from arbitor.ops import activations
+    from arbitor.ops import activations, newton_schulz
     from arbitor.ops.activations import reference
     from arbitor.ops.int8_matmul import triton as int8_matmul
+    from arbitor.ternary import update
 
     def may_persist(codes: torch.Tensor, weight: torch.Tensor, y: torch.Tensor) -> bool:
         aligned = not (codes.shape[-1] % 16 or codes.data_ptr() % 16 or weight.data_ptr() % 16)
@@ -78,6 +79,7 @@ def as_on_a_gpu() -> None:
         module.weight_dtype = lambda x, quantized: torch.bfloat16 if quantized else x.dtype
         module.backward_dtype = lambda x: torch.bfloat16
     int8_matmul._can_persist = may_persist
+    newton_schulz.iterates_narrow = update.iterates_narrow = lambda _: True
     ARBModel._autocast = lambda self: torch.autocast("cpu", torch.bfloat16)
     MoEGraph._masks = lambda self, h_MD: True
 

@@ -6,7 +6,7 @@ import torch
 from arbitor.ops.int8_matmul import cpu as int8_matmul
 from arbitor.ops.ternary_linear import cpu
 from arbitor.ternary import TernaryLinear, VoteOptimizer
-from arbitor.ternary.stream import add_to_stream, read_stream
+from arbitor.ternary.stream import Stream, add_to_stream, deferring, read_stream, settled
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS32 = torch.finfo(torch.float32).eps
@@ -136,3 +136,47 @@ def test_the_sum_of_a_stream_and_a_narrower_tensor(backend, shape, monkeypatch):
     total.backward(gradient)
     assert torch.equal(stream.grad, gradient)
     assert torch.equal(y.grad, gradient.to(torch.bfloat16))
+
+
+def with_a_sum(part, optimizer, tokens, dtype, apart):
+    """As `everything`, of a stream to which something is still to be added; `apart` adds it beforehand."""
+    generator = torch.Generator().manual_seed(1)
+    x, y = (torch.randn(2, tokens, 24, generator=generator).to(DEVICE) for _ in range(2))
+    x, y = x.to(dtype).requires_grad_(), y.to(torch.bfloat16).requires_grad_()
+    stream = add_to_stream(x, y) if apart else Stream(x, y)
+    outputs = read_stream(stream, *part.linears)
+    gradients = [torch.randn(z.shape, generator=generator).to(DEVICE, z.dtype) for z in outputs]
+    torch.autograd.backward(outputs, gradients)
+    captured = [linear.capture.gradient().clone() for linear in part.linears]
+    optimizer.zero_grad()
+    return [*(z.detach() for z in outputs), x.grad, y.grad, *captured]
+
+
+@pytest.mark.parametrize("num_linears", [1, 2])
+@pytest.mark.parametrize("tokens", [1, 9, 70])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_sum_that_waits_for_its_reader_gives_equal_bits(num_linears, tokens, dtype, monkeypatch):
+    pytest.importorskip("triton", reason="needs Triton, which the extra `test` installs on Linux")
+    monkeypatch.setenv("ARB_TERNARY_BACKEND", "triton")
+    if dtype == torch.bfloat16 and DEVICE == "cpu":
+        pytest.skip("Triton's interpreter has no bf16 of its own")
+    part, optimizer = part_of(num_linears)
+    expected = with_a_sum(part, optimizer, tokens, dtype, True)
+    found = with_a_sum(part, optimizer, tokens, dtype, False)
+    assert [z.dtype for z in found] == [z.dtype for z in expected]
+    assert found[0].dtype == dtype
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_stream_that_waits_is_the_sum(backend, monkeypatch):
+    if backend == "triton":
+        pytest.importorskip("triton", reason="needs Triton, which the extra `test` installs on Linux")
+    monkeypatch.setenv("ARB_TERNARY_BACKEND", backend)
+    x, y = torch.randn(2, 3, 5, device=DEVICE)
+    assert torch.equal(settled(Stream(x, y)), x + y)
+    assert settled(Stream(x)) is x
+    assert settled(deferring(x)) is x
+    assert isinstance(deferring(x), Stream) == (backend == "triton")
+    linear = torch.nn.Linear(5, 2, device=DEVICE)
+    assert torch.equal(read_stream(Stream(x, y), linear)[1], linear(x + y))

@@ -33,11 +33,22 @@ def _input(x, column, columns, SQUARED: tl.constexpr):
     return value
 
 
+@triton.jit
+def _summed(x, added, total, column, columns):
+    """Elements of a token of x + added, stored into `total`, as fp32; 0 behind the last one."""
+    used = column < columns
+    value = tl.load(x + column, mask=used, other=0.0).to(tl.float32)
+    value += tl.load(added + column, mask=used, other=0.0).to(tl.float32)
+    stored = value.to(total.dtype.element_ty)
+    tl.store(total + column, stored, mask=used)
+    return stored.to(tl.float32)
+
+
 @triton.jit(do_not_specialize=["last"])
 def _quantize_kernel(
-    x, codes, scale, rstd, sums, offsets, last, columns, eps, code_scale, smallest, NORM: tl.constexpr,
-    SQUARED: tl.constexpr, SUMS: tl.constexpr, COUNTED: tl.constexpr, ONCE: tl.constexpr,
-    BLOCK: tl.constexpr, PTX: tl.constexpr,
+    x, added, total, codes, scale, rstd, sums, offsets, last, columns, eps, code_scale, smallest,
+    NORM: tl.constexpr, SQUARED: tl.constexpr, ADDED: tl.constexpr, SUMS: tl.constexpr,
+    COUNTED: tl.constexpr, ONCE: tl.constexpr, BLOCK: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     if COUNTED:
@@ -50,7 +61,10 @@ def _quantize_kernel(
     codes += token * columns
     column = tl.arange(0, BLOCK)
     if ONCE:
-        kept = _input(x, column, columns, SQUARED)
+        if ADDED:
+            kept = _summed(x, added + token * columns, total + token * columns, column, columns)
+        else:
+            kept = _input(x, column, columns, SQUARED)
         square, largest, strange = kept * kept, tl.abs(kept), kept - kept
     else:
         square = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -61,27 +75,29 @@ def _quantize_kernel(
             square += value * value
             largest = tl.maximum(largest, tl.abs(value))
             strange += value - value
+    absmax = tl.maximum(tl.max(largest, axis=0), smallest)
     # A maximum passes over NaN, so such a token's scale is made NaN by what is 0 for every finite value.
-    absmax = tl.maximum(tl.max(largest, axis=0), smallest) + tl.sum(strange, axis=0)
-    inverse = 1.0
     if NORM:
         mean = tl.sum(square, axis=0) / columns + eps
         # The difference is 0, or NaN where the square overflowed: rsqrt alone would make such a token 0.
         inverse = 1.0 / tl.sqrt(mean) + (mean - mean)
+    else:
+        inverse = 1.0
+        absmax += tl.sum(strange, axis=0)
     factor = code_scale / absmax
     tl.store(scale + token, absmax * inverse / code_scale)
     tl.store(rstd + token, inverse)
     if ONCE:
-        total = rounded(kept * factor, PTX)
-        tl.store(codes + column, total.to(tl.int8), mask=column < columns)
+        units = rounded(kept * factor, PTX)
+        tl.store(codes + column, units.to(tl.int8), mask=column < columns)
     else:
-        total = tl.zeros((BLOCK,), dtype=tl.int32)
+        units = tl.zeros((BLOCK,), dtype=tl.int32)
         for first in range(0, columns, BLOCK):
             code = rounded(_input(x, first + column, columns, SQUARED) * factor, PTX)
             tl.store(codes + first + column, code.to(tl.int8), mask=first + column < columns)
-            total += code
+            units += code
     if SUMS:
-        tl.store(sums + token, tl.sum(total, axis=0))
+        tl.store(sums + token, tl.sum(units, axis=0))
 
 
 @triton.jit
@@ -93,10 +109,34 @@ def _gradient(dxn, more, at, used, MORE: tl.constexpr):
     return gradient
 
 
+@triton.jit
+def _given(x, at, used, SQUARED: tl.constexpr):
+    """Elements of x as fp32, and what of them is normalised: they, or the squares of their positive part."""
+    given = tl.load(x + at, mask=used, other=0.0).to(tl.float32)
+    value = given
+    if SQUARED:
+        value = _squared_relu(given, x.dtype.element_ty)
+    return given, value
+
+
+@triton.jit
+def _store_gradient(
+    dx, beside, at, used, gradient, given, value, inverse, coefficient, SQUARED: tl.constexpr,
+    BESIDE: tl.constexpr,
+):  # fmt: skip
+    """The norm's gradient of x, from that of the normed input and the mean of its product with that."""
+    result = gradient * inverse - value * coefficient
+    if SQUARED:
+        result *= 2.0 * tl.where(given < 0.0, 0.0, given)
+    if BESIDE:
+        result += tl.load(beside + at, mask=used, other=0.0).to(tl.float32)
+    tl.store(dx + at, result.to(dx.dtype.element_ty), mask=used)
+
+
 @triton.jit(do_not_specialize=["last"])
 def _norm_backward_kernel(
     dxn, more, x, rstd, beside, dx, offsets, last, columns, NORM: tl.constexpr, SQUARED: tl.constexpr,
-    MORE: tl.constexpr, BESIDE: tl.constexpr, COUNTED: tl.constexpr, BLOCK: tl.constexpr,
+    MORE: tl.constexpr, BESIDE: tl.constexpr, COUNTED: tl.constexpr, ONCE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     row = token * columns
@@ -109,32 +149,35 @@ def _norm_backward_kernel(
                 tl.store(dx + row + column, zeros, mask=column < columns)
             return
     inverse = tl.load(rstd + token)
+    cubed = inverse * inverse * inverse / columns
     coefficient = 0.0
-    if NORM:
-        total = tl.zeros((BLOCK,), dtype=tl.float32)
+    if ONCE:
+        column = tl.arange(0, BLOCK)
+        used = column < columns
+        gradient = _gradient(dxn, more, row + column, used, MORE)
+        given, value = _given(x, row + column, used, SQUARED)
+        if NORM:
+            coefficient = tl.sum(gradient * value, axis=0) * cubed
+        _store_gradient(
+            dx, beside, row + column, used, gradient, given, value, inverse, coefficient, SQUARED, BESIDE
+        )
+    else:
+        if NORM:
+            total = tl.zeros((BLOCK,), dtype=tl.float32)
+            for first in range(0, columns, BLOCK):
+                column = first + tl.arange(0, BLOCK)
+                used = column < columns
+                _, value = _given(x, row + column, used, SQUARED)
+                total += _gradient(dxn, more, row + column, used, MORE) * value
+            coefficient = tl.sum(total, axis=0) * cubed
         for first in range(0, columns, BLOCK):
             column = first + tl.arange(0, BLOCK)
             used = column < columns
             gradient = _gradient(dxn, more, row + column, used, MORE)
-            value = tl.load(x + row + column, mask=used, other=0.0).to(tl.float32)
-            if SQUARED:
-                value = _squared_relu(value, x.dtype.element_ty)
-            total += gradient * value
-        coefficient = tl.sum(total, axis=0) * (inverse * inverse * inverse / columns)
-    for first in range(0, columns, BLOCK):
-        column = first + tl.arange(0, BLOCK)
-        used = column < columns
-        gradient = _gradient(dxn, more, row + column, used, MORE)
-        given = tl.load(x + row + column, mask=used, other=0.0).to(tl.float32)
-        value = given
-        if SQUARED:
-            value = _squared_relu(given, x.dtype.element_ty)
-        result = gradient * inverse - value * coefficient
-        if SQUARED:
-            result *= 2.0 * tl.where(given < 0.0, 0.0, given)
-        if BESIDE:
-            result += tl.load(beside + row + column, mask=used, other=0.0).to(tl.float32)
-        tl.store(dx + row + column, result.to(dx.dtype.element_ty), mask=used)
+            given, value = _given(x, row + column, used, SQUARED)
+            _store_gradient(
+                dx, beside, row + column, used, gradient, given, value, inverse, coefficient, SQUARED, BESIDE
+            )
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -166,22 +209,48 @@ def quantize(
     *,
     sums: Tensor | None = None,
     offsets: Tensor | None = None,
+    warps: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.normalize_and_quantize` of x [N, I] in fp32 or bf16; the codes are int8.
 
     `sums`, int32 [N, 1], are overwritten with the sums of each token's codes. With `offsets`, int32 [E], rows
     behind the last of them are left out: their scale and rstd are 0, and their codes and sums anything.
     """
+    return _quantize(x, None, input_norm, squared, sums, offsets, warps)
+
+
+def add_and_quantize(
+    x: Tensor, added: Tensor, *, sums: Tensor | None = None, warps: int | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x + added, both [N, I], in the dtype of x, and `quantize` of that with its norm."""
+    if x.shape[-1] > MAX_BLOCK:
+        total = add(x, added)
+        return total, *_quantize(total, None, True, False, sums, None, warps)
+    total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return total, *_quantize(x, (added.contiguous(), total), True, False, sums, None, warps)
+
+
+def _quantize(
+    x: Tensor,
+    sum_of: tuple[Tensor, Tensor] | None,
+    input_norm: bool,
+    squared: bool,
+    sums: Tensor | None,
+    offsets: Tensor | None,
+    warps: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`quantize`; with `sum_of`, what is added to x and where the sum goes."""
     tokens, columns = x.shape
     codes = torch.empty((tokens, columns), dtype=torch.int8, device=x.device)
     scale, rstd = (torch.empty((tokens, 1), dtype=torch.float32, device=x.device) for _ in range(2))
     if tokens:
         smallest = torch.finfo(torch.float32).tiny * CODE_SCALE
         _quantize_kernel[(tokens,)](
-            x.contiguous(), codes, scale, rstd, codes if sums is None else sums, *_counted(x, offsets),
-            columns, RMS_EPS, CODE_SCALE, smallest, NORM=input_norm, SQUARED=squared, SUMS=sums is not None,
-            COUNTED=offsets is not None, ONCE=columns <= _block(columns), BLOCK=_block(columns),
-            PTX=has_ptx(), num_warps=_warps(columns), enable_fp_fusion=False,
+            x.contiguous(), *(sum_of or (x, x)), codes, scale, rstd, codes if sums is None else sums,
+            *_counted(x, offsets), columns, RMS_EPS, CODE_SCALE, smallest, NORM=input_norm, SQUARED=squared,
+            ADDED=sum_of is not None, SUMS=sums is not None, COUNTED=offsets is not None,
+            ONCE=columns <= _block(columns), BLOCK=_block(columns), PTX=has_ptx(),
+            num_warps=warps or _warps(columns, 1024), enable_fp_fusion=False,
         )  # fmt: skip
     return codes, scale, rstd
 
@@ -196,6 +265,7 @@ def norm_backward(
     more: Tensor | None = None,
     beside: Tensor | None = None,
     offsets: Tensor | None = None,
+    warps: int | None = None,
 ) -> Tensor:
     """Gradient [N, I] of x, in its dtype, from that of u * rstd(u), u = x or relu(x)^2.
 
@@ -208,6 +278,7 @@ def norm_backward(
         more: of the dtype of dxn, a second gradient to be added to it.
         beside: [N, I], a gradient of x itself, to be added to the result.
         offsets: int32 [E]; the gradient of rows behind the last of them is 0.
+        warps: of a program; None takes as many as suit the columns.
     """
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     tokens, columns = x.shape
@@ -216,7 +287,8 @@ def norm_backward(
             dxn.contiguous(), dxn if more is None else more.contiguous(), x.contiguous(), rstd,
             x if beside is None else beside.contiguous(), dx, *_counted(x, offsets), columns,
             NORM=input_norm, SQUARED=squared, MORE=more is not None, BESIDE=beside is not None,
-            COUNTED=offsets is not None, BLOCK=_block(columns), num_warps=_warps(columns),
+            COUNTED=offsets is not None, ONCE=columns <= _block(columns), BLOCK=_block(columns),
+            num_warps=warps or _warps(columns, 512),
         )  # fmt: skip
     return dx
 
@@ -257,5 +329,6 @@ def _block(columns: int) -> int:
     return min(MAX_BLOCK, max(16, triton.next_power_of_2(columns)))
 
 
-def _warps(columns: int) -> int:
-    return min(16, max(1, _block(columns) // 256))
+def _warps(columns: int, each: int) -> int:
+    """Warps of a program of which each has so many columns of a token: few wait for each other less."""
+    return min(16, max(1, _block(columns) // each))

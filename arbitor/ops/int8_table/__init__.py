@@ -10,6 +10,7 @@ from torch import Tensor
 
 from arbitor.ops import activations
 from arbitor.ops.backend import uses_triton
+from arbitor.ops.int8_matmul import MAX_IN_FEATURES, has_int8_kernels
 from arbitor.ops.int8_table import reference
 from arbitor.ops.int8_table.reference import FRACTION_BITS, Q_MAX
 from arbitor.ops.momentum import momentum_fold, momentum_fold_drawn
@@ -103,6 +104,17 @@ def int8_table_step(
     int8_table_update(q, direction, step, bits, active)
 
 
+def _dispatch_linear(
+    x: Tensor, q: Tensor, exponent: Tensor, quantize: bool, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    exact = x.shape[-1] * Q_MAX <= MAX_IN_FEATURES and activations.compute_dtype(x) == torch.float32
+    if quantize and exact and uses_triton(x) and has_int8_kernels(x.device):
+        from arbitor.ops.int8_table import triton
+
+        return triton.linear(x, q, exponent, out_dtype)
+    return reference.linear(x, q, exponent, quantize, out_dtype)
+
+
 def _dispatch_gather(q: Tensor, exponent: Tensor, ids: Tensor) -> Tensor:
     if uses_triton(q):
         from arbitor.ops.int8_table import triton
@@ -119,7 +131,7 @@ _gather = register(
 _linear = register(
     "int8_linear(Tensor x, Tensor q, Tensor exponent, bool quantize, ScalarType out_dtype) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
-    reference.linear,
+    _dispatch_linear,
     lambda x, q, exponent, quantize, out_dtype: activations.linear_outputs(
         x, q.shape[0], quantize, out_dtype
     ),

@@ -8,6 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from arbitor.ops.activations import triton as activation_kernels
+from arbitor.ops.exponent import exp2_int as exponent_power
+from arbitor.ops.int8_matmul import int8_matmul
 from arbitor.ops.int8_table.reference import FRACTION_BITS, Q_MAX
 from arbitor.ops.triton import exp2_int, random_word, round_even
 
@@ -60,6 +63,15 @@ def gather(q: Tensor, exponent: Tensor, ids: Tensor) -> Tensor:
             FRACTION=FRACTION_BITS, TOKENS=at_once, COLUMNS=columns, num_warps=4,
         )  # fmt: skip
     return out
+
+
+def linear(
+    x: Tensor, q: Tensor, exponent: Tensor, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `reference.linear` with quantised activations; equal bits where sums are exact in fp32."""
+    codes, scale, rstd = activation_kernels.quantize(x, True)
+    row_scale = exponent_power(exponent.to(torch.int32) - FRACTION_BITS)
+    return int8_matmul(codes, q, scale, row_scale, out_dtype), codes, scale, rstd
 
 
 def update(q: Tensor, direction: Tensor, step: Tensor, keys: Tensor, active: Tensor) -> None:

@@ -5,11 +5,19 @@ from torch import Tensor
 
 from arbitor.ops.backend import uses_triton
 from arbitor.ops.momentum import reference
-from arbitor.ops.momentum.reference import GROUP, SMALL_GROUP, code_max
+from arbitor.ops.momentum.reference import GROUP, SMALL_GROUP, Weighed, code_max
 from arbitor.ops.random_bits import random_bits
 from arbitor.ops.registry import register
 
-__all__ = ["GROUP", "SMALL_GROUP", "code_max", "momentum_fold", "momentum_fold_drawn"]
+__all__ = [
+    "GROUP",
+    "SMALL_GROUP",
+    "Weighed",
+    "code_max",
+    "momentum_fold",
+    "momentum_fold_drawn",
+    "momentum_fold_weighed",
+]
 
 
 def momentum_fold(
@@ -60,6 +68,31 @@ def momentum_fold_drawn(
         return triton.fold(gradient, codes, exponent, keys, active, bits, beta, lookahead)
     random = random_bits(keys, gradient[0].numel()).view(gradient.shape)
     return momentum_fold(gradient, codes, exponent, random, active, bits, beta, lookahead)
+
+
+def momentum_fold_weighed(
+    gradient: Tensor,
+    codes: Tensor,
+    exponent: Tensor,
+    keys: Tensor,
+    active: Tensor,
+    bits: int,
+    beta: float,
+    lookahead: float,
+    into: Weighed,
+) -> None:
+    """`momentum_fold_drawn` of some matrices out of n, whose direction is weighed; where kernels run.
+
+    Args:
+        gradient: float [m, O, I].
+        codes, exponent: momentum of these m, changed.
+        keys, active: of all n.
+        bits, beta, lookahead: as in `momentum_fold`.
+        into: what is written, of all n.
+    """
+    from arbitor.ops.momentum import triton
+
+    triton.fold_weighed(gradient, codes, exponent, keys, active, bits, beta, lookahead, into)
 
 
 _fold = register(

@@ -4,10 +4,11 @@ value = code / Q * 2^(e / 8), Q = 127 or 7, with e int16 in eighths of an octave
 2^(e/8) covers the group's largest magnitude, found from the float's bits and eight thresholds (no
 logarithm), so that every device finds the same one. Codes are rounded stochastically.
 
-Shape letters: O out, I in, C code bytes a row (I, or ceil(I/2) for 4 bits), H groups a row.
+Shape letters: O out, I in, C code bytes a row (I, or ceil(I/2) for 4 bits), H groups a row, G scale groups.
 """
 
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,24 @@ SMALL_GROUP = 16
 OCTAVE = 8  # exponent steps in a factor of two
 MIN_EXPONENT = -100 * OCTAVE
 MAX_EXPONENT = 100 * OCTAVE
+
+
+class Weighed(NamedTuple):
+    """Where directions of n matrices go that are weighed on the way.
+
+    Attributes:
+        direction: float [n, O, I], written.
+        weights: fp32 [n, O, G], multiplied by.
+        group: neighbours in a row that share a weight.
+        largest: int32 [n], raised to the bits of the largest magnitude ahead of rounding, sign cleared.
+        number: of the first matrix at hand among the n.
+    """
+
+    direction: Tensor
+    weights: Tensor
+    group: int
+    largest: Tensor
+    number: int
 
 
 def code_max(bits: int) -> int:

@@ -3,7 +3,7 @@
 A program takes a group of neighbours of some rows; of 4-bit codes, even and odd ones are the low and high
 halves of a byte.
 
-Shape letters: n matrices, O out, I in, C code bytes a row, H groups a row.
+Shape letters: n matrices, O out, I in, C code bytes a row, H groups a row, G scale groups.
 """
 
 from functools import cache
@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from arbitor.ops.momentum import reference
+from arbitor.ops.momentum.reference import Weighed
 from arbitor.ops.triton import (
     dense_rows,
     exp2_int,
@@ -55,7 +56,7 @@ def _rounded(value, scale, word, largest_fixed, largest: tl.constexpr, PTX: tl.c
     return tl.minimum(tl.maximum(code, -largest), largest)
 
 
-@triton.jit(do_not_specialize=["rows", "active_matrix_stride"])
+@triton.jit(do_not_specialize=["rows", "active_matrix_stride", "number"])
 def _fold_kernel(
     gradient,
     codes,
@@ -66,10 +67,15 @@ def _fold_kernel(
     decode_table,
     encode_table,
     thresholds,
+    weights,
+    largest,
+    number,
     rows,
     columns,
     groups,
     width,
+    weight_group,
+    weight_groups,
     gradient_stride,
     direction_stride,
     codes_stride,
@@ -87,20 +93,23 @@ def _fold_kernel(
     GROUP: tl.constexpr,
     WHOLE: tl.constexpr,
     TURNED: tl.constexpr,
+    WEIGHED: tl.constexpr,
     PTX: tl.constexpr,
 ):
+    """Of matrices that are `number` and following of those that keys, active and what is written are for."""
     group, part = part_of_rows(TURNED)
     row = part * ROWS + tl.arange(0, ROWS)
     matrix = tl.program_id(2).to(tl.int64)
+    own = matrix + number
     inside = row < rows
     place = tl.arange(0, GROUP)[None, :]
     column = group * GROUP + place
     used = inside[:, None] & (WHOLE | (column < columns))
     element = row[:, None] * columns + column
-    flag = active + matrix * active_matrix_stride + row * active_row_stride
+    flag = active + own * active_matrix_stride + row * active_row_stride
     moves = inside & (tl.load(flag, mask=inside, other=0) != 0)
 
-    g = tl.load(gradient + matrix * gradient_stride + element, mask=used, other=0.0)
+    g = tl.load(gradient + matrix * gradient_stride + element, mask=used, other=0.0).to(tl.float32)
     exponent_at = exponents + matrix * exponents_stride + (row * groups + group)
     scale = _scale(decode_table, tl.load(exponent_at, mask=inside, other=0).to(tl.int32), 1)[:, None]
     codes += matrix * codes_stride
@@ -120,7 +129,7 @@ def _fold_kernel(
 
     exponent = _group_exponent(tl.max(tl.abs(m), axis=1), thresholds)
     inverse = _scale(encode_table, exponent, -1)[:, None]
-    word = random_word(element, tl.load(keys + 2 * matrix), tl.load(keys + 2 * matrix + 1))
+    word = random_word(element, tl.load(keys + 2 * own), tl.load(keys + 2 * own + 1))
     new = _rounded(m, inverse, word, largest_fixed, LARGEST, PTX)
     if BITS == 8:
         tl.store(code_at, new.to(tl.int8), mask=code_used & moves[:, None])
@@ -130,8 +139,16 @@ def _fold_kernel(
         low, high = tl.split(tl.reshape(new + 8, (ROWS, GROUP // 2, 2)))
         tl.store(code_at, (low | (high << 4)).to(tl.uint8), mask=code_used & moves[:, None])
     tl.store(exponent_at, exponent.to(tl.int16), mask=moves)
-    there = direction + matrix * direction_stride + element
-    tl.store(there, m * lookahead + g * one_minus_lookahead, mask=used)
+    there = direction + own * direction_stride + element
+    d = m * lookahead + g * one_minus_lookahead
+    if WEIGHED:
+        weights += own * rows * weight_groups
+        weight_at = weights + row[:, None] * weight_groups + column // weight_group
+        d *= tl.load(weight_at, mask=used, other=0.0)
+        # As integers, of which the largest does not depend on who comes first; what is no number is larger.
+        bits = d.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        tl.atomic_max(largest + own, tl.max(bits), sem="relaxed")
+    tl.store(there, d.to(direction.dtype.element_ty), mask=used)
 
 
 @cache
@@ -157,15 +174,57 @@ def fold(
     tile: int | None = None,
 ) -> Tensor:
     """As `reference.fold` of bits drawn from `keys`, on [n, O, I]."""
+    direction = torch.empty(gradient.shape, dtype=torch.float32, device=gradient.device)
+    _launch(gradient, codes, exponent, keys, active, bits, beta, lookahead, direction, None, tile)
+    return direction
+
+
+def fold_weighed(
+    gradient: Tensor,
+    codes: Tensor,
+    exponent: Tensor,
+    keys: Tensor,
+    active: Tensor,
+    bits: int,
+    beta: float,
+    lookahead: float,
+    into: Weighed,
+    tile: int | None = None,
+) -> None:
+    """`fold` of some matrices out of n, whose direction is weighed and written in the dtype wanted.
+
+    Args:
+        gradient: float [m, O, I], any dtype; dense.
+        codes, exponent: their momentum, changed.
+        keys, active: of all n matrices.
+        bits, beta, lookahead: as in `fold`.
+        into: what is written, of all n.
+        tile: rows of a program.
+    """
+    _launch(gradient, codes, exponent, keys, active, bits, beta, lookahead, into.direction, into, tile)
+
+
+def _launch(
+    gradient: Tensor,
+    codes: Tensor,
+    exponent: Tensor,
+    keys: Tensor,
+    active: Tensor,
+    bits: int,
+    beta: float,
+    lookahead: float,
+    direction: Tensor,
+    into: Weighed | None,
+    tile: int | None,
+) -> None:
     assert codes.stride(-2) == codes.shape[-1]
     assert exponent.stride(-2) == exponent.shape[-1]
     gradient = dense_rows(gradient)
     matrices, rows, columns = gradient.shape
     groups = exponent.shape[-1]
-    direction = torch.empty(gradient.shape, dtype=torch.float32, device=gradient.device)
     if gradient.numel() == 0:
-        return direction
-    active = active.expand(matrices, active.shape[-2] if active.shape[-2] == 1 else rows, 1)
+        return
+    active = active.expand(len(direction), active.shape[-2] if active.shape[-2] == 1 else rows, 1)
     tile = tile or TILES[0]
     group = reference.group_of(columns, groups)
     grid, turned = grid_of_rows(groups, triton.cdiv(rows, tile), matrices)
@@ -178,10 +237,15 @@ def fold(
         active.view(torch.uint8),
         direction,
         *_tables(gradient.device, bits),
+        direction if into is None else into.weights,
+        keys if into is None else into.largest,
+        0 if into is None else into.number,
         rows,
         columns,
         groups,
         codes.shape[-1],
+        1 if into is None else into.group,
+        1 if into is None else into.weights.shape[-1],
         gradient.stride(0),
         direction.stride(0),
         codes.stride(0),
@@ -199,8 +263,8 @@ def fold(
         GROUP=group,
         WHOLE=columns % group == 0,
         TURNED=turned,
+        WEIGHED=into is not None,
         PTX=has_ptx(),
         num_warps=4,
         enable_fp_fusion=False,
     )
-    return direction

@@ -11,9 +11,17 @@ from arbitor.ops.random_bits import random_bits
 from arbitor.ops.registry import register
 from arbitor.ops.scalar import scalar
 from arbitor.ops.state_update import reference
-from arbitor.ops.state_update.reference import MAX_SCALE_EXPONENT, MIN_SCALE_EXPONENT
+from arbitor.ops.state_update.reference import MAX_SCALE_EXPONENT, MIN_SCALE_EXPONENT, Given
 
-__all__ = ["MAX_SCALE_EXPONENT", "MIN_SCALE_EXPONENT", "scale_update", "state_update", "state_update_drawn"]
+__all__ = [
+    "MAX_SCALE_EXPONENT",
+    "MIN_SCALE_EXPONENT",
+    "Given",
+    "scale_update",
+    "state_update",
+    "state_update_drawn",
+    "state_update_of",
+]
 
 
 def state_update(
@@ -85,6 +93,29 @@ def state_update_drawn(
         return triton.update(packed, accumulator, direction, keys, active, step, span, threshold, rail, reset)
     bits = random_bits(keys, direction[0].numel()).view(direction.shape)
     return state_update(packed, accumulator, direction, bits, active, step, span, threshold, rail, reset)
+
+
+def state_update_of(
+    packed: Tensor,
+    accumulator: Tensor,
+    given: Given,
+    number: int,
+    span: int,
+    threshold: int,
+    rail: int,
+    reset: bool,
+) -> None:
+    """`state_update_drawn` of some matrices out of n, where kernels run.
+
+    Args:
+        packed, accumulator: [m, O, ...], changed.
+        given: of all n matrices.
+        number: of the first of the m among the n.
+        span, threshold, rail, reset: as in `state_update`.
+    """
+    from arbitor.ops.state_update import triton
+
+    triton.update_some(packed, accumulator, given, number, span, threshold, rail, reset)
 
 
 def scale_update(

@@ -4,6 +4,8 @@ With S = span, theta = threshold and R = rail, an accumulator in units of 1/S tr
 the integer latent weight S*T + T_accum. Shape letters: O out, I in, P packed bytes a row, G groups.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,26 @@ from arbitor.ops.trit_codec import reference as trit_codec
 MIN_SCALE_EXPONENT = -62
 MAX_SCALE_EXPONENT = 31
 _FIXED_LIMIT = float(1 << 30)  # keeps the fixed-point vote inside int32 whatever the learning rate
+
+
+class Given(NamedTuple):
+    """What n matrices are updated with.
+
+    Attributes:
+        direction: float [n, O, I], every matrix dense; `unit` times it is what is meant, rounded to fp32.
+        unit: see above.
+        keys: int32 [n, 2].
+        active: bool [n, 1, 1] or [n, O, 1].
+        step: fp32 scalar.
+        flips: int64 [n], added to.
+    """
+
+    direction: Tensor
+    unit: float
+    keys: Tensor
+    active: Tensor
+    step: Tensor
+    flips: Tensor
 
 
 def stochastic_floor(values: Tensor, factor: float | Tensor, bits: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from arbitor.ops.state_update import assembly
-from arbitor.ops.state_update.reference import lowest_of
+from arbitor.ops.state_update.reference import Given, lowest_of
 from arbitor.ops.trit_codec.reference import BLOCK, PLANE
 from arbitor.ops.triton import (
     dense_rows,
@@ -141,7 +141,7 @@ def vote_and_store(
     return count
 
 
-@triton.jit(do_not_specialize=["rows", "active_matrix_stride"])
+@triton.jit(do_not_specialize=["rows", "active_matrix_stride", "number", "unit"])
 def _update_kernel(
     packed,
     accumulator,
@@ -158,6 +158,8 @@ def _update_kernel(
     active_matrix_stride,
     active_row_stride,
     step,
+    unit,
+    number,
     SPAN: tl.constexpr,
     THRESHOLD: tl.constexpr,
     LOWEST: tl.constexpr,
@@ -171,35 +173,37 @@ def _update_kernel(
     RULE: tl.constexpr,
     OPERANDS: tl.constexpr,
 ):
+    """Of matrices that are `number` and following of those that all but packed and accumulator are for."""
     across, part = part_of_rows(TURNED)
     row = part * ROWS + tl.arange(0, ROWS)[:, None]
     matrix = tl.program_id(2).to(tl.int64)
+    own = matrix + number
     byte = tl.arange(0, 32)[None, :]
-    flag = active + matrix * active_matrix_stride + row * active_row_stride
+    flag = active + own * active_matrix_stride + row * active_row_stride
     moves = (row < rows) & (tl.load(flag, mask=row < rows, other=0) != 0)
-    key_a, key_b = tl.load(keys + 2 * matrix), tl.load(keys + 2 * matrix + 1)
+    key_a, key_b = tl.load(keys + 2 * own), tl.load(keys + 2 * own + 1)
     factor = tl.load(step) * -65536.0
     flipped = tl.zeros((ROWS, 32), dtype=tl.int32)
     for ahead in tl.range(0, BLOCKS, num_stages=STAGES):
         block = across * BLOCKS + ahead
         element = row * columns + (block * 160 + byte)
         code_at = packed + matrix * packed_stride + (row * width + (block * 32 + byte))
-        u_at = direction + matrix * direction_stride + element
+        u_at = direction + own * direction_stride + element
         state_at = accumulator + matrix * accumulator_stride + element
         # What is not used has no vote and stays as it is.
         u0, u1, u2, u3, u4 = planes_used(moves, byte, columns - block * 160, WHOLE)
         present = moves & (WHOLE | (byte < width - block * 32))
-        d0 = tl.load(u_at, mask=u0, other=0.0)
-        d1 = tl.load(u_at + 32, mask=u1, other=0.0)
-        d2 = tl.load(u_at + 64, mask=u2, other=0.0)
-        d3 = tl.load(u_at + 96, mask=u3, other=0.0)
-        d4 = tl.load(u_at + 128, mask=u4, other=0.0)
+        d0 = tl.load(u_at, mask=u0, other=0.0).to(tl.float32) * unit
+        d1 = tl.load(u_at + 32, mask=u1, other=0.0).to(tl.float32) * unit
+        d2 = tl.load(u_at + 64, mask=u2, other=0.0).to(tl.float32) * unit
+        d3 = tl.load(u_at + 96, mask=u3, other=0.0).to(tl.float32) * unit
+        d4 = tl.load(u_at + 128, mask=u4, other=0.0).to(tl.float32) * unit
         code, a0, a1, a2, a3, a4 = load_state(code_at, state_at, present, u0, u1, u2, u3, u4)
         flipped += vote_and_store(
             code_at, state_at, present, u0, u1, u2, u3, u4, code, a0, a1, a2, a3, a4, d0, d1, d2, d3, d4,
             factor, element, key_a, key_b, SPAN, THRESHOLD, LOWEST, RAIL, RESET, RULE, OPERANDS,
         )  # fmt: skip
-    tl.atomic_add(flips + matrix, tl.sum(flipped).to(tl.int64), sem="relaxed")
+    tl.atomic_add(flips + own, tl.sum(flipped).to(tl.int64), sem="relaxed")
 
 
 def rule_options(
@@ -232,34 +236,61 @@ def update(
     tile: Tile | None = None,
 ) -> Tensor:
     """As `reference.update` of bits drawn from `keys`; see `arbitor.ops.state_update.state_update`."""
+    flips = torch.zeros(len(direction), dtype=torch.int64, device=packed.device)
+    given = Given(dense_rows(direction), 1.0, keys, active, step, flips)
+    update_some(packed, accumulator, given, 0, span, threshold, rail, reset, tile)
+    return flips
+
+
+def update_some(
+    packed: Tensor,
+    accumulator: Tensor,
+    given: Given,
+    number: int,
+    span: int,
+    threshold: int,
+    rail: int,
+    reset: bool,
+    tile: Tile | None = None,
+) -> None:
+    """`update` of some matrices out of n.
+
+    Args:
+        packed, accumulator: [m, O, ...], changed.
+        given: of all n matrices.
+        number: of the first of the m among the n.
+        span, threshold, rail, reset: as in `update`.
+        tile: of a program.
+    """
     assert packed.stride(-2) == packed.shape[-1]
     assert accumulator.stride(-2) == accumulator.shape[-1]
-    direction = dense_rows(direction)
-    matrices, rows, columns = direction.shape
+    matrices, rows, columns = accumulator.shape
     width = packed.shape[-1]
-    flips = torch.zeros(matrices, dtype=torch.int64, device=packed.device)
-    if flips.numel() == 0 or rows * columns == 0:
-        return flips
-    active = active.expand(matrices, active.shape[-2] if active.shape[-2] == 1 else rows, 1)
+    if accumulator.numel() == 0:
+        return
+    active = given.active
+    active = active.expand(len(given.flips), active.shape[-2] if active.shape[-2] == 1 else rows, 1)
     tile = tile or TILES[0]
     across = triton.cdiv(width // PLANE, tile.blocks)
     grid, turned = grid_of_rows(across, triton.cdiv(rows, tile.rows), matrices)
     _update_kernel[grid](
         packed,
         accumulator,
-        direction,
-        keys,
+        given.direction,
+        given.keys,
         active.view(torch.uint8),
-        flips,
+        given.flips,
         rows,
         columns,
         width,
         packed.stride(0),
         accumulator.stride(0),
-        direction.stride(0),
+        given.direction.stride(0),
         active.stride(0),
         0 if active.shape[-2] == 1 else active.stride(1),
-        step,
+        given.step,
+        given.unit,
+        number,
         **rule_options(packed.device, span, threshold, rail, reset),
         RESET=reset,
         ROWS=tile.rows,
@@ -270,4 +301,3 @@ def update(
         num_warps=tile.rows // 4,  # four bytes a thread
         enable_fp_fusion=False,
     )
-    return flips

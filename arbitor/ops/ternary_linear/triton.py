@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from arbitor.ops import activations
-from arbitor.ops.activations.triton import quantize
+from arbitor.ops.activations.triton import add_and_quantize, quantize
 from arbitor.ops.int8_matmul import MAX_IN_FEATURES, has_int8_kernels, int8_matmul
 from arbitor.ops.thresholds import threshold
 from arbitor.ops.trit_codec import triton as trit_codec
@@ -235,10 +235,23 @@ def quantized(
     x: Tensor, input_norm: bool, squared: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Codes, scale and rstd as `activations.triton.quantize`, and the sums of codes that few tokens need."""
-    sums = None
-    if len(x) <= threshold("few_tokens", x.device):
-        sums = torch.empty((len(x), 1), dtype=torch.int32, device=x.device)
+    sums = _room_for_sums(x)
     return *quantize(x, input_norm, squared, sums=sums), sums
+
+
+def sum_quantized(x: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """x + added, or x, and what `quantized` gives for it with its norm."""
+    if added is None:
+        return x, *quantized(x, True)
+    sums = _room_for_sums(x)
+    return *add_and_quantize(x, added, sums=sums), sums
+
+
+def _room_for_sums(x: Tensor) -> Tensor | None:
+    """int32 [N, 1] for a few tokens; None for more."""
+    if len(x) > threshold("few_tokens", x.device):
+        return None
+    return torch.empty((len(x), 1), dtype=torch.int32, device=x.device)
 
 
 def forward(

@@ -1,0 +1,94 @@
+"""The kernels of the Newton-Schulz iteration against torch's products: on a GPU, or under the interpreter."""
+
+import os
+
+import pytest
+import torch
+
+from arbitor.ops.newton_schulz import newton_schulz, reference
+
+pytest.importorskip("triton", reason="needs Triton, which the extra `test` installs on Linux")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# The interpreter's products of bf16 are wrong.
+DTYPE = torch.float32 if INTERPRETED else torch.bfloat16
+TOLERANCE = 1e-5 if INTERPRETED else 2e-2
+SHAPES = [(2, 40, 72), (1, 72, 40), (2, 8, 8), (1, 24, 24)]
+
+each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch):
+    """The interpreter runs one after the other."""
+    from arbitor.ops.newton_schulz import triton
+
+    monkeypatch.setattr(triton, "PROGRAMS", 2)
+    monkeypatch.setattr(triton, "NUMBERS", 512)
+
+
+def gaussian(shape, scale=1.0):
+    generator = torch.Generator().manual_seed(sum(shape))
+    return (torch.randn(shape, generator=generator) * scale).to(DTYPE).to(DEVICE)
+
+
+def largest(x):
+    """Bits of the largest magnitude of each matrix."""
+    return x.to(torch.float32).abs().amax(dim=(1, 2)).view(torch.int32)
+
+
+def expected(x):
+    wide = x.to(torch.float32)
+    unit = reference.brought_to_unit_norm(wide, wide.abs().amax(dim=(1, 2), keepdim=True), torch.float32)
+    return reference.newton_schulz(unit)
+
+
+def error(found, wanted):
+    return float((found.to(torch.float32) - wanted).norm() / wanted.norm())
+
+
+def small(tile):
+    """A tile in the same proportions that a small matrix has several of."""
+    return tile._replace(rows=max(16, tile.rows // 8), columns=max(16, tile.columns // 8), depth=32)
+
+
+@each_shape
+@pytest.mark.parametrize("scale", [1.0, 2.0**-100, 2.0**100], ids=["1", "2^-100", "2^100"])
+def test_kernels_equal_the_reference_whatever_the_magnitude(shape, scale):
+    from arbitor.ops.newton_schulz import triton
+
+    x = gaussian(shape)
+    found = triton.newton_schulz(x * scale, largest(x * scale), small(triton.SMALL_TILES[0]))
+    assert error(found, expected(x)) <= TOLERANCE
+
+
+def test_every_tile_of_the_kernels_equals_the_reference():
+    from arbitor.ops.newton_schulz import triton
+
+    every = (small(tile) for tile in (*triton.SMALL_TILES, *triton.LARGE_TILES))
+    tiles = {(tile.rows, tile.columns): tile for tile in every}.values()
+    for shape in ((1, 40, 56), (1, 56, 40)):
+        x = gaussian(shape)
+        wanted = expected(x)
+        found = [triton.newton_schulz(x.clone(), largest(x), tile) for tile in tiles]
+        assert max(error(one, wanted) for one in found) <= TOLERANCE
+
+
+def test_kernels_keep_zeros_and_show_what_is_no_number():
+    from arbitor.ops.newton_schulz import triton
+
+    x = gaussian((3, 24, 40))
+    wanted = expected(x[2:])
+    x[0] = 0
+    x[1, 3, 7] = torch.nan
+    found = triton.newton_schulz(x, largest(x), small(triton.SMALL_TILES[0]))
+    assert found[0].eq(0).all()
+    assert found[1].isnan().any()
+    assert error(found[2:], wanted) <= TOLERANCE
+
+
+def test_matrices_that_kernels_cannot_multiply():
+    x = gaussian((2, 7, 5))
+    wanted = expected(x)
+    assert error(newton_schulz(x, largest(x)), wanted) <= TOLERANCE

@@ -12,7 +12,8 @@ from arbitor.config import ModelConfig
 from arbitor.model.ledger import LayerLedger
 from arbitor.model.rotary import Rotation
 from arbitor.model.short_attention import is_short, short_attention
-from arbitor.ops.head_norm import keys_and_values, norm_and_rotate
+from arbitor.ops.attention import attend, can_attend
+from arbitor.ops.head_norm import keys_and_values, norm_and_rotate, split_latent
 from arbitor.ternary import TernaryLinear
 from arbitor.ternary.stream import Stream, read_stream
 
@@ -74,22 +75,22 @@ class LatentAttention(nn.Module):
         B, N, _ = stream.shape
         h_BND, query_BNE, down_BNE = read_stream(stream, self.query, self.kv_down)
         query_BNHK = query_BNE.unflatten(-1, (self.num_heads, -1))
-        query_BHNK = norm_and_rotate(query_BNHK, *rotation).transpose(1, 2)
-        latent_BMC, shared_key_BMR = down_BNE.split([self.latent_dim, self.rope_dim], dim=-1)
-        shared_key_BMR = norm_and_rotate(shared_key_BMR[:, :, None], *rotation)[:, :, 0]
+        query_BNHK = norm_and_rotate(query_BNHK, *rotation)
+        latent_BMC, shared_key_BMR = split_latent(down_BNE, *rotation, self.latent_dim)
         if ledger is not None:
             latent_BMC, shared_key_BMR = ledger.append(latent_BMC, shared_key_BMR)
             if self.window:
                 visible = N + self.window - 1
                 latent_BMC, shared_key_BMR = latent_BMC[:, -visible:], shared_key_BMR[:, -visible:]
-        key_BHMK, value_BHMV = self._keys_and_values(latent_BMC, shared_key_BMR)
-        y_BHNV = self._attend(query_BHNK, key_BHMK, value_BHMV)
-        return h_BND, self.out(y_BHNV.transpose(1, 2).reshape(B, N, -1))
-
-    def _keys_and_values(self, latent_BMC: Tensor, shared_key_BMR: Tensor) -> tuple[Tensor, Tensor]:
         up_BMHU = self.kv_up(latent_BMC).unflatten(-1, (self.num_heads, -1))
-        key_BMHK, value_BMHV = keys_and_values(up_BMHU, shared_key_BMR, self.head_dim)
-        return key_BMHK.transpose(1, 2), value_BMHV.transpose(1, 2)
+        whole = self.window == 0 or self.window >= N
+        if ledger is None and whole and can_attend(query_BNHK, up_BMHU, shared_key_BMR):
+            y_BNHV = attend(query_BNHK, up_BMHU, shared_key_BMR)
+        else:
+            key_BMHK, value_BMHV = keys_and_values(up_BMHU, shared_key_BMR, self.head_dim)
+            heads = query_BNHK.transpose(1, 2), key_BMHK.transpose(1, 2), value_BMHV.transpose(1, 2)
+            y_BNHV = self._attend(*heads).transpose(1, 2)
+        return h_BND, self.out(y_BNHV.reshape(B, N, -1))
 
     def _attend(self, query_BHNK: Tensor, key_BHMK: Tensor, value_BHMV: Tensor) -> Tensor:
         """Softmax attention [B, H, N, V]; the N queries are the last N of the M positions."""

@@ -63,9 +63,11 @@ def unrounded(module):
     return module
 
 
+@pytest.mark.parametrize("at_once", [True, False], ids=["keys from latents", "keys"])
 @pytest.mark.parametrize("window", [0, 1, 4, 9, 50])
 @pytest.mark.parametrize("value_dim", [10, 4, 14], ids=["V=K", "V<K", "V>K"])
-def test_equals_the_literal_computation(window, value_dim):
+def test_equals_the_literal_computation(window, value_dim, at_once, monkeypatch):
+    monkeypatch.setattr("arbitor.model.attention.can_attend", lambda *_: at_once)
     torch.manual_seed(0)
     config = ModelConfig(
         dim=24,

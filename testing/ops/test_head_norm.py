@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from arbitor.model.rotary import rotation
-from arbitor.ops.head_norm import cpu, keys_and_values, norm_and_rotate, reference
+from arbitor.ops.head_norm import cpu, keys_and_values, norm_and_rotate, reference, split_latent
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # B, N, H, P, R, V
@@ -56,6 +56,17 @@ def test_closed_gradient_of_keys_is_autograds(shape):
     torch.testing.assert_close(dshared, shared.grad)
 
 
+@each_shape
+def test_closed_gradient_of_latents_is_autograds(shape):
+    x, cos, sin = queries(shape, torch.float64)
+    down = torch.randn(*x.shape[:2], 7 + shape[4], dtype=torch.float64).requires_grad_()
+    latent, rotary, shared = reference.split_latent(down, cos, sin, 7)
+    dlatent, dshared = torch.randn_like(latent), torch.randn_like(shared)
+    torch.autograd.backward((latent, shared), (dlatent, dshared))
+    found = reference.split_latent_backward(dlatent, dshared, rotary.detach(), cos, sin)
+    torch.testing.assert_close(found, down.grad)
+
+
 @pytest.fixture(params=[1, 1 << 20], ids=["a text at a time", "at once"])
 def at_once(request, monkeypatch):
     monkeypatch.setattr("arbitor.ops.rows.ELEMENTS_A_CORE", request.param)
@@ -101,6 +112,10 @@ def test_ops_are_registered_as_they_behave():
         torch.library.opcheck(ops.head_norm_backward.default, (x, x, cos, sin))
         torch.library.opcheck(ops.head_keys.default, (up, shared, 6))
         torch.library.opcheck(ops.head_keys_backward.default, (key, up[..., 6:], up, dtype))
+        down = x[:, :, 0]
+        latent, rotary, shared = ops.head_latent(down, cos, sin, 6)
+        torch.library.opcheck(ops.head_latent.default, (down, cos, sin, 6))
+        torch.library.opcheck(ops.head_latent_backward.default, (latent, shared, rotary, cos, sin))
 
 
 def on_both(monkeypatch, function, *inputs):
@@ -146,6 +161,19 @@ def test_kernels_of_keys_equal_the_reference(shape, monkeypatch):
     assert torch.equal(found[0][..., P:], expected[0][..., P:]), "so is what the heads share"
     for mine, theirs in zip(found, expected, strict=True):
         assert_near(mine, theirs, max(shape))
+
+
+@each_shape
+def test_kernels_of_latents_equal_the_reference(shape, monkeypatch):
+    pytest.importorskip("triton", reason="needs Triton, which the extra `test` installs on Linux")
+    B, N, _, P, R, _ = shape
+    _, cos, sin = queries(shape)
+    cos, sin = cos.to(DEVICE), sin.to(DEVICE)
+    down = torch.randn(B, N, P + 70 + R)
+    expected, found = on_both(monkeypatch, lambda down: split_latent(down, cos, sin, P + 70), down)
+    assert torch.equal(found[0], expected[0]), "a latent is passed on"
+    for mine, theirs in zip(found, expected, strict=True):
+        assert_near(mine, theirs, R)
 
 
 def test_kernels_take_strided_tensors_and_none(monkeypatch):

@@ -1,7 +1,7 @@
-"""RMS norm and rotation of attention's queries and keys: `norm_and_rotate`, `keys`.
+"""RMS norm and rotation of attention's queries and keys.
 
 Shape letters: B batch, N positions, H heads, P plain (not rotary) dims of a head, R rotary dims, K = P + R,
-V value dims of a head, U = P + V.
+V value dims of a head, U = P + V, C latent, E = C + R.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from arbitor.ops.head_norm import cpu, reference
 from arbitor.ops.head_norm.reference import RMS_EPS, rms_norm, rotate
 from arbitor.ops.registry import register
 
-__all__ = ["RMS_EPS", "keys_and_values", "norm_and_rotate", "rms_norm", "rotate"]
+__all__ = ["RMS_EPS", "keys_and_values", "norm_and_rotate", "rms_norm", "rotate", "split_latent"]
 
 
 def norm_and_rotate(x_BNHK: Tensor, cos_NR: Tensor, sin_NR: Tensor) -> Tensor:
@@ -46,6 +46,35 @@ def keys_and_values(up_BNHU: Tensor, shared_BNR: Tensor, plain: int) -> tuple[Te
     if _fused(up_BNHU):
         return _KeysAndValues.apply(up_BNHU, shared_BNR, plain)
     return reference.keys(up_BNHU, shared_BNR, plain), up_BNHU[..., plain:]
+
+
+def split_latent(down_BNE: Tensor, cos_NR: Tensor, sin_NR: Tensor, latent: int) -> tuple[Tensor, Tensor]:
+    """A latent, and the rotary part of keys beside it, which is normalised and rotated.
+
+    Args:
+        down_BNE: float.
+        cos_NR, sin_NR: fp32 [N, R/2], of the angles.
+        latent: C.
+
+    Returns:
+        [B, N, C] and [B, N, R] in the dtype of `down_BNE`.
+    """
+    if down_BNE.dtype != torch.float64 and not torch.compiler.is_compiling() and uses_triton(down_BNE):
+        return _SplitLatent.apply(down_BNE, cos_NR, sin_NR, latent)
+    latent_BNC, rotary_BNR = down_BNE.split([latent, down_BNE.shape[-1] - latent], dim=-1)
+    return latent_BNC, norm_and_rotate(rotary_BNR[:, :, None], cos_NR, sin_NR)[:, :, 0]
+
+
+def keys_alone(up_BNHU: Tensor, shared_BNR: Tensor, plain: int) -> Tensor:
+    """The keys of `keys_and_values`, for functions with a backward of their own."""
+    return _keys(up_BNHU, shared_BNR, plain)
+
+
+def keys_alone_backward(
+    dkey_BNHK: Tensor, up_BNHU: Tensor, dup_BNHU: Tensor, plain: int, shared_dtype: torch.dtype
+) -> Tensor:
+    """Gradient of `shared_BNR`; that of the keys' plain part is written into `dup_BNHU`, the rest is not."""
+    return _widely(up_BNHU).plain_backward(dkey_BNHK, up_BNHU, dup_BNHU, plain, shared_dtype)
 
 
 def _fused(x: Tensor) -> bool:
@@ -84,6 +113,21 @@ class _KeysAndValues(torch.autograd.Function):
         return *_keys_backward(dkey_BNHK, dvalue_BNHV, up_BNHU, ctx.shared_dtype), None
 
 
+class _SplitLatent(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, down_BNE: Tensor, cos_NR: Tensor, sin_NR: Tensor, latent: int
+    ) -> tuple[Tensor, Tensor]:
+        latent_BNC, rotary_BNR, shared_BNR = _split(down_BNE, cos_NR, sin_NR, latent)
+        ctx.save_for_backward(rotary_BNR, cos_NR, sin_NR)
+        return latent_BNC, shared_BNR
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dlatent_BNC: Tensor, dshared_BNR: Tensor) -> tuple[Tensor, None, None, None]:
+        return _split_backward(dlatent_BNC, dshared_BNR, *ctx.saved_tensors), None, None, None
+
+
 def _kernels(x: Tensor) -> Any:
     """The module whose functions compute for x."""
     if x.dtype != torch.float64 and uses_triton(x):
@@ -93,6 +137,12 @@ def _kernels(x: Tensor) -> Any:
     if x.device.type == "cpu" and x.dtype == torch.float32:
         return cpu
     return reference
+
+
+def _widely(x: Tensor) -> Any:
+    """As `_kernels`, for what a CPU has no functions of its own for."""
+    kernels = _kernels(x)
+    return reference if kernels is cpu else kernels
 
 
 _rotate = register(
@@ -116,5 +166,23 @@ _keys_backward = register(
     lambda dkey, dvalue, up, shared_dtype: (
         up.new_empty(up.shape),
         up.new_empty((*up.shape[:2], dkey.shape[-1] + dvalue.shape[-1] - up.shape[-1]), dtype=shared_dtype),
+    ),
+)
+_split = register(
+    "head_latent(Tensor down, Tensor cos, Tensor sin, int latent) -> (Tensor, Tensor, Tensor)",
+    lambda down, cos, sin, latent: _widely(down).split_latent(down, cos, sin, latent),
+    lambda down, cos, sin, latent: (
+        down.new_empty((*down.shape[:-1], latent)),
+        down.new_empty((*down.shape[:-1], down.shape[-1] - latent)),
+        down.new_empty((*down.shape[:-1], down.shape[-1] - latent)),
+    ),
+)
+_split_backward = register(
+    "head_latent_backward(Tensor dlatent, Tensor dshared, Tensor rotary, Tensor cos, Tensor sin) -> Tensor",
+    lambda dlatent, dshared, rotary, cos, sin: _widely(rotary).split_latent_backward(
+        dlatent, dshared, rotary, cos, sin
+    ),
+    lambda dlatent, dshared, rotary, cos, sin: rotary.new_empty(
+        (*rotary.shape[:-1], dlatent.shape[-1] + rotary.shape[-1])
     ),
 )

@@ -4,7 +4,7 @@ The forwards are written so that autograd differentiates them; the backwards are
 form, for the kernels' sake.
 
 Shape letters: B batch, N positions, H heads, P plain (not rotary) dims of a head, R rotary dims (the pairs
-are (i, i + R/2)), K = P + R, V value dims of a head, U = P + V.
+are (i, i + R/2)), K = P + R, V value dims of a head, U = P + V, C latent, E = C + R.
 """
 
 import torch
@@ -42,6 +42,23 @@ def norm_and_rotate_backward(dy_BNHK: Tensor, x_BNHK: Tensor, cos_NR: Tensor, si
     return _norm_backward(torch.cat([plain, turned], dim=-1), x_BNHK)
 
 
+def split_latent(
+    down_BNE: Tensor, cos_NR: Tensor, sin_NR: Tensor, latent: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `arbitor.ops.head_norm.split_latent`; the rotary part as it was comes second."""
+    latent_BNC, rotary_BNR = down_BNE.split([latent, down_BNE.shape[-1] - latent], dim=-1)
+    shared_BNR = norm_and_rotate(rotary_BNR[:, :, None], cos_NR, sin_NR)[:, :, 0]
+    return latent_BNC.contiguous(), rotary_BNR.contiguous(), shared_BNR.contiguous()
+
+
+def split_latent_backward(
+    dlatent_BNC: Tensor, dshared_BNR: Tensor, rotary_BNR: Tensor, cos_NR: Tensor, sin_NR: Tensor
+) -> Tensor:
+    """Gradient of down_BNE, in the dtype of its rotary part."""
+    drotary_BNR = norm_and_rotate_backward(dshared_BNR[:, :, None], rotary_BNR[:, :, None], cos_NR, sin_NR)
+    return torch.cat([dlatent_BNC.to(rotary_BNR.dtype), drotary_BNR[:, :, 0]], dim=-1)
+
+
 def keys(up_BNHU: Tensor, shared_BNR: Tensor, plain: int) -> Tensor:
     """See `arbitor.ops.head_norm.keys`."""
     shared_BNHR = shared_BNR[:, :, None].expand(-1, -1, up_BNHU.shape[2], -1)
@@ -53,9 +70,17 @@ def keys_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of up_BNHU = [plain part of the key; value] and of shared_BNR."""
     plain = up_BNHU.shape[-1] - dvalue_BNHV.shape[-1]
-    dplain = _norm_backward(_wide(dkey_BNHK[..., :plain]), up_BNHU[..., :plain])
-    dshared = _wide(dkey_BNHK[..., plain:]).sum(dim=2)
-    return torch.cat([dplain, dvalue_BNHV.to(up_BNHU.dtype)], dim=-1), dshared.to(shared_dtype)
+    dup_BNHU = up_BNHU.new_empty(up_BNHU.shape)
+    dup_BNHU[..., plain:] = dvalue_BNHV
+    return dup_BNHU, plain_backward(dkey_BNHK, up_BNHU, dup_BNHU, plain, shared_dtype)
+
+
+def plain_backward(
+    dkey_BNHK: Tensor, up_BNHU: Tensor, dup_BNHU: Tensor, plain: int, shared_dtype: torch.dtype
+) -> Tensor:
+    """Gradient of shared_BNR; that of the keys' plain part is written into `dup_BNHU`, and no more of it."""
+    dup_BNHU[..., :plain] = _norm_backward(_wide(dkey_BNHK[..., :plain]), up_BNHU[..., :plain])
+    return _wide(dkey_BNHK[..., plain:]).sum(dim=2).to(shared_dtype)
 
 
 def _norm_backward(dxn: Tensor, x: Tensor) -> Tensor:

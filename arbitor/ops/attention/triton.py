@@ -1,0 +1,495 @@
+"""Triton kernels of `attention`: softmax over blocks of keys, its weights computed again in the backward.
+
+After Dao 2023, "FlashAttention-2" (Milakov and Gimelshein 2018 for the running maximum and sum). The weights
+are powers of two, so that the exponential is one instruction. Head dims are split into two parts whose widths
+are powers of two (80 = 64 + 16), which spares the products with the zeros that one part of 128 would have.
+
+Rows beyond the last position read the last one, and nothing of theirs is written. Their keys lie behind all
+queries, which hides them; their queries have an infinite log-sum-exp, which makes all weights zero.
+
+Shape letters: B batch, N positions, H heads, K dims of a query or key, V value dims, L = N in
+whole blocks.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from arbitor.ops.attention.reference import lse_shape
+
+# Positions of queries and of keys in a block, warps and stages, of each kernel. Keys' blocks are multiples of
+# queries' ones where the gradients of keys are computed.
+FORWARD = (128, 64, 8, 3)
+QUERY_GRADIENT = (64, 64, 4, 3)
+KEY_GRADIENT = (64, 64, 4, 3)
+ONE_KERNEL = False
+ADD = True
+ALL_GRADIENTS = (64, 128, 8, 2)
+
+
+@triton.jit
+def _part(start, rows, row_stride, FIRST: tl.constexpr, WIDTH: tl.constexpr, TOTAL: tl.constexpr):
+    """Columns FIRST, ..., FIRST + WIDTH - 1 of some rows; zeros from TOTAL on."""
+    column = FIRST + tl.arange(0, WIDTH)
+    at = start + rows[:, None] * row_stride + column[None, :]
+    if FIRST + WIDTH <= TOTAL:
+        return tl.load(at)
+    return tl.load(at, mask=column[None, :] < TOTAL, other=0.0)
+
+
+@triton.jit
+def _store_part(
+    start, rows, row_stride, part, below, FIRST: tl.constexpr, WIDTH: tl.constexpr, TOTAL: tl.constexpr
+):
+    """The inverse of `_part`, of rows ahead of `below`."""
+    column = FIRST + tl.arange(0, WIDTH)
+    at = start + rows[:, None] * row_stride + column[None, :]
+    used = rows[:, None] < below
+    if FIRST + WIDTH > TOTAL:
+        used = used & (column[None, :] < TOTAL)
+    tl.store(at, part.to(start.dtype.element_ty), mask=used)
+
+
+@triton.jit
+def _scores(a0, a1, b0, b1, TWO: tl.constexpr):
+    """a b^T, fp32, of two parts each; of the first ones alone without TWO."""
+    score = tl.dot(a0, tl.trans(b0))
+    if TWO:
+        score = tl.dot(a1, tl.trans(b1), score)
+    return score
+
+
+@triton.jit(do_not_specialize=["positions"])
+def _forward_kernel(
+    query, key, value, out, lse, heads, positions, rows_of_lse, scale,
+    K: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr,
+    V: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, VALUE_STRIDE: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    blocks = rows_of_lse // BLOCK_Q
+    sequence = tl.program_id(0) // blocks
+    first = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_Q  # what takes longest comes first
+    token = (sequence // heads).to(tl.int64) * positions
+    row = token * heads + sequence % heads
+    query += row * K
+    key += row * K
+    value += row * VALUE_STRIDE
+    n = first + tl.arange(0, BLOCK_Q)
+    rows = tl.minimum(n, positions - 1)
+    q0 = _part(query, rows, heads * K, 0, K0, K)
+    q1 = _part(query, rows, heads * K, K0, K1, K) if K1 else q0
+    most = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_Q,), tl.float32)
+    y0 = tl.zeros((BLOCK_Q, V0), tl.float32)
+    y1 = tl.zeros((BLOCK_Q, V1 if V1 else 16), tl.float32)
+    seen = tl.minimum(first, positions) // BLOCK_K * BLOCK_K  # keys that all queries of the block see
+    for start in range(0, seen, BLOCK_K):
+        m = start + tl.arange(0, BLOCK_K)
+        k0 = _part(key, m, heads * K, 0, K0, K)
+        k1 = _part(key, m, heads * K, K0, K1, K) if K1 else k0
+        score = _scores(q0, q1, k0, k1, K1 > 0)
+        most, total, weight, shrink = _softmax(score, most, total, scale)
+        weight = weight.to(value.dtype.element_ty)
+        v0 = _part(value, m, heads * VALUE_STRIDE, 0, V0, V)
+        y0 = tl.dot(weight, v0, y0 * shrink[:, None])
+        if V1:
+            v1 = _part(value, m, heads * VALUE_STRIDE, V0, V1, V)
+            y1 = tl.dot(weight, v1, y1 * shrink[:, None])
+    for start in range(seen, tl.minimum(first + BLOCK_Q, positions), BLOCK_K):
+        m = start + tl.arange(0, BLOCK_K)
+        near = tl.minimum(m, positions - 1)
+        k0 = _part(key, near, heads * K, 0, K0, K)
+        k1 = _part(key, near, heads * K, K0, K1, K) if K1 else k0
+        score = _scores(q0, q1, k0, k1, K1 > 0)
+        score = tl.where(m[None, :] <= n[:, None], score, float("-inf"))
+        most, total, weight, shrink = _softmax(score, most, total, scale)
+        weight = weight.to(value.dtype.element_ty)
+        v0 = _part(value, near, heads * VALUE_STRIDE, 0, V0, V)
+        y0 = tl.dot(weight, v0, y0 * shrink[:, None])
+        if V1:
+            v1 = _part(value, near, heads * VALUE_STRIDE, V0, V1, V)
+            y1 = tl.dot(weight, v1, y1 * shrink[:, None])
+    inverse = 1.0 / total
+    out += row * V
+    _store_part(out, n, heads * V, y0 * inverse[:, None], positions, 0, V0, V)
+    if V1:
+        _store_part(out, n, heads * V, y1 * inverse[:, None], positions, V0, V1, V)
+    log = tl.where(n < positions, most + tl.log2(total), float("inf"))
+    tl.store(lse + sequence.to(tl.int64) * rows_of_lse + n, log)
+
+
+@triton.jit
+def _softmax(score, most, total, scale):
+    """The running maximum and sum with a block of scores, its weights, and the factor of what was before."""
+    above = tl.maximum(most, tl.max(score, axis=1) * scale)
+    shrink = tl.exp2(most - above)
+    weight = tl.exp2(score * scale - above[:, None])
+    return above, total * shrink + tl.sum(weight, axis=1), weight, shrink
+
+
+@triton.jit(do_not_specialize=["positions"])
+def _query_gradient_kernel(
+    query, key, value, out, lse, dout, dquery, delta, heads, positions, rows_of_lse, scale, dscale,
+    K: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr,
+    V: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, VALUE_STRIDE: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    blocks = rows_of_lse // BLOCK_Q
+    sequence = tl.program_id(0) // blocks
+    first = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_Q
+    token = (sequence // heads).to(tl.int64) * positions
+    row = token * heads + sequence % heads
+    query += row * K
+    key += row * K
+    value += row * VALUE_STRIDE
+    n = first + tl.arange(0, BLOCK_Q)
+    rows = tl.minimum(n, positions - 1)
+    q0 = _part(query, rows, heads * K, 0, K0, K)
+    q1 = _part(query, rows, heads * K, K0, K1, K) if K1 else q0
+    do0 = _part(dout + row * V, rows, heads * V, 0, V0, V)
+    do1 = _part(dout + row * V, rows, heads * V, V0, V1, V) if V1 else do0
+    o0 = _part(out + row * V, rows, heads * V, 0, V0, V)
+    inner = tl.sum(o0.to(tl.float32) * do0.to(tl.float32), axis=1)
+    if V1:
+        o1 = _part(out + row * V, rows, heads * V, V0, V1, V)
+        inner += tl.sum(o1.to(tl.float32) * do1.to(tl.float32), axis=1)
+    at = sequence.to(tl.int64) * rows_of_lse + n
+    tl.store(delta + at, inner)
+    log = tl.load(lse + at)
+    dq0 = tl.zeros((BLOCK_Q, K0), tl.float32)
+    dq1 = tl.zeros((BLOCK_Q, K1 if K1 else 16), tl.float32)
+    seen = tl.minimum(first, positions) // BLOCK_K * BLOCK_K
+    for start in range(0, seen, BLOCK_K):
+        m = start + tl.arange(0, BLOCK_K)
+        k0 = _part(key, m, heads * K, 0, K0, K)
+        k1 = _part(key, m, heads * K, K0, K1, K) if K1 else k0
+        v0 = _part(value, m, heads * VALUE_STRIDE, 0, V0, V)
+        v1 = _part(value, m, heads * VALUE_STRIDE, V0, V1, V) if V1 else v0
+        score = _scores(q0, q1, k0, k1, K1 > 0)
+        dweight = _scores(do0, do1, v0, v1, V1 > 0)
+        weight = tl.exp2(score * scale - log[:, None])
+        dscore = (weight * (dweight - inner[:, None])).to(key.dtype.element_ty)
+        dq0 = tl.dot(dscore, k0, dq0)
+        if K1:
+            dq1 = tl.dot(dscore, k1, dq1)
+    for start in range(seen, tl.minimum(first + BLOCK_Q, positions), BLOCK_K):
+        m = start + tl.arange(0, BLOCK_K)
+        near = tl.minimum(m, positions - 1)
+        k0 = _part(key, near, heads * K, 0, K0, K)
+        k1 = _part(key, near, heads * K, K0, K1, K) if K1 else k0
+        v0 = _part(value, near, heads * VALUE_STRIDE, 0, V0, V)
+        v1 = _part(value, near, heads * VALUE_STRIDE, V0, V1, V) if V1 else v0
+        score = _scores(q0, q1, k0, k1, K1 > 0)
+        dweight = _scores(do0, do1, v0, v1, V1 > 0)
+        weight = tl.exp2(score * scale - log[:, None])
+        dscore = tl.where(m[None, :] <= n[:, None], weight * (dweight - inner[:, None]), 0.0)
+        dscore = dscore.to(key.dtype.element_ty)
+        dq0 = tl.dot(dscore, k0, dq0)
+        if K1:
+            dq1 = tl.dot(dscore, k1, dq1)
+    dquery += row * K
+    _store_part(dquery, n, heads * K, dq0 * dscale, positions, 0, K0, K)
+    if K1:
+        _store_part(dquery, n, heads * K, dq1 * dscale, positions, K0, K1, K)
+
+
+@triton.jit
+def _key_gradients(
+    q0, q1, k0, k1, v0, v1, do0, do1, log, inner, m, n, scale, dk0, dk1, dv0, dv1,
+    TWO_K: tl.constexpr, TWO_V: tl.constexpr, DIAGONAL: tl.constexpr,
+):  # fmt: skip
+    """Gradients of scores, of keys by queries; those of keys and values, with what these queries add."""
+    score = _scores(k0, k1, q0, q1, TWO_K)
+    weight = tl.exp2(score * scale - log[None, :])
+    if DIAGONAL:
+        weight = tl.where(m[:, None] <= n[None, :], weight, 0.0)
+    rounded = weight.to(do0.dtype)
+    dv0 = tl.dot(rounded, do0, dv0)
+    if TWO_V:
+        dv1 = tl.dot(rounded, do1, dv1)
+    dweight = _scores(v0, v1, do0, do1, TWO_V)
+    dscore = (weight * (dweight - inner[None, :])).to(q0.dtype)
+    dk0 = tl.dot(dscore, q0, dk0)
+    if TWO_K:
+        dk1 = tl.dot(dscore, q1, dk1)
+    return dscore, dk0, dk1, dv0, dv1
+
+
+@triton.jit(do_not_specialize=["positions"])
+def _key_gradient_kernel(
+    query, key, value, lse, dout, delta, dkey, dvalue, heads, positions, rows_of_lse, scale, dscale,
+    K: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr,
+    V: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, VALUE_STRIDE: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(positions, BLOCK_K)
+    sequence = tl.program_id(0) // blocks
+    first = tl.program_id(0) % blocks * BLOCK_K
+    token = (sequence // heads).to(tl.int64) * positions
+    row = token * heads + sequence % heads
+    m = first + tl.arange(0, BLOCK_K)
+    rows = tl.minimum(m, positions - 1)
+    k0 = _part(key + row * K, rows, heads * K, 0, K0, K)
+    k1 = _part(key + row * K, rows, heads * K, K0, K1, K) if K1 else k0
+    v0 = _part(value + row * VALUE_STRIDE, rows, heads * VALUE_STRIDE, 0, V0, V)
+    v1 = _part(value + row * VALUE_STRIDE, rows, heads * VALUE_STRIDE, V0, V1, V) if V1 else v0
+    query += row * K
+    dout += row * V
+    lse += sequence.to(tl.int64) * rows_of_lse
+    delta += sequence.to(tl.int64) * rows_of_lse
+    dk0 = tl.zeros((BLOCK_K, K0), tl.float32)
+    dk1 = tl.zeros((BLOCK_K, K1 if K1 else 16), tl.float32)
+    dv0 = tl.zeros((BLOCK_K, V0), tl.float32)
+    dv1 = tl.zeros((BLOCK_K, V1 if V1 else 16), tl.float32)
+    seen = first + BLOCK_K  # by queries from here on
+    for start in range(first, tl.minimum(seen, positions), BLOCK_Q):
+        n = start + tl.arange(0, BLOCK_Q)
+        near = tl.minimum(n, positions - 1)
+        q0 = _part(query, near, heads * K, 0, K0, K)
+        q1 = _part(query, near, heads * K, K0, K1, K) if K1 else q0
+        do0 = _part(dout, near, heads * V, 0, V0, V)
+        do1 = _part(dout, near, heads * V, V0, V1, V) if V1 else do0
+        log = tl.load(lse + n)
+        inner = tl.load(delta + n)
+        _, dk0, dk1, dv0, dv1 = _key_gradients(
+            q0, q1, k0, k1, v0, v1, do0, do1, log, inner, m, n, scale, dk0, dk1, dv0, dv1,
+            K1 > 0, V1 > 0, True,
+        )  # fmt: skip
+    for start in range(seen, positions, BLOCK_Q):
+        n = start + tl.arange(0, BLOCK_Q)
+        near = tl.minimum(n, positions - 1)
+        q0 = _part(query, near, heads * K, 0, K0, K)
+        q1 = _part(query, near, heads * K, K0, K1, K) if K1 else q0
+        do0 = _part(dout, near, heads * V, 0, V0, V)
+        do1 = _part(dout, near, heads * V, V0, V1, V) if V1 else do0
+        log = tl.load(lse + n)
+        inner = tl.load(delta + n)
+        _, dk0, dk1, dv0, dv1 = _key_gradients(
+            q0, q1, k0, k1, v0, v1, do0, do1, log, inner, m, n, scale, dk0, dk1, dv0, dv1,
+            K1 > 0, V1 > 0, False,
+        )  # fmt: skip
+    dkey += row * K
+    dvalue += row * VALUE_STRIDE
+    _store_part(dkey, m, heads * K, dk0 * dscale, positions, 0, K0, K)
+    _store_part(dvalue, m, heads * VALUE_STRIDE, dv0, positions, 0, V0, V)
+    if K1:
+        _store_part(dkey, m, heads * K, dk1 * dscale, positions, K0, K1, K)
+    if V1:
+        _store_part(dvalue, m, heads * VALUE_STRIDE, dv1, positions, V0, V1, V)
+
+
+@triton.jit(do_not_specialize=["positions"])
+def _gradient_kernel(
+    query, key, value, out, lse, dout, dquery, dkey, dvalue, delta, sums,
+    heads, positions, rows_of_lse, scale, dscale,
+    K: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr,
+    V: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, VALUE_STRIDE: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """All gradients of a sequence; those of queries are summed in `sums`, in the order of blocks of keys."""
+    sequence = tl.program_id(0)
+    token = (sequence // heads).to(tl.int64) * positions
+    row = token * heads + sequence % heads
+    query += row * K
+    key += row * K
+    value += row * VALUE_STRIDE
+    out += row * V
+    dout += row * V
+    dquery += row * K
+    dkey += row * K
+    dvalue += row * VALUE_STRIDE
+    lse += sequence.to(tl.int64) * rows_of_lse
+    delta += sequence.to(tl.int64) * rows_of_lse
+    sums += sequence.to(tl.int64) * positions * K
+    for start in range(0, positions, BLOCK_Q):
+        n = start + tl.arange(0, BLOCK_Q)
+        near = tl.minimum(n, positions - 1)
+        inner = _inner(out, dout, near, heads, V, V0, V1)
+        tl.store(delta + n, inner)
+        if ADD:
+            _store_part(sums, n, K, tl.zeros((BLOCK_Q, K0), tl.float32), positions, 0, K0, K)
+            if K1:
+                _store_part(sums, n, K, tl.zeros((BLOCK_Q, K1), tl.float32), positions, K0, K1, K)
+    for first in range(0, positions, BLOCK_K):
+        # What all threads wrote of `delta` and `sums` is there for all of them.
+        tl.debug_barrier()
+        m = first + tl.arange(0, BLOCK_K)
+        rows = tl.minimum(m, positions - 1)
+        k0 = _part(key, rows, heads * K, 0, K0, K)
+        k1 = _part(key, rows, heads * K, K0, K1, K) if K1 else k0
+        v0 = _part(value, rows, heads * VALUE_STRIDE, 0, V0, V)
+        v1 = _part(value, rows, heads * VALUE_STRIDE, V0, V1, V) if V1 else v0
+        dk0 = tl.zeros((BLOCK_K, K0), tl.float32)
+        dk1 = tl.zeros((BLOCK_K, K1 if K1 else 16), tl.float32)
+        dv0 = tl.zeros((BLOCK_K, V0), tl.float32)
+        dv1 = tl.zeros((BLOCK_K, V1 if V1 else 16), tl.float32)
+        begun = positions if ADD else tl.where(first > 0, positions, 0)  # queries that have sums already
+        seen = first + BLOCK_K
+        for start in range(first, tl.minimum(seen, positions), BLOCK_Q):
+            n = start + tl.arange(0, BLOCK_Q)
+            near = tl.minimum(n, positions - 1)
+            q0 = _part(query, near, heads * K, 0, K0, K)
+            q1 = _part(query, near, heads * K, K0, K1, K) if K1 else q0
+            do0 = _part(dout, near, heads * V, 0, V0, V)
+            do1 = _part(dout, near, heads * V, V0, V1, V) if V1 else do0
+            log = tl.load(lse + n)
+            inner = tl.load(delta + n)
+            dscore, dk0, dk1, dv0, dv1 = _key_gradients(
+                q0, q1, k0, k1, v0, v1, do0, do1, log, inner, m, n, scale, dk0, dk1, dv0, dv1,
+                K1 > 0, V1 > 0, True,
+            )  # fmt: skip
+            dscore = tl.trans(dscore)
+            dq0 = _sum_part(sums, n, begun, 0, K0, K) + tl.dot(dscore, k0)
+            _store_part(dquery, n, heads * K, dq0 * dscale, positions, 0, K0, K)
+            if K1:
+                dq1 = _sum_part(sums, n, begun, K0, K1, K) + tl.dot(dscore, k1)
+                _store_part(dquery, n, heads * K, dq1 * dscale, positions, K0, K1, K)
+        for start in range(seen, positions, BLOCK_Q):
+            n = start + tl.arange(0, BLOCK_Q)
+            near = tl.minimum(n, positions - 1)
+            q0 = _part(query, near, heads * K, 0, K0, K)
+            q1 = _part(query, near, heads * K, K0, K1, K) if K1 else q0
+            do0 = _part(dout, near, heads * V, 0, V0, V)
+            do1 = _part(dout, near, heads * V, V0, V1, V) if V1 else do0
+            log = tl.load(lse + n)
+            inner = tl.load(delta + n)
+            if not ADD:
+                sum0 = _sum_part(sums, n, begun, 0, K0, K)
+                sum1 = _sum_part(sums, n, begun, K0, K1, K) if K1 else sum0
+            dscore, dk0, dk1, dv0, dv1 = _key_gradients(
+                q0, q1, k0, k1, v0, v1, do0, do1, log, inner, m, n, scale, dk0, dk1, dv0, dv1,
+                K1 > 0, V1 > 0, False,
+            )  # fmt: skip
+            dscore = tl.trans(dscore)
+            if ADD:
+                _add_part(sums, n, tl.dot(dscore, k0), positions, 0, K0, K)
+                if K1:
+                    _add_part(sums, n, tl.dot(dscore, k1), positions, K0, K1, K)
+            else:
+                _store_part(sums, n, K, sum0 + tl.dot(dscore, k0), positions, 0, K0, K)
+                if K1:
+                    _store_part(sums, n, K, sum1 + tl.dot(dscore, k1), positions, K0, K1, K)
+        _store_part(dkey, m, heads * K, dk0 * dscale, positions, 0, K0, K)
+        _store_part(dvalue, m, heads * VALUE_STRIDE, dv0, positions, 0, V0, V)
+        if K1:
+            _store_part(dkey, m, heads * K, dk1 * dscale, positions, K0, K1, K)
+        if V1:
+            _store_part(dvalue, m, heads * VALUE_STRIDE, dv1, positions, V0, V1, V)
+
+
+@triton.jit
+def _sum_part(sums, rows, below, FIRST: tl.constexpr, WIDTH: tl.constexpr, TOTAL: tl.constexpr):
+    """As `_part`, with zeros in rows from `below` on."""
+    column = FIRST + tl.arange(0, WIDTH)
+    used = rows[:, None] < below
+    if FIRST + WIDTH > TOTAL:
+        used = used & (column[None, :] < TOTAL)
+    return tl.load(sums + rows[:, None] * TOTAL + column[None, :], mask=used, other=0.0)
+
+
+@triton.jit
+def _add_part(sums, rows, part, below, FIRST: tl.constexpr, WIDTH: tl.constexpr, TOTAL: tl.constexpr):
+    """Adds to what `_sum_part` reads; one program adds to a sum, in the order of its blocks."""
+    column = FIRST + tl.arange(0, WIDTH)
+    used = rows[:, None] < below
+    if FIRST + WIDTH > TOTAL:
+        used = used & (column[None, :] < TOTAL)
+    tl.atomic_add(sums + rows[:, None] * TOTAL + column[None, :], part, mask=used, sem="relaxed")
+
+
+@triton.jit
+def _inner(out, dout, rows, heads, V: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr):
+    """Inner products of outputs and their gradients."""
+    o0 = _part(out, rows, heads * V, 0, V0, V).to(tl.float32)
+    inner = tl.sum(o0 * _part(dout, rows, heads * V, 0, V0, V).to(tl.float32), axis=1)
+    if V1:
+        o1 = _part(out, rows, heads * V, V0, V1, V).to(tl.float32)
+        inner += tl.sum(o1 * _part(dout, rows, heads * V, V0, V1, V).to(tl.float32), axis=1)
+    return inner
+
+
+def forward(query_BNHK: Tensor, key_BNHK: Tensor, value_BNHV: Tensor) -> tuple[Tensor, Tensor]:
+    """As the reference's."""
+    _, positions, heads, width = query_BNHK.shape
+    value_BNHV = _strided_rows(value_BNHV)
+    out = torch.empty(value_BNHV.shape, dtype=query_BNHK.dtype, device=query_BNHK.device)
+    lse = torch.empty(lse_shape(query_BNHK), dtype=torch.float32, device=query_BNHK.device)
+    if out.numel():
+        block_q, block_k, warps, stages = FORWARD
+        _forward_kernel[(lse.numel() // block_q,)](
+            query_BNHK.contiguous(), key_BNHK.contiguous(), value_BNHV, out, lse,
+            heads, positions, lse.shape[2], width**-0.5 * math.log2(math.e), **_widths(width, value_BNHV),
+            BLOCK_Q=block_q, BLOCK_K=block_k, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+    return out, lse
+
+
+def backward(
+    dout_BNHV: Tensor,
+    query_BNHK: Tensor,
+    key_BNHK: Tensor,
+    value_BNHV: Tensor,
+    out_BNHV: Tensor,
+    lse_BHL: Tensor,
+    dvalue_BNHV: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """As the reference's."""
+    batch, positions, heads, width = query_BNHK.shape
+    dquery = torch.empty(query_BNHK.shape, dtype=query_BNHK.dtype, device=query_BNHK.device)
+    dkey = torch.empty(key_BNHK.shape, dtype=key_BNHK.dtype, device=key_BNHK.device)
+    if not out_BNHV.numel():
+        return dquery.zero_(), dkey.zero_()
+    value_BNHV = _strided_rows(value_BNHV)
+    assert dvalue_BNHV.stride() == value_BNHV.stride()
+    query_BNHK, key_BNHK, dout_BNHV = (t.contiguous() for t in (query_BNHK, key_BNHK, dout_BNHV))
+    delta = torch.empty_like(lse_BHL)
+    scale = width**-0.5
+    rest = heads, positions, lse_BHL.shape[2], scale * math.log2(math.e), scale
+    if ONE_KERNEL:
+        block_q, block_k, warps, stages = ALL_GRADIENTS
+        sums = torch.empty((batch, heads, positions, width), dtype=torch.float32, device=query_BNHK.device)
+        _gradient_kernel[(batch * heads,)](
+            query_BNHK, key_BNHK, value_BNHV, out_BNHV, lse_BHL, dout_BNHV, dquery, dkey, dvalue_BNHV, delta,
+            sums, *rest, **_widths(width, value_BNHV), BLOCK_Q=block_q, BLOCK_K=block_k, num_warps=warps,
+            ADD=ADD, num_stages=stages,
+        )  # fmt: skip
+        return dquery, dkey
+    block_q, block_k, warps, stages = QUERY_GRADIENT
+    _query_gradient_kernel[(lse_BHL.numel() // block_q,)](
+        query_BNHK, key_BNHK, value_BNHV, out_BNHV, lse_BHL, dout_BNHV, dquery, delta, *rest,
+        **_widths(width, value_BNHV), BLOCK_Q=block_q, BLOCK_K=block_k, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    block_q, block_k, warps, stages = KEY_GRADIENT
+    _key_gradient_kernel[(batch * heads * triton.cdiv(positions, block_k),)](
+        query_BNHK, key_BNHK, value_BNHV, lse_BHL, dout_BNHV, delta, dkey, dvalue_BNHV, *rest,
+        **_widths(width, value_BNHV), BLOCK_Q=block_q, BLOCK_K=block_k, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return dquery, dkey
+
+
+def _strided_rows(x_BNHV: Tensor) -> Tensor:
+    """x if its heads lie equally far from each other throughout, as in a slice of their last dim."""
+    _, positions, heads, _ = x_BNHV.shape
+    stride = x_BNHV.stride(2)
+    regular = x_BNHV.stride() == (positions * heads * stride, heads * stride, stride, 1)
+    return x_BNHV if regular else x_BNHV.contiguous()
+
+
+def _widths(width: int, value_BNHV: Tensor) -> dict[str, int]:
+    parts = *_parts(width), *_parts(value_BNHV.shape[-1])
+    names = ("K0", "K1", "V0", "V1")
+    return {
+        "K": width,
+        "V": value_BNHV.shape[-1],
+        "VALUE_STRIDE": value_BNHV.stride(2),
+        **dict(zip(names, parts, strict=True)),
+    }
+
+
+def _parts(width: int) -> tuple[int, int]:
+    """Two powers of two of at least 16, or one and 0, that hold a width with few zeros."""
+    first = max(16, 1 << width.bit_length() - 1)
+    return first, max(16, triton.next_power_of_2(width - first)) if width > first else 0

@@ -40,11 +40,11 @@ class Tile(NamedTuple):
 
 
 # The first of each is in use, others may be timed. Columns are one or two times the rows.
-SMALL_TILES = (Tile(64, 64, 64, 4, 4), Tile(64, 128, 64, 4, 4), Tile(128, 128, 64, 4, 3))
+SMALL_TILES = (Tile(64, 128, 64, 4, 4), Tile(64, 64, 64, 4, 4), Tile(128, 128, 64, 4, 3))
 LARGE_TILES = (
-    Tile(128, 128, 64, 4, 3),
     Tile(128, 256, 64, 8, 4),
     Tile(128, 256, 64, 8, 3),
+    Tile(128, 128, 64, 4, 3),
     Tile(128, 128, 64, 8, 3),
 )
 LARGE = 512  # from this M on

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-BLOCK = 128  # positions, a multiple of the kernels' blocks
+BLOCK = 64  # positions, a multiple of the kernels' blocks of queries
 
 
 def lse_shape(query_BNHK: Tensor) -> tuple[int, int, int]:

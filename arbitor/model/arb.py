@@ -485,12 +485,19 @@ class ARBModel(nn.Module):
         h_BND = h_BQD[:, num_prefix:]
         # Outside of bf16: the head's integer sums are exact, and rounding logits to 8 bits would cost loss.
         with torch.autocast(h_BND.device.type, enabled=False):
-            if type(self.head) is ByteHead:
+            if not self._is_integer:
+                logits_BNS = self.head.logits(h_BND).float()
+            elif type(self.head) is ByteHead:
                 logits_BNS = self.head.logits(h_BND, dtype=widened_dtype(h_BND)).float()
-            else:  # what wraps a head, or stands in for one, may work in the dtype of its input
+            else:  # what wraps a head may work in the dtype of its input
                 logits_BNS = self.head.logits(widened(h_BND)).float()
         modalities_BNC = None if self.router is None else self.router(h_BND)
         return _Pass(logits_BNS, modalities_BNC, losses)
+
+    @property
+    def _is_integer(self) -> bool:
+        """Whether its byte table is one of integers: stand-ins of floats keep the dtype that they give."""
+        return isinstance(self.embed, Int8Embedding)
 
     def _autocast(self) -> torch.autocast:
         device = self.device.type
@@ -525,7 +532,7 @@ class ARBModel(nn.Module):
                 stream = block(stream, rotation, next(layers))
             return settled(stream)
 
-        if isinstance(self.embed, Int8Embedding):  # a stand-in of floats keeps the dtype that it gives
+        if self._is_integer:
             h_BQD = h_BQD.to(stream_dtype(h_BQD))
         prelude = list(self.prelude)
         if self.memory is not None:

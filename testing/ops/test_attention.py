@@ -44,8 +44,10 @@ each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 def kernels(monkeypatch):
     """The module of the kernels, which run; new memory holds NaN."""
     pytest.importorskip("triton", reason="needs Triton, which the extra `test` installs on Linux")
+    from arbitor.ops import attention
     from arbitor.ops.attention import triton
 
+    monkeypatch.setattr(attention, "ENABLED", True)
     monkeypatch.setenv("ARB_TERNARY_BACKEND", "triton")
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -39,7 +39,8 @@ def model():
 def never_ending(model):
     """The model with EOS and STOP made impossible."""
     logits = model.head.logits
-    model.head.logits = lambda x: logits(x).index_fill(-1, torch.tensor([EOS, STOP]), -1000.0)
+    ends = torch.tensor([EOS, STOP])
+    model.head.logits = lambda x, **options: logits(x, **options).index_fill(-1, ends, -1000.0)
     return model
 
 

@@ -36,8 +36,9 @@ from arbitor.model.router import MODALITIES, OutputRouter
 from arbitor.model.sequencer import WINDOW, TextSequencer
 from arbitor.model.vocab import PAD
 from arbitor.model.vq import VQBridge
+from arbitor.ops.activations import compute_dtype
 from arbitor.ternary import Int8Embedding, VoteOptimizer, runtime
-from arbitor.ternary.stream import add_to_stream, deferring, settled, stream_dtype, widened, widened_dtype
+from arbitor.ternary.stream import add_to_stream, deferring, settled, stream_dtype, widened
 
 DEFAULT_PRESET = "arb-1b"
 DIVERSITY_WEIGHT = 3.0  # motifs' perplexity after 1,000 steps: 180 with 1, 359 with 3, 346 with 10
@@ -488,7 +489,7 @@ class ARBModel(nn.Module):
             if not self._is_integer:
                 logits_BNS = self.head.logits(h_BND).float()
             elif type(self.head) is ByteHead:
-                logits_BNS = self.head.logits(h_BND, dtype=widened_dtype(h_BND)).float()
+                logits_BNS = self.head.logits(h_BND, dtype=compute_dtype(h_BND)).float()
             else:  # what wraps a head may work in the dtype of its input
                 logits_BNS = self.head.logits(widened(h_BND)).float()
         modalities_BNC = None if self.router is None else self.router(h_BND)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from arbitor.config import ModelConfig
 from arbitor.model.norm import rms_norm
-from arbitor.ops.byte_windows import add_and_norm, kernels_run, windows
+from arbitor.ops.byte_windows import add_and_norm, kernels_run, reference, windows
 from arbitor.ternary import TernaryLinear
 from arbitor.ternary.stream import stream_dtype
 
@@ -37,5 +37,5 @@ class TextSequencer(nn.Module):
             dtype = stream_dtype(e_BLD)
             window_BNW, own_BND = windows(e_BLD, dtype)
             return add_and_norm(own_BND, self.mix(window_BNW), e_BLD.dtype if self.wide else dtype)
-        window_BNW = torch.cat([e_BLD[:, :-2], e_BLD[:, 1:-1], e_BLD[:, 2:]], dim=-1)
-        return rms_norm(e_BLD[:, 2:] + self.mix(window_BNW))
+        window_BNW, own_BND = reference.windows(e_BLD, e_BLD.dtype)
+        return rms_norm(own_BND + self.mix(window_BNW))

@@ -24,9 +24,6 @@ from arbitor.ops.ternary_linear import cpu
 from arbitor.ternary.capture import outside_autocast, wants_weights
 from arbitor.ternary.layers import TernaryLinear, capture_linear, output_dtype, root_of, ternary_matmul
 
-# Whether the stream is kept in the dtype that autocast has for products, where kernels run.
-NARROW = True
-
 
 class Stream(NamedTuple):
     """A residual stream and what is still to be added to it.
@@ -55,20 +52,15 @@ def stream_dtype(x: Tensor) -> torch.dtype:
     A sum is then rounded once, as it is written, after it was formed in fp32. Elsewhere it is the dtype of x.
     """
     device = x.device.type
-    narrow = NARROW and torch.is_autocast_enabled(device) and not torch.compiler.is_compiling()
+    narrow = torch.is_autocast_enabled(device) and not torch.compiler.is_compiling()
     if narrow and x.dtype != torch.float64 and uses_triton(x):
         return torch.get_autocast_dtype(device)
     return x.dtype
 
 
-def widened_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of x, but at least fp32."""
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 def widened(x: Tensor) -> Tensor:
     """x in fp32 at least, for what must not be rounded more than that."""
-    return x.to(widened_dtype(x))
+    return x.to(activations.compute_dtype(x))
 
 
 def deferring(stream: Tensor) -> Tensor | Stream:

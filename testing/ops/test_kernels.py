@@ -224,9 +224,7 @@ def test_weighed_momentum_equals_the_reference(columns, group, bits, dtype):
     for i in range(n):
         part = slice(i, i + 1)
         into = Weighed(written, weights, group, largest, i)
-        triton.fold_weighed(
-            given[part], found[0][part], found[1][part], stream, active, bits, 0.9, 0.95, into
-        )
+        triton.fold(given[part], found[0][part], found[1][part], stream, active, bits, 0.9, 0.95, into=into)
     # The interpreter cuts off what bf16 does not hold.
     exact = dtype == torch.float32 or DEVICE == "cuda"
     tolerance = 0 if exact else 2**-7

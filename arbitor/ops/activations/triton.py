@@ -209,25 +209,24 @@ def quantize(
     *,
     sums: Tensor | None = None,
     offsets: Tensor | None = None,
-    warps: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.normalize_and_quantize` of x [N, I] in fp32 or bf16; the codes are int8.
 
     `sums`, int32 [N, 1], are overwritten with the sums of each token's codes. With `offsets`, int32 [E], rows
     behind the last of them are left out: their scale and rstd are 0, and their codes and sums anything.
     """
-    return _quantize(x, None, input_norm, squared, sums, offsets, warps)
+    return _quantize(x, None, input_norm, squared, sums, offsets)
 
 
 def add_and_quantize(
-    x: Tensor, added: Tensor, *, sums: Tensor | None = None, warps: int | None = None
+    x: Tensor, added: Tensor, *, sums: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x + added, both [N, I], in the dtype of x, and `quantize` of that with its norm."""
     if x.shape[-1] > MAX_BLOCK:
         total = add(x, added)
-        return total, *_quantize(total, None, True, False, sums, None, warps)
+        return total, *_quantize(total, None, True, False, sums, None)
     total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return total, *_quantize(x, (added.contiguous(), total), True, False, sums, None, warps)
+    return total, *_quantize(x, (added.contiguous(), total), True, False, sums, None)
 
 
 def _quantize(
@@ -237,7 +236,6 @@ def _quantize(
     squared: bool,
     sums: Tensor | None,
     offsets: Tensor | None,
-    warps: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`quantize`; with `sum_of`, what is added to x and where the sum goes."""
     tokens, columns = x.shape
@@ -250,7 +248,7 @@ def _quantize(
             *_counted(x, offsets), columns, RMS_EPS, CODE_SCALE, smallest, NORM=input_norm, SQUARED=squared,
             ADDED=sum_of is not None, SUMS=sums is not None, COUNTED=offsets is not None,
             ONCE=columns <= _block(columns), BLOCK=_block(columns), PTX=has_ptx(),
-            num_warps=warps or _warps(columns, 1024), enable_fp_fusion=False,
+            num_warps=_warps(columns, 1024), enable_fp_fusion=False,
         )  # fmt: skip
     return codes, scale, rstd
 
@@ -265,7 +263,6 @@ def norm_backward(
     more: Tensor | None = None,
     beside: Tensor | None = None,
     offsets: Tensor | None = None,
-    warps: int | None = None,
 ) -> Tensor:
     """Gradient [N, I] of x, in its dtype, from that of u * rstd(u), u = x or relu(x)^2.
 
@@ -278,7 +275,6 @@ def norm_backward(
         more: of the dtype of dxn, a second gradient to be added to it.
         beside: [N, I], a gradient of x itself, to be added to the result.
         offsets: int32 [E]; the gradient of rows behind the last of them is 0.
-        warps: of a program; None takes as many as suit the columns.
     """
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     tokens, columns = x.shape
@@ -288,7 +284,7 @@ def norm_backward(
             x if beside is None else beside.contiguous(), dx, *_counted(x, offsets), columns,
             NORM=input_norm, SQUARED=squared, MORE=more is not None, BESIDE=beside is not None,
             COUNTED=offsets is not None, ONCE=columns <= _block(columns), BLOCK=_block(columns),
-            num_warps=warps or _warps(columns, 512),
+            num_warps=_warps(columns, 512),
         )  # fmt: skip
     return dx
 

@@ -9,6 +9,8 @@ import math
 import torch
 from torch import Tensor
 
+from arbitor.ops.activations import compute_dtype
+
 BLOCK = 64  # positions, a multiple of the kernels' blocks of queries
 
 
@@ -64,4 +66,4 @@ def _scores(query: Tensor, key: Tensor) -> Tensor:
 
 
 def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(compute_dtype(x))

@@ -17,6 +17,18 @@ TOKENS = 16  # of a program, of latents
 COLUMNS = 64  # of a latent at a time
 
 
+@triton.jit
+def _turned(x1, x2, c, s):
+    """A pair of halves, rotated."""
+    return x1 * c - x2 * s, x1 * s + x2 * c
+
+
+@triton.jit
+def _turned_back(d1, d2, c, s):
+    """The gradient of what `_turned` was given."""
+    return d1 * c + d2 * s, d2 * c - d1 * s
+
+
 @triton.jit(do_not_specialize=["total", "positions"])
 def _rotate_kernel(
     x, dy, cos, sin, y, total, heads, positions, eps,
@@ -45,8 +57,7 @@ def _rotate_kernel(
     if BACKWARD:
         d1 = tl.load(dy + first, mask=used, other=0.0).to(tl.float32)
         d2 = tl.load(dy + second, mask=used, other=0.0).to(tl.float32)
-        g1 = d1 * c + d2 * s
-        g2 = d2 * c - d1 * s
+        g1, g2 = _turned_back(d1, d2, c, s)
         dot = tl.sum(g1 * x1 + g2 * x2, axis=1)
         if PLAIN:
             g0 = tl.load(dy + plain, mask=used_plain, other=0.0).to(tl.float32)
@@ -58,10 +69,7 @@ def _rotate_kernel(
             y0 = g0 * rstd[:, None] - x0 * coefficient[:, None]
             tl.store(y + plain, y0.to(y.dtype.element_ty), mask=used_plain)
     else:
-        n1 = x1 * rstd[:, None]
-        n2 = x2 * rstd[:, None]
-        y1 = n1 * c - n2 * s
-        y2 = n1 * s + n2 * c
+        y1, y2 = _turned(x1 * rstd[:, None], x2 * rstd[:, None], c, s)
         if PLAIN:
             tl.store(y + plain, (x0 * rstd[:, None]).to(y.dtype.element_ty), mask=used_plain)
     tl.store(y + first, y1.to(y.dtype.element_ty), mask=used)
@@ -152,8 +160,7 @@ def _latent_kernel(
     if BACKWARD:
         d1 = tl.load(shared + at, mask=used, other=0.0).to(tl.float32)
         d2 = tl.load(shared + at + HALF, mask=used, other=0.0).to(tl.float32)
-        g1 = d1 * c + d2 * s
-        g2 = d2 * c - d1 * s
+        g1, g2 = _turned_back(d1, d2, c, s)
         coefficient = tl.sum(g1 * x1 + g2 * x2, axis=1) * (rstd * rstd * rstd / (2 * HALF))
         y1 = g1 * rstd[:, None] - x1 * coefficient[:, None]
         y2 = g2 * rstd[:, None] - x2 * coefficient[:, None]
@@ -161,10 +168,7 @@ def _latent_kernel(
     else:
         tl.store(rotary + at, r1, mask=used)
         tl.store(rotary + at + HALF, r2, mask=used)
-        n1 = x1 * rstd[:, None]
-        n2 = x2 * rstd[:, None]
-        y1 = n1 * c - n2 * s
-        y2 = n1 * s + n2 * c
+        y1, y2 = _turned(x1 * rstd[:, None], x2 * rstd[:, None], c, s)
         out = shared + at
     tl.store(out, y1.to(down.dtype.element_ty), mask=used)
     tl.store(out + HALF, y2.to(down.dtype.element_ty), mask=used)

@@ -92,7 +92,7 @@ def momentum_fold_weighed(
     """
     from arbitor.ops.momentum import triton
 
-    triton.fold_weighed(gradient, codes, exponent, keys, active, bits, beta, lookahead, into)
+    triton.fold(gradient, codes, exponent, keys, active, bits, beta, lookahead, into=into)
 
 
 _fold = register(

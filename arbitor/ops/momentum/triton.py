@@ -172,58 +172,25 @@ def fold(
     beta: float,
     lookahead: float,
     tile: int | None = None,
+    *,
+    into: Weighed | None = None,
 ) -> Tensor:
-    """As `reference.fold` of bits drawn from `keys`, on [n, O, I]."""
-    direction = torch.empty(gradient.shape, dtype=torch.float32, device=gradient.device)
-    _launch(gradient, codes, exponent, keys, active, bits, beta, lookahead, direction, None, tile)
-    return direction
+    """As `reference.fold` of bits drawn from `keys`, on [n, O, I] of any dtype.
 
-
-def fold_weighed(
-    gradient: Tensor,
-    codes: Tensor,
-    exponent: Tensor,
-    keys: Tensor,
-    active: Tensor,
-    bits: int,
-    beta: float,
-    lookahead: float,
-    into: Weighed,
-    tile: int | None = None,
-) -> None:
-    """`fold` of some matrices out of n, whose direction is weighed and written in the dtype wanted.
-
-    Args:
-        gradient: float [m, O, I], any dtype; dense.
-        codes, exponent: their momentum, changed.
-        keys, active: of all n matrices.
-        bits, beta, lookahead: as in `fold`.
-        into: what is written, of all n.
-        tile: rows of a program.
+    With `into`, of some matrices out of n: keys and active are those of all n, and the direction, which is
+    returned, is weighed and lies there.
     """
-    _launch(gradient, codes, exponent, keys, active, bits, beta, lookahead, into.direction, into, tile)
-
-
-def _launch(
-    gradient: Tensor,
-    codes: Tensor,
-    exponent: Tensor,
-    keys: Tensor,
-    active: Tensor,
-    bits: int,
-    beta: float,
-    lookahead: float,
-    direction: Tensor,
-    into: Weighed | None,
-    tile: int | None,
-) -> None:
     assert codes.stride(-2) == codes.shape[-1]
     assert exponent.stride(-2) == exponent.shape[-1]
     gradient = dense_rows(gradient)
     matrices, rows, columns = gradient.shape
     groups = exponent.shape[-1]
+    if into is None:
+        direction = torch.empty(gradient.shape, dtype=torch.float32, device=gradient.device)
+    else:
+        direction = into.direction
     if gradient.numel() == 0:
-        return
+        return direction
     active = active.expand(len(direction), active.shape[-2] if active.shape[-2] == 1 else rows, 1)
     tile = tile or TILES[0]
     group = reference.group_of(columns, groups)
@@ -268,3 +235,4 @@ def _launch(
         num_warps=4,
         enable_fp_fusion=False,
     )
+    return direction

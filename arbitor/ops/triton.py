@@ -101,6 +101,12 @@ def has_halves(device: torch.device) -> bool:
     return has_ptx() and (device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0))
 
 
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a program may have of a GPU's shared memory."""
+    properties: Any = torch.cuda.get_device_properties(device)  # torch's stub lacks some of them
+    return int(properties.shared_memory_per_block_optin)
+
+
 def grid_of_rows(across: int, down: int, matrices: int = 1) -> tuple[tuple[int, int, int], bool]:
     """Grid of parts of matrices, neighbours in a row first, and whether it is turned for being too tall."""
     turned = down > MOST_PROGRAMS

@@ -426,7 +426,8 @@ class VoteOptimizer(torch.optim.Optimizer):
                 continue
             largest = torch._foreach_norm(list(tensors), math.inf)
             norms |= {name: norm for name, norm in zip(names, largest, strict=True) if name is not None}
-            ok = ok & torch.isfinite(torch.stack(largest)).all().to(ok.device)
+            # Beyond the range of what the update works in, a number is not finite.
+            ok = ok & torch.isfinite(torch.stack(largest).to(torch.float32)).all().to(ok.device)
         return ok, norms
 
     @outside_autocast()

@@ -224,9 +224,10 @@ class Step:
         return max(1, self.constants.workspace_weights // (rows * columns))
 
     def _moves_apart(self, module: TernaryScaleTensor) -> bool:
-        """Whether a single matrix moves by `update_apart`."""
+        """Whether a single matrix moves by `update_apart`; experts do not."""
         spectral = self.constants.rule == "spectral" and not self.constants.votes_on_scales
-        return spectral and uses_triton(module.T_packed) and not isinstance(module, TernaryEmbeddingTable)
+        single = isinstance(module.capture, GradientCapture) and not isinstance(module, TernaryEmbeddingTable)
+        return spectral and single and uses_triton(module.T_packed)
 
     def _may_stay_factored(self, module: TernaryScaleTensor, tokens: int) -> bool:
         """Whether the direction of a gradient of so few tokens comes from two thin matrices."""

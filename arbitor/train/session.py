@@ -290,7 +290,8 @@ def _refuse_contradiction(
     where = f"{folder / runs.CONFIG_FILE}; leave it out to resume, or start a new run"
     if preset is not None and preset != config.preset:
         raise UserError(f"--preset {preset} contradicts the run's preset {config.preset!r} in {where}")
-    if config_file is not None and load_config(config_file, config) != config:
+    before = config.data.learnt_before  # of what starts a run, whatever a file says
+    if config_file is not None and override(load_config(config_file, config), learnt_before=before) != config:
         raise UserError(f"--config {config_file} contradicts the run's settings in {where}")
     for name, value in settings.items():
         with naming_flags((name,)):

@@ -92,3 +92,22 @@ def test_matrices_that_kernels_cannot_multiply():
     x = gaussian((2, 7, 5))
     wanted = expected(x)
     assert error(newton_schulz(x, largest(x)), wanted) <= TOLERANCE
+
+
+def test_matrices_are_brought_to_unit_norm_in_the_dtype_asked_for():
+    """Also where their largest magnitude is wider than they are."""
+    x = gaussian((2, 7, 5)).to(torch.bfloat16)
+    magnitude = x.float().abs().amax(dim=(-2, -1), keepdim=True)
+    brought = reference.brought_to_unit_norm(x, magnitude, x.dtype)
+    assert brought.dtype == reference.newton_schulz(brought).dtype == torch.bfloat16
+    assert brought.float().norm(dim=(-2, -1)).sub(1).abs().max() <= torch.finfo(torch.bfloat16).eps
+
+
+def test_large_tiles_are_for_gpus_with_room_for_them(monkeypatch):
+    from arbitor.ops.newton_schulz import triton
+
+    for room, large in ((232_448, True), (101_376, False)):  # of an H100 and of a GPU for one's desk
+        monkeypatch.setattr(triton, "shared_memory", lambda _, room=room: room)
+        tiles = triton.LARGE_TILES if large else triton.SMALL_TILES
+        assert triton._tile(960, torch.device("cuda")) == tiles[0]
+        assert triton._tile(320, torch.device("cuda")) == triton.SMALL_TILES[0]

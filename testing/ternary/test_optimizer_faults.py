@@ -123,6 +123,19 @@ def test_one_bad_element_of_one_matrix_drops_every_matrix(bad):
     assert optimizer.dropped_steps == 1
 
 
+def test_a_gradient_beyond_the_range_of_fp32_is_not_finite():
+    net, optimizer = make()
+    before = snapshot(net, optimizer)
+    backward(net)
+    gradient = torch.zeros(36, 20, dtype=torch.float64)
+    gradient[35, 19] = 1e39
+    net.up[1].capture.clear()
+    net.up[1].capture.add_dense(gradient)
+    optimizer.step()
+    assert changed(before, snapshot(net, optimizer)) == []
+    assert optimizer.dropped_steps == 1
+
+
 @each_rule
 @each_state
 @pytest.mark.parametrize("factor", [1e-36, 1e-25, 1e25], ids=str)

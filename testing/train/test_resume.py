@@ -276,6 +276,9 @@ def test_resume_refuses_what_contradicts_the_run(workplace, settings, interrupt)
             start_training(**arguments, run="cut", resume=True)
     agreeing = {"steps": 12, "data": ["data.txt"], "device": "cpu", "lr": 0.05}
     assert start_training(agreeing, preset="tiny", run="cut", resume=True) == 0
+    # What was learnt before says nothing of how to train: a file of a run that grew may be given again.
+    (workplace / "grown.toml").write_text('[data]\nlearnt_before = ["codec"]\n')
+    assert start_training({}, config_file="grown.toml", run="cut", resume=True) == 0
 
 
 @pytest.mark.parametrize(("place", "part"), [(0, "training"), (0.5, "training"), (-1, "held-out")])

@@ -5,7 +5,7 @@ Shape letters: N tokens, I in, O out.
 """
 
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from arbitor.ops.triton import has_halves
+from arbitor.ops.triton import has_halves, shared_memory
 
 
 class Tile(NamedTuple):
@@ -164,9 +164,8 @@ def _processors(device: torch.device) -> tuple[int, int]:
     """How many a GPU has, and bytes of shared memory that a program may take; 0 of what cannot copy tiles."""
     if device.type != "cuda":
         return 3, 0  # of the interpreter, so that a program has several tiles
-    properties: Any = torch.cuda.get_device_properties(device)  # torch's stub lacks some of them
-    shared = properties.shared_memory_per_block_optin if has_halves(device) else 0
-    return properties.multi_processor_count, shared
+    count = torch.cuda.get_device_properties(device).multi_processor_count
+    return count, shared_memory(device) if has_halves(device) else 0
 
 
 def _tile(tokens: int, rows: int, persists: bool) -> Tile:

@@ -15,7 +15,7 @@ def brought_to_unit_norm(n: Tensor, largest: Tensor, dtype: torch.dtype) -> Tens
     """Matrices [..., O, I] over their norms, in `dtype`, by way of their largest magnitudes [..., 1, 1]."""
     x = n / largest
     norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp_min_(TINY)
-    return torch.div(x, norm, out=x if dtype == n.dtype else torch.empty_like(x, dtype=dtype))
+    return torch.div(x, norm, out=x if dtype == x.dtype else torch.empty_like(x, dtype=dtype))
 
 
 def newton_schulz(x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from arbitor.ops.newton_schulz.reference import COEFFICIENTS, STEPS
-from arbitor.ops.triton import exp2_int, has_halves
+from arbitor.ops.triton import exp2_int, has_halves, shared_memory
 
 A, B, C = (tl.constexpr(coefficient) for coefficient in COEFFICIENTS)
 LEAST = tl.constexpr(1e-15)  # below all traces but 0, and 1 over its square is finite
@@ -48,6 +48,7 @@ LARGE_TILES = (
     Tile(128, 128, 64, 8, 3),
 )
 LARGE = 512  # from this M on
+LARGE_BYTES = 200_000  # of shared memory, which the first large tile takes at most
 
 
 @triton.jit
@@ -155,7 +156,7 @@ def newton_schulz(x: Tensor, largest: Tensor, tile: Tile | None = None) -> Tenso
     _range_kernel[(PROGRAMS, n)](x, largest, rows * columns, NUMBERS=NUMBERS)
     tall = rows > columns
     size = min(rows, columns)
-    tile = tile or (LARGE_TILES if size >= LARGE else SMALL_TILES)[0]
+    tile = tile or _tile(size, x.device)
     squares = torch.empty((n, size), dtype=torch.float32, device=x.device)
     gram, polynomial = (torch.empty((n, size, size), dtype=x.dtype, device=x.device) for _ in range(2))
     other = torch.empty_like(x)
@@ -166,6 +167,12 @@ def newton_schulz(x: Tensor, largest: Tensor, tile: Tile | None = None) -> Tenso
         torch.bmm(*((x, polynomial) if tall else (polynomial, x)), out=other)
         x, other = other, x
     return x
+
+
+def _tile(size: int, device: torch.device) -> Tile:
+    """A large one for large matrices, where a program may take so much memory; the interpreter has enough."""
+    room = LARGE_BYTES if device.type != "cuda" else shared_memory(device)
+    return (LARGE_TILES if size >= LARGE and room >= LARGE_BYTES else SMALL_TILES)[0]
 
 
 def multiply_symmetric(

@@ -33,6 +33,16 @@ SHAPES = [
     (0, 5, 2, 4, 4, 8),
     (1, 64, 1, 32, 32, 112),
 ]
+# The same, of widths that kernels take.
+ALIGNED = [
+    (2, 70, 1, 48, 32, 80),
+    (1, 1, 1, 8, 8, 8),
+    (1, 131, 1, 8, 8, 24),
+    (1, 33, 2, 80, 32, 16),
+    (0, 5, 2, 8, 8, 8),
+    (1, 64, 1, 32, 32, 112),
+    (1, 200, 2, 56, 16, 72),
+]
 # On a GPU, kernels are for operands of 16 bits; under the interpreter, those of bf16 are wrong.
 DTYPES = (torch.bfloat16, torch.float16) if DEVICE == "cuda" else (torch.float32, torch.float16)
 EPS32 = torch.finfo(torch.float32).eps
@@ -44,10 +54,8 @@ each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 def kernels(monkeypatch):
     """The module of the kernels, which run; new memory holds NaN."""
     pytest.importorskip("triton", reason="needs Triton, which the extra `test` installs on Linux")
-    from arbitor.ops import attention
     from arbitor.ops.attention import triton
 
-    monkeypatch.setattr(attention, "ENABLED", True)
     monkeypatch.setenv("ARB_TERNARY_BACKEND", "triton")
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -151,25 +159,29 @@ def test_kernels_take_what_they_are_for(kernels):
     assert can_attend(query, up, shared)
     assert not can_attend(query.float(), up.float(), shared.float())
     assert not can_attend(query[:, 2:], up, shared)  # as after positions of a ledger
+    for shape in ((1, 3, 2, 48, 32, 81), (1, 3, 2, 44, 32, 84), (1, 3, 2, 48, 28, 80)):
+        assert not can_attend(*(t.to(DEVICE) for t in inputs(shape, torch.float16)))
+    shifted = torch.empty(up.numel() + 4, dtype=up.dtype, device=DEVICE)[4:].view_as(up)
+    assert not can_attend(query, shifted, shared)
     assert not can_attend(query, torch.cat([up, up], dim=-1), shared)
 
 
 def run_kernels(kernels, query, key, value, dout):
     """As `results_and_bounds`; the values are a part of what is wider, as is their gradient."""
     B, N, H, V = value.shape
-    up, dup = (among_nans(torch.full((B, N, H, V + 3), torch.nan, dtype=value.dtype)) for _ in range(2))
-    up[..., 3:] = value
+    up, dup = (among_nans(torch.full((B, N, H, V + 8), torch.nan, dtype=value.dtype)) for _ in range(2))
+    up[..., 8:] = value
     query, key, dout = (among_nans(t) for t in (query, key, dout))
-    out, lse = kernels.forward(query, key, up[..., 3:])
-    gradients = kernels.backward(dout, query, key, up[..., 3:], out, lse, dup[..., 3:])
+    out, lse = kernels.forward(query, key, up[..., 8:])
+    gradients = kernels.backward(dout, query, key, up[..., 8:], out, lse, dup[..., 8:])
     band = dup.untyped_storage().nbytes() // dup.element_size() - dup.numel()
-    assert dup._base.isnan().sum() >= band + 3 * B * N * H, "what is not of the values is left alone"
-    return [t.cpu() for t in (out, *gradients, dup[..., 3:])]
+    assert dup._base.isnan().sum() >= band + 8 * B * N * H, "what is not of the values is left alone"
+    return [t.cpu() for t in (out, *gradients, dup[..., 8:])]
 
 
 @pytest.mark.parametrize(
     ("shape", "dtype"),
-    [(SHAPES[0], DTYPES[0]), *((shape, DTYPES[i % 2]) for i, shape in enumerate(SHAPES, 1))],
+    [(ALIGNED[0], DTYPES[0]), *((shape, DTYPES[i % 2]) for i, shape in enumerate(ALIGNED, 1))],
     ids=str,
 )
 def test_kernels_equal_plain_softmax(shape, dtype, kernels):
@@ -184,7 +196,7 @@ def test_kernels_equal_plain_softmax(shape, dtype, kernels):
         assert ((mine.double() - theirs).abs() <= bound).all()
 
 
-@pytest.mark.parametrize("shape", [(2, 5, 3, 6, 4, 8), (1, 66, 2, 3, 2, 5)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 5, 3, 16, 8, 8), (1, 66, 2, 8, 8, 40)], ids=str)
 def test_kernels_within_attend(shape, kernels):
     """The norm's gradient does not stretch an error by more than the norm does."""
     P, dtype = shape[3], DTYPES[1]
@@ -210,12 +222,14 @@ def test_kernels_within_attend(shape, kernels):
 
 
 def test_kernels_take_values_of_any_strides(kernels):
-    query, key, value = (normal(2, 3, 2, 16, dtype=DTYPES[1], seed=seed).to(DEVICE) for seed in range(3))
-    strided = value.transpose(1, 2).contiguous().transpose(1, 2)
-    for mine, theirs in zip(
-        kernels.forward(query, key, strided), kernels.forward(query, key, value), strict=True
-    ):
-        assert torch.equal(mine, theirs)
+    query, key, value = (normal(2, 70, 2, 80, dtype=DTYPES[1], seed=seed).to(DEVICE) for seed in range(3))
+    plain = kernels.forward(query, key, value)
+    transposed = value.transpose(1, 2).contiguous().transpose(1, 2)
+    odd_rows = torch.cat([value[..., :3], value], dim=-1)[..., 3:]
+    shifted = torch.cat([value.flatten()[:3], value.flatten()])[3:].view_as(value)
+    for given in (transposed, odd_rows, shifted):
+        for mine, theirs in zip(kernels.forward(query, key, given), plain, strict=True):
+            assert torch.equal(mine, theirs)
 
 
 # Which of the positions ahead of, at and behind one show what is not finite there: of the output and of the

@@ -17,18 +17,18 @@ from arbitor.ops.registry import register
 __all__ = ["attend", "can_attend"]
 
 MAX_WIDTH = 128  # of what the kernels take
-# Off until a wrong result is explained: with values that do not begin at a multiple of 16 bytes, 64 + 16 dims
-# and 70 positions, an H100 gave wrong numbers in some of the last 16 dims; see docs/kernels.md.
-ENABLED = False
+VECTOR = 8  # elements in 16 bytes: the kernels read each row from a multiple of these on, see docs/kernels.md
 
 
 def can_attend(query_BNHK: Tensor, up_BNHU: Tensor, shared_BNR: Tensor) -> bool:
     """Whether kernels can compute `attend` of these; elsewhere the library's fused attention does."""
     K, P = query_BNHK.shape[-1], query_BNHK.shape[-1] - shared_BNR.shape[-1]
-    narrow = max(K, up_BNHU.shape[-1] - P) <= MAX_WIDTH and P > 0
+    V = up_BNHU.shape[-1] - P
+    fits = P > 0 and max(K, V) <= MAX_WIDTH and not any(width % VECTOR for width in (K, P, V))
     of_half = query_BNHK.dtype in (torch.bfloat16, torch.float16) and up_BNHU.dtype == query_BNHK.dtype
     square = query_BNHK.shape[:2] == up_BNHU.shape[:2] == shared_BNR.shape[:2]
-    fits = ENABLED and square and narrow and of_half
+    aligned = up_BNHU.storage_offset() % VECTOR == 0
+    fits = fits and of_half and square and aligned
     return fits and not torch.compiler.is_compiling() and uses_triton(query_BNHK)
 
 

@@ -4,6 +4,9 @@ After Dao 2023, "FlashAttention-2" (Milakov and Gimelshein 2018 for the running 
 are powers of two, so that the exponential is one instruction. Head dims are split into two parts whose widths
 are powers of two (80 = 64 + 16), which spares the products with the zeros that one part of 128 would have.
 
+All rows must begin at multiples of 16 bytes. On an H100, Triton 3.6 multiplied wrongly with the second part of
+values that did not: they are then not copied ahead by the pipeline but held in registers first.
+
 Rows beyond the last position read the last one, and nothing of theirs is written. Their keys lie behind all
 queries, which hides them; their queries have an infinite log-sum-exp, which makes all weights zero.
 
@@ -26,6 +29,7 @@ from arbitor.ops.attention.reference import lse_shape
 FORWARD = (64, 64, 4, 3)
 QUERY_GRADIENT = (64, 64, 4, 2)
 KEY_GRADIENT = (64, 64, 4, 3)
+ALIGNMENT = 16  # bytes
 
 
 @triton.jit
@@ -292,13 +296,13 @@ def _key_gradients(
 def forward(query_BNHK: Tensor, key_BNHK: Tensor, value_BNHV: Tensor) -> tuple[Tensor, Tensor]:
     """As the reference's."""
     _, positions, heads, width = query_BNHK.shape
-    value_BNHV = _strided_rows(value_BNHV)
+    query_BNHK, key_BNHK, value_BNHV = _rows(query_BNHK), _rows(key_BNHK), _strided_rows(value_BNHV)
     out = torch.empty(value_BNHV.shape, dtype=query_BNHK.dtype, device=query_BNHK.device)
     lse = torch.empty(lse_shape(query_BNHK), dtype=torch.float32, device=query_BNHK.device)
     if out.numel():
         block_q, block_k, warps, stages = FORWARD
         _forward_kernel[(lse.numel() // block_q,)](
-            query_BNHK.contiguous(), key_BNHK.contiguous(), value_BNHV, out, lse,
+            query_BNHK, key_BNHK, value_BNHV, out, lse,
             heads, positions, lse.shape[2], width**-0.5 * math.log2(math.e), **_widths(width, value_BNHV),
             BLOCK_Q=block_q, BLOCK_K=block_k, num_warps=warps, num_stages=stages,
         )  # fmt: skip
@@ -322,7 +326,7 @@ def backward(
         return dquery.zero_(), dkey.zero_()
     value_BNHV = _strided_rows(value_BNHV)
     assert dvalue_BNHV.stride() == value_BNHV.stride()
-    query_BNHK, key_BNHK, dout_BNHV = (t.contiguous() for t in (query_BNHK, key_BNHK, dout_BNHV))
+    query_BNHK, key_BNHK, dout_BNHV, out_BNHV = map(_rows, (query_BNHK, key_BNHK, dout_BNHV, out_BNHV))
     delta = torch.empty_like(lse_BHL)
     scale = width**-0.5
     rest = heads, positions, lse_BHL.shape[2], scale * math.log2(math.e), scale
@@ -339,12 +343,20 @@ def backward(
     return dquery, dkey
 
 
+def _rows(x: Tensor) -> Tensor:
+    """x, contiguous and from a multiple of 16 bytes on, where its rows, all in multiples of these, begin too."""
+    assert x.shape[-1] * x.element_size() % ALIGNMENT == 0
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % ALIGNMENT else x
+
+
 def _strided_rows(x_BNHV: Tensor) -> Tensor:
-    """x if its heads lie equally far from each other throughout, as in a slice of their last dim."""
+    """x if its heads lie equally far from each other throughout, as in a slice of their last dim; or a copy."""
     _, positions, heads, _ = x_BNHV.shape
     stride = x_BNHV.stride(2)
     regular = x_BNHV.stride() == (positions * heads * stride, heads * stride, stride, 1)
-    return x_BNHV if regular else x_BNHV.contiguous()
+    aligned = stride * x_BNHV.element_size() % ALIGNMENT == 0 == x_BNHV.data_ptr() % ALIGNMENT
+    return x_BNHV if regular and aligned else _rows(x_BNHV)
 
 
 def _widths(width: int, value_BNHV: Tensor) -> dict[str, int]:

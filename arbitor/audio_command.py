@@ -10,6 +10,7 @@ from cyclopts import Parameter
 from arbitor import cli
 from arbitor.cli import DATA, LOGGING, RUN, TRAINING, app, whole
 from arbitor.errors import UserError
+from arbitor.flags import flag_of
 
 DEFAULT_STEPS = 300
 TRIES = ("reconstruct", "hear", "say")
@@ -33,6 +34,7 @@ def audio(
     held_out: Annotated[str | None, Parameter(group=DATA)] = None,
     rate: Annotated[int | None, Parameter(group=DATA, converter=whole)] = None,
     no_augment: Annotated[bool, Parameter(group=DATA, show_default=False)] = False,
+    equalise: Annotated[bool | None, Parameter(group=DATA, negative="--no-equalise")] = None,
     steps: Annotated[int | None, Parameter(group=TRAINING, converter=whole)] = None,
     batch: Annotated[int | None, Parameter(group=TRAINING, converter=whole)] = None,
     accum: Annotated[int | None, Parameter(group=TRAINING, converter=whole)] = None,
@@ -85,6 +87,9 @@ def audio(
         Samples a second that recordings are brought to, a multiple of 200; default 8000 or 16000.
     no_augment
         Do not vary speed and loudness of the recordings.
+    equalise
+        Bring what --task listen hears to one spectrum in the long run, or only to one loudness; default as
+        the base does, else on.
     steps
         Optimizer steps; default 300.
     batch
@@ -143,6 +148,7 @@ def audio(
         "audio_trits": trits,
         "audio_dim": codec_dim,
         "audio_layers": codec_layers,
+        "audio_equalise": equalise,
         "augment": False if no_augment else None,
         "steps": steps,
         "batch": batch,
@@ -169,10 +175,13 @@ def _defaults(settings: dict[str, Any], base: str | None) -> dict[str, Any]:
     """The settings, with what follows from the data and the task.
 
     Raises:
-        UserError: the base has no codec to listen or to speak with.
+        UserError: the base has no codec to listen or to speak with, or a setting is of another task.
     """
     usual: dict[str, Any] = {"audio_task": "codec", "steps": DEFAULT_STEPS}
     task = settings.get("audio_task", "codec")
+    if "audio_equalise" in settings and task != "listen":
+        flag = flag_of("audio_equalise", settings["audio_equalise"])
+        raise UserError(f"{flag} is about what is heard: give it with --task listen, not {task}")
     if base is None or not _has_codec(base):
         from arbitor.data.audio import default_rate
 

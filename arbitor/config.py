@@ -169,6 +169,7 @@ class ModelConfig:
         audio_layers: Blocks on each side of the codec's codes.
         audio_codes: Codes of a fiftieth of a second.
         audio_trits: Trits of a code, one of 3^k.
+        audio_equalise: Whether sounds that are heard are brought to one spectrum in the long run.
         image_encoder: Architecture of a frozen encoder ahead of the patch embedding, as a line of JSON (see
             `arbitor.sidecars.encoder`); empty is none.
         video_size: Pixels a side of clips of video; 0 leaves the video sidecar out. A multiple of
@@ -223,6 +224,7 @@ class ModelConfig:
     audio_layers: int = 3
     audio_codes: int = 4
     audio_trits: int = 5
+    audio_equalise: bool = True
     image_encoder: str = ""
     video_size: int = 0
     video_frames: int = 8

@@ -27,15 +27,17 @@ _OTHER_FLAGS = {
     "audio": "--enable-audio",
     "video": "--enable-video",
     "audio_task": "--task",
+    "audio_equalise": "--no-equalise",
     "video_task": "--task",
     "encoder": "--image-encoder",
     "max_bytes": "--bytes",
 }  # not spelt as the setting
 
 
-def flag_of(name: str) -> str:
-    """The flag that sets `name`."""
-    return _OTHER_FLAGS.get(name, f"--{name.replace('_', '-')}")
+def flag_of(name: str, value: Any = None) -> str:
+    """The flag that sets `name`, where there is one for true and one for false to `value`."""
+    flag = _OTHER_FLAGS.get(name, f"--{name.replace('_', '-')}")
+    return flag.replace("--no-", "--") if value is True else flag
 
 
 @contextlib.contextmanager

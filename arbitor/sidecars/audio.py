@@ -208,6 +208,7 @@ class AudioSequencer(nn.Module):
 
     Attributes:
         codec: what turns waveforms into codes. Listening and speaking do not change it.
+        equalise: whether waveforms are brought to one spectrum in the long run.
 
     Args:
         config: the fields `audio_*` and `dim`.
@@ -216,6 +217,7 @@ class AudioSequencer(nn.Module):
 
     def __init__(self, config: ModelConfig, device: torch.device | None = None) -> None:
         super().__init__()
+        self.equalise = config.audio_equalise
         self.codec = AudioVQEncoder(
             rate=config.audio_rate,
             dim=config.audio_dim,
@@ -236,8 +238,8 @@ class AudioSequencer(nn.Module):
     def forward(self, sound: Tensor) -> Tensor:
         """Waveforms float [B, N] at the codec's rate, or codes int64 [B, T, Q] -> [B, T, D] of RMS 1.
 
-        A waveform is brought to the usual spectrum in the long run and to a largest sample of 1/2 first: what
-        is said depends neither on the microphone nor on how loud it is.
+        A waveform is brought to a largest sample of 1/2 first, and with `equalise` to the usual spectrum in
+        the long run: what is said depends neither on how loud it is nor on the microphone.
 
         Raises:
             UserError: another shape.
@@ -252,7 +254,9 @@ class AudioSequencer(nn.Module):
 
     def _heard(self, wave_BN: Tensor) -> Tensor:
         if wave_BN.dim() == 2 and wave_BN.shape[1]:  # else the codec says what is wrong
-            wave_BN = levelled(equalised(levelled(wave_BN), self.codec.rate))
+            wave_BN = levelled(wave_BN)
+            if self.equalise:
+                wave_BN = levelled(equalised(wave_BN, self.codec.rate))
         return self.codec.encode(wave_BN)
 
 

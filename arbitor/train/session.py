@@ -302,7 +302,7 @@ def _refuse_contradiction(
             continue
         sections = (config.model, config.train, config.data, config.mix)
         own = next(getattr(section, name) for section in sections if hasattr(section, name))
-        flag = flag_of(name) if isinstance(value, bool) else f"{flag_of(name)} {_shown(value)}"
+        flag = flag_of(name, value) if isinstance(value, bool) else f"{flag_of(name)} {_shown(value)}"
         more = " (it can only be raised)" if name == "steps" else ""
         raise UserError(f"{flag} contradicts the run's {name} = {_shown(own)}{more} in {where}")
 

@@ -214,6 +214,15 @@ def test_waveforms_and_their_codes_are_the_same_prefix():
     assert net.encode("audio", wave).shape == (2, 25, net.config.dim)
 
 
+def test_without_equalising_sounds_are_heard_levelled():
+    net, other = model(audio_equalise=False), model()
+    wave = sound().cumsum(dim=1)  # of a spectrum that equalising changes
+    codes = net.sidecars["audio"].codec.encode(levelled(wave))
+    assert torch.equal(net.encode("audio", wave), net.encode("audio", codes))
+    assert torch.equal(net.encode("audio", codes), other.encode("audio", codes))
+    assert not torch.equal(net.encode("audio", wave), other.encode("audio", wave))
+
+
 def test_saying_and_hearing():
     net = model()
     waves = say(net, [b"one", b"seventeen"], seed=1)

@@ -97,6 +97,45 @@ def test_listening_and_speaking_keep_the_codec_of_their_base(tmp_path):
     assert len(list((tmp_path / "runs/speak/samples").iterdir())) == 6
 
 
+def test_the_choice_to_equalise_is_kept_by_the_run_and_those_that_start_from_it(tmp_path, capsys):
+    from arbitor.config import load_config
+    from arbitor.train.checkpoint import load
+
+    assert main([*SMALL, "--run", "codec"]) == 0
+    listen = ["--task", "listen", "--steps", "2"]
+    assert main([*listen, "--base", "codec", "--run", "even"]) == 0
+    assert main([*listen, "--base", "codec", "--no-equalise", "--run", "raw"]) == 0
+    assert main([*listen, "--base", "raw", "--run", "raw-again"]) == 0
+    assert main([*listen, "--base", "raw", "--equalise", "--run", "even-again"]) == 0
+    for run, equalise in (("even", True), ("raw", False), ("raw-again", False), ("even-again", True)):
+        assert load_config(f"runs/{run}/config.toml").model.audio_equalise is equalise
+        assert load(run).sidecars["audio"].equalise is equalise
+    write_recording("in.wav", np.zeros(2000, np.float32), 8000)
+    assert main(["--hear", "in.wav", "--run", "raw"]) == 0
+    assert main(["--resume", "--run", "raw", "--no-equalise", "--steps", "3"]) == 0
+    assert load("raw").sidecars["audio"].equalise is False
+    capsys.readouterr()
+    for run, flag, own in (("raw", "--equalise", False), ("even", "--no-equalise", True)):
+        assert main(["--resume", "--run", run, flag]) == 2
+        assert f"{flag} contradicts the run's audio_equalise = {own}" in capsys.readouterr().err
+
+
+def test_a_run_from_before_there_was_a_choice_equalises(tmp_path):
+    from arbitor.config import load_config
+    from arbitor.train.checkpoint import load
+    from arbitor.train.tensorfile import read_tensors, write_tensors
+
+    assert main(["--task", "listen", "--no-equalise", *SMALL, "--run", "l"]) == 0
+    weights, header = read_tensors(tmp_path / "runs/l/final/model.safetensors", "model")
+    assert header["config"].pop("audio_equalise") is False
+    write_tensors(tmp_path / "model.safetensors", "model", weights, config=header["config"])
+    assert load(tmp_path / "model.safetensors").sidecars["audio"].equalise
+    toml = (tmp_path / "runs/l/config.toml").read_text()
+    (tmp_path / "earlier.toml").write_text(toml.replace("audio_equalise = false\n", ""))
+    assert "audio_equalise" not in (tmp_path / "earlier.toml").read_text()
+    assert load_config(tmp_path / "earlier.toml").model.audio_equalise
+
+
 def test_wav_files_by_one_command(tmp_path, capsys):
     assert main([*SMALL, "--run", "c"]) == 0
     write_recording("in.wav", 0.1 * np.random.default_rng(0).normal(size=3000).astype(np.float32), 8000)
@@ -209,6 +248,8 @@ def test_without_soundfile_the_missing_reader_is_named_not_the_files(tmp_path, c
         (["--base", "none"], "there is no run"),
         (["--rate", "12345"], "multiple of 200"),
         (["--task", "sing"], "sing"),
+        (["--no-equalise"], "--no-equalise is about what is heard: give it with --task listen, not codec"),
+        (["--task", "speak", "--equalise"], "--equalise is about what is heard"),
         (["--held-out", "speaker:nobody"], "nobody of that name"),
         (["--batch", "0"], "batch"),
     ],

@@ -64,8 +64,8 @@ def train(
     return True
 
 
-def train_on(trainee: Trainee, task: Task, steps: int) -> None:
-    """All optimizer steps of a run on a task of `arbitor train`."""
+def train_on(trainee: Trainee, task: Task, steps: int, peak: float = 1.0) -> None:
+    """All optimizer steps of a run on a task of `arbitor train`, up to `peak` times the trainee's rates."""
     trainee.model.train()
 
     def loss_of(*batch: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ def train_on(trainee: Trainee, task: Task, steps: int) -> None:
 
     take_step = stepper(trainee, loss_of, fixed_shapes=task.fixed_shapes)
     for step in range(steps):
-        take_step(learning_rate(step, steps, 1.0), *task.next_batch())
+        take_step(learning_rate(step, steps, peak), *task.next_batch())
 
 
 def stepper(

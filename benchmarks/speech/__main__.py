@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import itertools
 import sys
 import time
 from collections.abc import Sequence
@@ -26,19 +27,21 @@ from benchmarks.speech.recogniser import share_right, train_recogniser
 from benchmarks.speech.twins import replace_convolutions
 
 COLUMNS = (
-    *("task", "contestant", "held_out", "lr", "seed"),
-    *("dim", "codec_dim", "codes", "codec_steps", "steps", "batch"),
+    *("task", "contestant", "held_out", "lr", "codec_lr", "seed"),
+    *("dim", "codec_dim", "codes", "codec_steps", "steps", "batch", "equalise"),
     *("trunk_weights", "recordings", "words_right", "log_mel_distance", "of_median", "recogniser", "seconds"),
     *("commit", "device", "torch", "date"),
 )
-SIZES = ("dim", "codec_dim", "codes", "codec_steps", "steps", "batch")
-KEY = ("task", "contestant", "held_out", "lr", "seed", *SIZES)
+GIVEN = ("seed", "dim", "codec_dim", "codes", "codec_steps", "steps", "batch")
+KEY = ("task", "contestant", "held_out", "lr", "codec_lr", *GIVEN, "equalise")
 TINY = preset("tiny").model
 RATES = {"trits-full": (0.05, 0.025, 0.1), "dense-adamw": (0.002, 0.001, 0.004)}
 TENTH = "0.1"
 TIMES_SPOKEN = 20
 GOALS = {"listen": 0.75, "speak": 0.80}
 GOAL_RATIO = 0.97
+
+Rates = tuple[float, float]  # of listening or speaking, and of the codec
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,17 +68,19 @@ def compare(options: argparse.Namespace) -> int:
         if not folds:
             raise UserError(f"{options.data}: the files' names say nothing of those speakers")
         for contestant in options.contestant or list(RATES):
-            rates = RATES[contestant] if options.sweep else RATES[contestant][:1]
+            rates = rates_asked(contestant, options)
             while (run := next_run(mine(table.rows(), task, contestant, options), folds, rates)) is not None:
                 if time.monotonic() > deadline:
                     print("time ran out; the same command goes on")
                     return 75
-                fold, lr = run
+                fold, (lr, codec_lr) = run
+                one = Run(contestant, lr, options.seed)
                 corpus = open_audio(data, fold, options.rate)
-                row = measure(task, Run(contestant, lr, 0), corpus, fold, options, device)
+                row = measure(task, one, codec_lr, corpus, fold, options, device)
                 table.put(row)
                 print(
-                    f"{task} {contestant} {fold} lr {lr:g}: {100 * float(row['words_right']):.2f} % right, "
+                    f"{task} {contestant} {fold} lr {lr:g}, codec {codec_lr:g}: "
+                    f"{100 * float(row['words_right']):.2f} % right, "
                     f"log-mel distance {row['log_mel_distance']} ({row['of_median']} of the median's), "
                     f"{row['seconds']} s",
                     flush=True,
@@ -85,50 +90,75 @@ def compare(options: argparse.Namespace) -> int:
 
 
 def mine(rows: Sequence[Row], task: str, contestant: str, options: argparse.Namespace) -> list[Row]:
-    """The rows of one task and contestant of the sizes, trained as long, that are asked for now."""
-    wanted = {"task": task, "contestant": contestant} | sizes(options)
-    return [row for row in rows if wanted.items() <= row.items()]
+    """The rows of one task and contestant with the rates and settings that are asked for now."""
+    wanted = {"task": task, "contestant": contestant} | settings(task, options)
+    asked = rates_asked(contestant, options)
+    return [row for row in rows if wanted.items() <= row.items() and rates_of(row) in asked]
 
 
-def sizes(options: argparse.Namespace) -> dict[str, str]:
-    """Those columns of a row that the command line decides on."""
-    return {name: str(getattr(options, name)) for name in SIZES}
+def settings(task: str, options: argparse.Namespace) -> dict[str, str]:
+    """Those columns of a row, but for the rates, that the command line decides on."""
+    equalise = ("on" if options.equalise else "off") if task == "listen" else ""  # else nothing is heard
+    return {name: str(getattr(options, name)) for name in GIVEN} | {"equalise": equalise}
 
 
-def next_run(rows: Sequence[Row], folds: Sequence[str], rates: Sequence[float]) -> tuple[str, float] | None:
-    """Fold and rate that are missing: every rate on the first fold, then the best one on the others."""
-    done = {(row["held_out"], float(row["lr"])) for row in rows}
-    wanted = [(folds[0], lr) for lr in rates]
-    if all(pair in done for pair in wanted):
-        wanted = [(fold, best_rate(rows, folds[0])) for fold in folds]
-    return next((pair for pair in wanted if pair not in done), None)
+def rates_asked(contestant: str, options: argparse.Namespace) -> list[Rates]:
+    """Those given, of the contestants that are named; else the contestant's own."""
+    named = contestant in (options.contestant or RATES)
+    own = RATES[contestant] if options.sweep else RATES[contestant][:1]
+    rates = options.lr if named and options.lr else own
+    if named and options.codec_lr:
+        return list(itertools.product(rates, options.codec_lr))
+    return [(lr, lr) for lr in rates]
 
 
-def best_rate(rows: Sequence[Row], fold: str) -> float:
-    """The rate with the most words right on a fold."""
-    return float(
-        max((row for row in rows if row["held_out"] == fold), key=lambda r: float(r["words_right"]))["lr"]
+def rates_of(row: Row) -> Rates:
+    """Those that a row was measured with."""
+    return float(row["lr"]), float(row["codec_lr"])
+
+
+def next_run(rows: Sequence[Row], folds: Sequence[str], rates: Sequence[Rates]) -> tuple[str, Rates] | None:
+    """Fold and rates that are missing: all rates on the first fold, then the best ones on the others."""
+    done = {(row["held_out"], rates_of(row)) for row in rows}
+    wanted = [(folds[0], pair) for pair in rates]
+    if all(run in done for run in wanted):
+        wanted = [(fold, best_rates(rows, folds[0])) for fold in folds]
+    return next((run for run in wanted if run not in done), None)
+
+
+def best_rates(rows: Sequence[Row], fold: str) -> Rates:
+    """The rates with the most words right on a fold."""
+    return rates_of(
+        max((row for row in rows if row["held_out"] == fold), key=lambda r: float(r["words_right"]))
     )
 
 
 def measure(
-    task: str, run: Run, corpus: AudioCorpus, fold: str, options: argparse.Namespace, device: torch.device
+    task: str,
+    run: Run,
+    codec_lr: float,
+    corpus: AudioCorpus,
+    fold: str,
+    options: argparse.Namespace,
+    device: torch.device,
 ) -> dict[str, str]:
-    """Train and evaluate one run; its row."""
+    """Train and evaluate one run, the codec at a rate of its own; its row."""
     config = override(
         preset("tiny"),
         audio_rate=options.rate,
         audio_samples=options.rate,
         batch=options.batch,
+        lr=run.lr,
         seed=run.seed,
         dim=options.dim,
         audio_dim=options.codec_dim,
         audio_codes=options.codes,
+        audio_equalise=options.equalise,
     )
+    codec = CodecTask(override(config, lr=codec_lr), corpus)
     trainee = build_pipeline(run, config.model, device)
     began = time.perf_counter()
-    codec = CodecTask(config, corpus)
-    train_on(trainee, codec, options.codec_steps)
+    train_on(trainee, codec, options.codec_steps, codec_lr / run.lr)
     learnt: AudioTask = ListenTask(config, corpus) if task == "listen" else SpeakTask(config, corpus)
     train_on(trainee, learnt, options.steps)
     seconds = time.perf_counter() - began
@@ -144,9 +174,9 @@ def measure(
         "task": task,
         "contestant": run.contestant,
         "held_out": fold,
-        "lr": format(run.lr, "g"),
-        "seed": str(run.seed),
-        **sizes(options),
+        "lr": str(run.lr),
+        "codec_lr": str(codec_lr),
+        **settings(task, options),
         "trunk_weights": str(trainee.trunk_weights()),
         "recordings": str(len(corpus.train)),
         "words_right": format(right, ".5f"),
@@ -184,17 +214,21 @@ def read_back(
 
 
 def summary(task: str, rows: Sequence[Row], options: argparse.Namespace) -> str:
-    """The mean share of words right at each contestant's best rate, and the ratio to the twin."""
+    """The mean share of words right at each contestant's best rates, and the ratio to the twin."""
     lines, means = [], {}
     for contestant in RATES:
         own = mine(rows, task, contestant, options)
         if not own:
             continue
-        rate = best_rate(own, own[0]["held_out"])
-        shares = {r["held_out"]: float(r["words_right"]) for r in own if float(r["lr"]) == rate}
+        best = best_rates(own, own[0]["held_out"])
+        shares = {r["held_out"]: float(r["words_right"]) for r in own if rates_of(r) == best}
         means[contestant] = sum(shares.values()) / len(shares)
         each = ", ".join(f"{fold} {100 * share:.1f}" for fold, share in shares.items())
-        lines.append(f"{task} {contestant} lr {rate:g}: {100 * means[contestant]:.2f} % right ({each})")
+        lr, codec_lr = best
+        lines.append(
+            f"{task} {contestant} lr {lr:g}, codec {codec_lr:g}: "
+            f"{100 * means[contestant]:.2f} % right ({each})"
+        )
     lines.append(f"goal: at least {100 * GOALS[task]:.0f} %")
     if len(means) == len(RATES):
         ratio = means["trits-full"] / max(1e-9, means["dense-adamw"])
@@ -209,10 +243,27 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--contestant", action="append", choices=tuple(RATES), help="default both")
     parser.add_argument("--speaker", action="append", help="to hold out; default each in turn")
     parser.add_argument("--sweep", action="store_true", help="try three rates on the first speaker")
+    parser.add_argument(
+        "--lr",
+        type=float,
+        action="append",
+        help="of listening or speaking, in place of the contestant's own; of several, given one by one, the "
+        "best on the first speaker is taken for the others",
+    )
+    parser.add_argument(
+        "--codec-lr", type=float, action="append", help="the same of the codec; default that of --lr"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of weights, data order and rounding")
     parser.add_argument("--rate", type=int, default=8000, help="samples a second")
     parser.add_argument("--dim", type=int, default=TINY.dim, help="width of the model")
     parser.add_argument("--codec-dim", type=int, default=TINY.audio_dim, help="width of the codec")
     parser.add_argument("--codes", type=int, default=TINY.audio_codes, help="of a fiftieth of a second")
+    parser.add_argument(
+        "--equalise",
+        action=argparse.BooleanOptionalAction,
+        default=TINY.audio_equalise,
+        help="bring what is heard to one spectrum in the long run, or only to one loudness; default on",
+    )
     parser.add_argument("--codec-steps", type=int, default=3000)
     parser.add_argument("--steps", type=int, default=3000, help="of listening or speaking")
     parser.add_argument("--batch", type=int, default=32)

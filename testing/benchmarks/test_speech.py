@@ -9,8 +9,10 @@ from arbitor.data.audio import open_audio
 from arbitor.data.waves import write_recording
 from arbitor.model import ARBModel
 from arbitor.ternary import TernaryConv1d, TernaryUpsample1d
+from benchmarks.common import RESULTS
 from benchmarks.learning.contestants import Run
-from benchmarks.speech.__main__ import build_pipeline, main
+from benchmarks.learning.table import Table
+from benchmarks.speech.__main__ import COLUMNS, KEY, build_pipeline, main
 from benchmarks.speech.recogniser import share_right, train_recogniser
 from benchmarks.speech.twins import DenseConv1d
 from testing.small_run import MODEL
@@ -62,13 +64,17 @@ def test_the_twin_is_float_throughout_and_of_the_same_size():
     assert optimised == {id(p) for p in twin.model.parameters()}
 
 
-def test_the_command_writes_rows_and_goes_on_where_it_stopped(words, tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def arguments(words, tmp_path, monkeypatch):
     monkeypatch.setattr("benchmarks.speech.__main__.preset", lambda _: preset("tiny", **MODEL))
-    arguments = [
+    return [
         *("--data", str(words), "--results", str(tmp_path), "--rate", "2000", "--device", "cpu"),
         *("--batch", "2", "--codec-steps", "1", "--steps", "1", "--recogniser-steps", "1"),
         *("--commit", "test"),
     ]  # fmt: skip
+
+
+def test_the_command_writes_rows_and_goes_on_where_it_stopped(arguments, tmp_path, capsys):
     assert main(arguments) == 0
     told = capsys.readouterr().out
     rows = read(tmp_path / "speech-cpu.csv")
@@ -83,6 +89,74 @@ def test_the_command_writes_rows_and_goes_on_where_it_stopped(words, tmp_path, c
     assert "trits over float twin" in told
     assert main(arguments) == 0
     assert read(tmp_path / "speech-cpu.csv") == rows
+
+
+def test_rows_of_several_recipes_stand_beside_each_other(arguments, tmp_path, capsys, monkeypatch):
+    made = []
+
+    def build(run, config, device):
+        made.append(config.audio_equalise)
+        return build_pipeline(run, config, device)
+
+    monkeypatch.setattr("benchmarks.speech.__main__.build_pipeline", build)
+    one = [*arguments, "--task", "listen", "--contestant", "trits-full", "--speaker", "a"]
+    recipes = ([], ["--no-equalise"], ["--seed", "1"], ["--lr", "0.025"], ["--codec-lr", "0.1"])
+    for recipe in recipes:
+        assert main([*one, *recipe]) == 0
+        assert capsys.readouterr().out.count("listen trits-full") == 2  # a run, and the summary of it alone
+    rows = read(tmp_path / "speech-cpu.csv")
+    assert [(r["equalise"], r["seed"], r["lr"], r["codec_lr"]) for r in rows] == [
+        ("on", "0", "0.05", "0.05"),
+        ("off", "0", "0.05", "0.05"),
+        ("on", "1", "0.05", "0.05"),
+        ("on", "0", "0.025", "0.025"),
+        ("on", "0", "0.05", "0.1"),
+    ]
+    assert made == [True, False, True, True, True]
+    for recipe in recipes:
+        assert main([*one, *recipe]) == 0
+    assert read(tmp_path / "speech-cpu.csv") == rows
+
+
+def test_all_rates_are_tried_on_the_first_speaker_and_the_best_on_the_others(arguments, tmp_path):
+    one = [*arguments, "--task", "listen", "--contestant", "trits-full"]
+    rates = ["--lr", "0.05", "--codec-lr", "0.05", "--codec-lr", "0.1"]
+    assert main([*one, *rates]) == 0
+    rows = read(tmp_path / "speech-cpu.csv")
+    assert [(r["held_out"], r["codec_lr"]) for r in rows[:2]] == [("speaker:a", "0.05"), ("speaker:a", "0.1")]
+    best = max(rows[:2], key=lambda row: float(row["words_right"]))["codec_lr"]
+    assert [(r["held_out"], r["codec_lr"]) for r in rows[2:]] == [("speaker:b", best)]
+
+
+def test_the_codec_learns_at_its_own_rate(arguments, monkeypatch):
+    peaks = []
+    monkeypatch.setattr(
+        "benchmarks.speech.__main__.train_on", lambda trainee, task, steps, peak=1.0: peaks.append(peak)
+    )
+    one = [*arguments, "--task", "speak", "--contestant", "trits-full"]
+    assert main([*one, "--lr", "0.05", "--codec-lr", "0.1"]) == 0
+    assert main([*one, "--lr", "0.05"]) == 0
+    assert peaks == [2.0, 1.0, 1.0, 1.0]
+
+
+def test_speaking_hears_nothing_that_could_be_equalised(arguments, tmp_path, capsys):
+    one = [*arguments, "--task", "speak", "--contestant", "trits-full"]
+    for recipe in ("--equalise", "--no-equalise"):
+        assert main([*one, recipe]) == 0
+    assert [row["equalise"] for row in read(tmp_path / "speech-cpu.csv")] == [""]
+
+
+def test_rates_that_cannot_be_are_exit_code_two(arguments, tmp_path, capsys):
+    for flag in ("--lr", "--codec-lr"):
+        assert main([*arguments, flag, "0"]) == 2
+        assert "lr must be above 0" in capsys.readouterr().err
+    assert not (tmp_path / "speech-cpu.csv").exists()
+
+
+def test_the_results_that_are_kept_say_what_was_heard():
+    rows = Table(RESULTS / "speech-h100.csv", COLUMNS, KEY).rows()
+    heard = {(row["task"], row["equalise"]) for row in rows}
+    assert heard <= {("listen", "on"), ("listen", "off"), ("speak", "")}
 
 
 def test_bad_data_is_exit_code_two(tmp_path, capsys):

@@ -8,6 +8,7 @@ import contextlib
 import functools
 import importlib
 import os
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,39 @@ def _make_keys_unique() -> None:
     DependenciesFinder._update_hash = add_with_key
 
 
+def _write_launchers_once() -> None:
+    """Let no process replace a launcher in Triton's cache that another may be loading.
+
+    Python knows a library it has loaded by the number of its file, read just ahead of loading. If the file is
+    replaced in between, its number becomes free for the next launcher, in whose place the first one is found.
+    """
+    try:
+        from triton.runtime.cache import FileCacheManager
+
+        put = FileCacheManager.put
+    except (ImportError, AttributeError):
+        return
+
+    @functools.wraps(put)
+    def put_once(manager: Any, data: Any, filename: str, *rest: Any, **options: Any) -> str:
+        if not filename.startswith("__triton_launcher"):
+            return put(manager, data, filename, *rest, **options)
+        path = Path(manager.cache_dir, filename)
+        with tempfile.NamedTemporaryFile(dir=path.parent) as written:
+            written.write(data)
+            written.flush()
+            try:
+                os.link(written.name, path)
+            except FileExistsError:  # another process was first
+                if path.stat().st_size != len(data):  # or it is damaged
+                    return put(manager, data, filename, *rest, **options)
+            except OSError:  # a file system without links
+                return put(manager, data, filename, *rest, **options)
+        return str(path)
+
+    FileCacheManager.put = put_once
+
+
 @functools.cache
 def hash_compiler() -> threading.Thread | None:
     """Begin what Triton does ahead of a process's first kernel, a hash of its 400 MB of compiler (0.3 s).
@@ -195,4 +229,5 @@ def dense_rows(x: Tensor) -> Tensor:
 
 if os.environ.get("TRITON_INTERPRET") != "1":  # ahead of the first kernel, all of which import this file
     _make_keys_unique()
+    _write_launchers_once()
     refuse_shared_cache(cache_folder())

@@ -773,7 +773,8 @@ def test_matrices_in_few_passes_move_as_in_many(state, tscale, triton_backend, m
         shapes = {"a": (40, 12), "b": (40, 12), "c": (12, 40), "still": (12, 40)}
         layers = {name: TernaryLinear(*shape, tscale=tscale) for name, shape in shapes.items()}
         net = torch.nn.ModuleDict(layers).to(DEVICE)
-        optimizer = VoteOptimizer(net, state=state, lr=0.4)
+        # A vote is about 6 of an accumulator's 128 places; of those in bf16 a twentieth falls on a neighbour.
+        optimizer = VoteOptimizer(net, state=state, lr=0.05)
         for name, layer in layers.items():
             gradient = torch.randn(layer.out_features, layer.in_features) * (name != "still")
             layer.capture.add_dense(gradient.to(torch.bfloat16).to(DEVICE))

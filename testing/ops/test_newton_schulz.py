@@ -89,9 +89,15 @@ def test_kernels_keep_zeros_and_show_what_is_no_number():
 
 
 def test_matrices_that_kernels_cannot_multiply():
+    """On a GPU in bf16, which costs what it costs on a CPU; sums are rounded elsewhere."""
     x = gaussian((2, 7, 5))
     wanted = expected(x)
-    assert error(newton_schulz(x, largest(x)), wanted) <= TOLERANCE
+    narrow = x.to(torch.bfloat16).cpu()
+    magnitude = narrow.float().abs().amax(dim=(1, 2), keepdim=True)
+    unit = reference.brought_to_unit_norm(narrow, magnitude, torch.bfloat16)
+    costs = error(reference.newton_schulz(unit), wanted.cpu())
+    assert 0 < costs < 0.03
+    assert error(newton_schulz(x, largest(x)), wanted) <= (TOLERANCE if INTERPRETED else 2 * costs)
 
 
 def test_matrices_are_brought_to_unit_norm_in_the_dtype_asked_for():

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -283,3 +284,25 @@ def test_fifty_batches_and_contexts_need_no_kernel_that_a_warm_up_did_not(reposi
         assert line["warm"] > 15
         assert line["later"] == 0, line
         assert line["own_keys_differ"] == 0, line
+
+
+def test_a_launcher_that_may_be_loaded_is_not_replaced(monkeypatch, tmp_path):
+    from triton.runtime.cache import FileCacheManager
+
+    from arbitor.ops import triton as shared
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(FileCacheManager, "put", FileCacheManager.put)
+    shared._write_launchers_once()
+    manager = FileCacheManager("key")
+    name = "__triton_launcher.so"
+    path = Path(manager.put(b"built", name))
+    number = path.stat().st_ino
+    assert manager.put(b"built", name) == str(path) == manager.get_file(name)
+    assert path.stat().st_ino == number
+    assert list(path.parent.iterdir()) == [path]
+    assert Path(manager.put(b"not damaged", name)).read_bytes() == b"not damaged"
+    other = Path(manager.put("text", "kernel.json"))
+    assert (other.read_text(), manager.put("newer", "kernel.json"), other.read_text()) == (
+        "text", str(other), "newer",
+    )  # fmt: skip

@@ -4,8 +4,9 @@ After Dao 2023, "FlashAttention-2" (Milakov and Gimelshein 2018 for the running 
 are powers of two, so that the exponential is one instruction. Head dims are split into two parts whose widths
 are powers of two (80 = 64 + 16), which spares the products with the zeros that one part of 128 would have.
 
-All rows must begin at multiples of 16 bytes. On an H100, Triton 3.6 multiplied wrongly with the second part of
-values that did not: they are then not copied ahead by the pipeline but held in registers first.
+All rows begin at multiples of 16 bytes, so that the pipeline copies keys and values ahead. Where it does not
+(other rows, or one stage), Triton 3.6 holds them in registers first, and an H100 then multiplied wrongly with
+the second part of values or read memory that is not there.
 
 Rows beyond the last position read the last one, and nothing of theirs is written. Their keys lie behind all
 queries, which hides them; their queries have an infinite log-sum-exp, which makes all weights zero.
@@ -344,14 +345,14 @@ def backward(
 
 
 def _rows(x: Tensor) -> Tensor:
-    """x, contiguous and from a multiple of 16 bytes on, where its rows, all in multiples of these, begin too."""
+    """x, contiguous, with rows that begin at multiples of 16 bytes; they are as long as some of these."""
     assert x.shape[-1] * x.element_size() % ALIGNMENT == 0
     x = x.contiguous()
     return x.clone() if x.data_ptr() % ALIGNMENT else x
 
 
 def _strided_rows(x_BNHV: Tensor) -> Tensor:
-    """x if its heads lie equally far from each other throughout, as in a slice of their last dim; or a copy."""
+    """x if its heads lie equally far from each other throughout, as in a slice of their last dim."""
     _, positions, heads, _ = x_BNHV.shape
     stride = x_BNHV.stride(2)
     regular = x_BNHV.stride() == (positions * heads * stride, heads * stride, stride, 1)

@@ -29,7 +29,7 @@ from arbitor.ternary.audit import audit_checkpoint
 from arbitor.train.checkpoint import CONFIG_FILE, STATE_FILE, load, load_checkpoint
 from arbitor.train.device import deterministic
 from arbitor.train.display import Display, printable
-from arbitor.train.learnt import learnt_of
+from arbitor.train.learnt import learnt_of, tells_before
 from arbitor.train.runs import find_checkpoint, name_of, refuse_unlearnt
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def find_model(
         )
     base = find_checkpoint(saved.base if checkpoint is None else checkpoint)
     learnt = learnt_by_adapter(folder, base)
-    refuse_unlearnt(folder, learnt, wanted)
+    refuse_unlearnt(folder, learnt, wanted, tells_before(base))
     return Found(base=base, adapter=saved, learnt=learnt)
 
 

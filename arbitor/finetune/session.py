@@ -28,7 +28,7 @@ from arbitor.train import runs, swap
 from arbitor.train.checkpoint import Checkpoint, load_checkpoint
 from arbitor.train.device import Device, deterministic, resolve_device, thread_count
 from arbitor.train.display import Display, format_bytes, format_seconds, printable
-from arbitor.train.learnt import learnt_of
+from arbitor.train.learnt import lacks, learnt_of
 from arbitor.train.metrics import MetricsLog
 from arbitor.train.plot import plot_loss
 from arbitor.train.report import print_rows
@@ -222,7 +222,9 @@ def _find_base(checkpoint: str | None, settings: Mapping[str, Any]) -> Path:
             with contextlib.suppress(UserError):
                 model = load_config(run / runs.CONFIG_FILE).model
                 if all(getattr(model, field) for field in needed):
-                    return runs.find_checkpoint(run, wanted)
+                    found = runs.find_checkpoint(run)
+                    if not lacks(learnt_of(found), wanted):
+                        return found
     return runs.find_checkpoint(None, wanted)
 
 

@@ -53,6 +53,14 @@ def learnt_of(checkpoint: Path) -> tuple[str, ...] | None:
         return None
 
 
+def tells_before(checkpoint: Path) -> bool:
+    """Whether settings beside a checkpoint say what was learnt before; of earlier versions they do not."""
+    try:
+        return load_config(checkpoint / "config.toml").data.learnt_before is not None
+    except (UserError, OSError):
+        return False
+
+
 def lacks(learnt: Collection[str] | None, wanted: Collection[str]) -> bool:
     """Whether it is known that nothing of what is `wanted` was learnt."""
     return bool(wanted) and learnt is not None and not set(wanted).intersection(learnt)
@@ -75,13 +83,30 @@ def refusal(
         wanted: see `lacks`; the first of them stands for all.
         other: name of a run that has learnt it, if there is one.
     """
-    known = " and ".join(WORDS[what] for what in WORDS if what in learnt)
     made = _MADE[wanted[0]]
     for part, commands in _MADE_FROM.items():
         if part in learnt and wanted[0] in commands:
             made = commands[wanted[0]].format(shlex.quote(name))
     advice = f"`{made}` makes a run that has" if other is None else f"the run {other!r} has"
     return (
-        f"{checkpoint} has learnt {known}, not {WORDS[wanted[0]]}: {advice}; what this one is for: "
-        f"{try_command(name, learnt)}"
+        f"{checkpoint} has learnt {_in_words(learnt)}, not {WORDS[wanted[0]]}: {advice}; what this one is "
+        f"for: {try_command(name, learnt)}"
     )
+
+
+def assumption(checkpoint: Path, learnt: Collection[str], wanted: Sequence[str]) -> str:
+    """What is said of a checkpoint that may have learnt what is `wanted`, before its settings said so.
+
+    Args:
+        checkpoint: which one.
+        learnt: what it is known to have learnt.
+        wanted: see `refusal`.
+    """
+    return (
+        f"{checkpoint} has learnt {_in_words(learnt)}; what it learnt before, the earlier version that made "
+        f"it did not write down: going on as if it had learnt {WORDS[wanted[0]]}"
+    )
+
+
+def _in_words(learnt: Collection[str]) -> str:
+    return " and ".join(WORDS[what] for what in WORDS if what in learnt)

@@ -327,6 +327,16 @@ def test_the_embedded_set_runs_without_data(workplace, capsys):
     assert summary("tuned")["base"] == "runs/base/best"
 
 
+def test_a_run_of_an_earlier_version_that_learnt_no_text_is_no_base_unless_named(workplace):
+    folder = workplace / "runs/old/best"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").touch()
+    for path in (folder, folder.parent):  # newer than the base
+        (path / "config.toml").write_text("[model]\naudio_rate = 8000\n[data]\naudio_task = 'codec'\n")
+    assert main(["finetune", "--steps", "1", "--run", "tuned"]) == 0
+    assert summary("tuned")["base"] == "runs/base/best"
+
+
 def test_a_diverging_finetune_stops(finetune, capsys, monkeypatch):
     monkeypatch.setattr("arbitor.finetune.loop.MAX_DROPPED_IN_A_ROW", 3)
     monkeypatch.setattr(

@@ -133,8 +133,17 @@ def newest_adapter(wanted: Sequence[str]) -> Path | None:
 
 def learnt_by_adapter(adapter: Path, base: Path) -> tuple[str, ...] | None:
     """What an adapter on its base has learnt, of `arbitor.config.LEARNT`; None if that is not known."""
-    learns, before = _learns(adapter.parent), learnt_of(base)
+    learns, before = _learns(adapter.parent), learnt_by_checkpoint(base)
     return None if learns is None or before is None else in_order({*learns, *before})
+
+
+def learnt_by_checkpoint(checkpoint: Path) -> tuple[str, ...] | None:
+    """What a checkpoint has learnt, as `learnt_by_adapter` says it.
+
+    In a finetune with `--full` by an earlier version, settings beside the weights are those of its base.
+    """
+    learnt, learns = learnt_of(checkpoint), _learns(checkpoint.parent)
+    return learnt if learnt is None or learns is None else in_order({*learnt, *learns})
 
 
 def _learns(finetune: Path) -> tuple[str, ...] | None:

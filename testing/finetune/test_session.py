@@ -1,5 +1,6 @@
 """`arbitor finetune` from the command line: files, resume to the bit, refusals, what the result is for."""
 
+import io
 import json
 import os
 import shutil
@@ -211,6 +212,19 @@ def test_votes_leave_a_run_like_any_other(finetune, workplace, capsysbinary):
     assert ours.config.learnt == ("text", "chat")
     assert main(["train", "--resume", "--run", "voted"]) == 2
     assert b"arbitor finetune --resume --run voted" in capsysbinary.readouterr().err
+
+
+def test_chat_knows_votes_on_conversations_of_an_earlier_version(finetune, workplace, capsys, monkeypatch):
+    monkeypatch.setattr(
+        "arbitor.finetune.methods.in_order", lambda _: None
+    )  # which did not say what it learns
+    assert finetune("--full", "--steps", "1", "--run", "voted") == 0
+    assert load_checkpoint(Path("runs/voted/best")).config.learnt == ("text",)
+    capsys.readouterr()
+    for arguments in (["voted"], []):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"7\n")))
+        assert main(["chat", *arguments, "--bytes", "1"]) == 0
+        assert capsys.readouterr().err == "runs/voted/best on cpu\n"
 
 
 def test_lean_votes_start_from_zero(finetune, capsys):

@@ -1,6 +1,5 @@
 """The command behind `training/diffusion.py`: what is heavy is imported inside it."""
 
-import shlex
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -203,13 +202,10 @@ def _defaults(settings: dict[str, Any], base: str | None, preset: str | None) ->
     }
     if base is None or not start.model.video_size:
         from arbitor.config import VIDEO_SIZE
+        from arbitor.train.learnt import refusal_of_base
 
         if base is not None and flow and "video_size" not in settings:
-            raise UserError(
-                f"--task flow: {base} has no autoencoder of clips; first train one that starts from it, with "
-                f"python training/diffusion.py --task codec --base {shlex.quote(base)}, and give that run as "
-                "--base"
-            )
+            raise UserError(refusal_of_base(base, "flow", "autoencoder"))
         usual |= {"video_size": VIDEO_SIZE, "batch": BATCH}
         if settings.get("data"):
             usual["video_ids"] = CAPTION_IDS

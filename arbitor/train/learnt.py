@@ -43,6 +43,11 @@ _MADE_FROM = {
     },
     "autoencoder": {"flow": "python training/diffusion.py --task flow --base {}"},
 }
+_ADDED = {
+    "codec": "python training/audio.py --base {}",
+    "autoencoder": "python training/diffusion.py --task codec --base {}",
+}
+"""How a run without a part starts one that has it."""
 
 
 def learnt_of(checkpoint: Path) -> tuple[str, ...] | None:
@@ -105,6 +110,15 @@ def assumption(checkpoint: Path, learnt: Collection[str], wanted: Sequence[str])
     return (
         f"{checkpoint} has learnt {_in_words(learnt)}; what it learnt before, the earlier version that made "
         f"it did not write down: going on as if it had learnt {WORDS[wanted[0]]}"
+    )
+
+
+def refusal_of_base(base: str, task: str, part: str) -> str:
+    """What is said of a base, as --base names it, without the part of `_ADDED` that a task needs."""
+    missing, command = WORDS[part].removeprefix("the "), _ADDED[part].format(shlex.quote(base))
+    return (
+        f"--task {task}: {base} has no {missing}; first train one that starts from it, with {command}, and "
+        "give that run as --base"
     )
 
 

@@ -1,4 +1,4 @@
-"""The command behind `training/audio.py`: what is heavy is imported inside it."""
+"""`arbitor audio`, the command behind `training/audio.py`: what is heavy is imported inside it."""
 
 import sys
 from collections.abc import Sequence
@@ -7,14 +7,13 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from arbitor import cli
-from arbitor.cli import DATA, LOGGING, RUN, TRAINING, app, whole
+from arbitor.cli import DATA, LOGGING, RUN, TRAINING, whole
 from arbitor.errors import UserError
 
 DEFAULT_STEPS = 300
 TRIES = ("reconstruct", "hear", "say")
 
 
-@app.command(name="audio", show=False)
 def audio(
     *,
     task: Annotated[Literal["codec", "listen", "speak"] | None, Parameter(group=RUN)] = None,

@@ -1,4 +1,4 @@
-"""The command behind `training/diffusion.py`: what is heavy is imported inside it."""
+"""`arbitor diffusion`, the command behind `training/diffusion.py`: what is heavy is imported inside it."""
 
 import sys
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from arbitor import cli
-from arbitor.cli import DATA, LOGGING, RUN, TRAINING, app, whole
+from arbitor.cli import DATA, LOGGING, RUN, TRAINING, whole
 from arbitor.errors import UserError
 
 CODEC_STEPS = 300
@@ -18,7 +18,6 @@ FLOW_RATE = 0.5  # of the usual peak learning rate of a state
 CAPTION_IDS = 64  # of one's own captions; the names of digits are shorter
 
 
-@app.command(name="diffusion", show=False)
 def diffusion(
     *,
     task: Annotated[Literal["codec", "flow"] | None, Parameter(group=RUN)] = None,

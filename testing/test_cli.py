@@ -535,3 +535,20 @@ def test_modules_are_the_same_command(module, repository, tmp_path):
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr == "arbitor: error: Invalid value for --steps: 'many' is no whole number\n"
+
+
+@pytest.mark.parametrize("verb", ["audio", "diffusion", "pretrain"])
+def test_scripts_are_verbs_which_work_from_any_folder(verb, workplace):
+    done = run_with(subprocess.PIPE, verb, "--steps", "many")
+    assert done.stderr == "arbitor: error: Invalid value for --steps: 'many' is no whole number\n"
+    assert done.returncode == 2
+
+
+def test_commands_that_messages_print_are_verbs():
+    from arbitor.train import learnt
+
+    tables = (learnt._TRIED, learnt._MADE, learnt._ADDED, *learnt._MADE_FROM.values())
+    for printed in [command for table in tables for command in table.values()]:
+        program, verb, *_ = printed.split()
+        assert program == "arbitor"
+        assert main([verb, "--help"]) == 0

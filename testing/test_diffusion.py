@@ -62,7 +62,7 @@ def test_without_a_task_the_autoencoder_is_trained_and_then_the_flow(tmp_path, c
     assert any((before[name] != after[name]).any() for name in before if name.startswith("heads.video"))
     out = capsys.readouterr().out
     assert [line for line in out.splitlines() if line.startswith("next:")] == [
-        "next: python training/diffusion.py --sample TEXT --run clips"
+        "next: arbitor diffusion --sample TEXT --run clips"
     ]
     assert main([*SMALL, "--codec-steps", "2", "--run", "clips"]) == 2
     assert "exists" in capsys.readouterr().err
@@ -98,7 +98,7 @@ def _defaults_without_a_base(settings, base, preset, whole=video_command._defaul
 
 def test_the_autoencoder_alone_says_what_is_next(capsys):
     assert main(["--task", "codec", *SMALL, "--run", "c"]) == 0
-    assert "next: python training/diffusion.py --task flow --base c\n" in capsys.readouterr().out
+    assert "next: arbitor diffusion --task flow --base c\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("task", FIGURES)
@@ -157,7 +157,7 @@ def test_a_text_run_grows_into_one_that_draws(tmp_path, capsys):
     assert main(["--base", "text"]) == 2
     assert capsys.readouterr().err == (
         "arbitor: error: --task flow: text has no autoencoder of clips; first train one that starts from it, "
-        "with python training/diffusion.py --task codec --base text, and give that run as --base\n"
+        "with arbitor diffusion --task codec --base text, and give that run as --base\n"
     )
     assert main(["--base", "text", "--task", "codec", *SMALL, "--run", "codec"]) == 0
     assert main(["--sample", "x", "--run", "codec"]) == 2

@@ -402,9 +402,9 @@ def _next_command(config: FinetuneConfig, folder: Path) -> str:
     name = shlex.quote(folder.name)
     if config.audio:
         what = "--hear FILE" if config.audio_task == "listen" else "--say TEXT"
-        return f"python training/audio.py {what} --run {name}"
+        return f"arbitor audio {what} --run {name}"
     if config.video:
-        return f"python training/diffusion.py --sample TEXT --run {name}"
+        return f"arbitor diffusion --sample TEXT --run {name}"
     return (
         f"arbitor generate {name} --image FILE --temperature 0" if config.vision else f"arbitor chat {name}"
     )

@@ -21,31 +21,31 @@ _TRIED = {
     "chat": "arbitor chat {}",
     "image": "arbitor generate {} --image FILE --temperature 0",
     "text": "arbitor generate {}",
-    "speak": "python training/audio.py --say TEXT --run {}",
-    "listen": "python training/audio.py --hear FILE --run {}",
-    "codec": "python training/audio.py --reconstruct FILE --run {}",
-    "flow": "python training/diffusion.py --sample TEXT --run {}",
-    "autoencoder": "python training/diffusion.py --task flow --base {}",
+    "speak": "arbitor audio --say TEXT --run {}",
+    "listen": "arbitor audio --hear FILE --run {}",
+    "codec": "arbitor audio --reconstruct FILE --run {}",
+    "flow": "arbitor diffusion --sample TEXT --run {}",
+    "autoencoder": "arbitor diffusion --task flow --base {}",
 }
 """Of what a run has learnt, the first one here is what it is tried with."""
 _MADE = {
     "text": "arbitor train",
     "image": "arbitor train --enable-vision",
-    "codec": "python training/audio.py",
-    "listen": "python training/audio.py --task listen",
-    "speak": "python training/audio.py --task speak",
-    "flow": "python training/diffusion.py",
+    "codec": "arbitor audio",
+    "listen": "arbitor audio --task listen",
+    "speak": "arbitor audio --task speak",
+    "flow": "arbitor diffusion",
 }
 _MADE_FROM = {
     "codec": {
-        "listen": "python training/audio.py --task listen --base {}",
-        "speak": "python training/audio.py --task speak --base {}",
+        "listen": "arbitor audio --task listen --base {}",
+        "speak": "arbitor audio --task speak --base {}",
     },
-    "autoencoder": {"flow": "python training/diffusion.py --task flow --base {}"},
+    "autoencoder": {"flow": "arbitor diffusion --task flow --base {}"},
 }
 _ADDED = {
-    "codec": "python training/audio.py --base {}",
-    "autoencoder": "python training/diffusion.py --task codec --base {}",
+    "codec": "arbitor audio --base {}",
+    "autoencoder": "arbitor diffusion --task codec --base {}",
 }
 """How a run without a part starts one that has it."""
 

@@ -112,9 +112,7 @@ def test_the_newest_run_that_fits_is_taken_and_others_are_refused():
     assert find_checkpoint(None) == Path("runs/codec/best")
     with pytest.raises(UserError, match=r"not to continue text: the run 'text' has; what this one is for: "):
         find_checkpoint("images", ("text",))
-    with pytest.raises(
-        UserError, match=r"not to draw clips: `python training/diffusion.py` makes a run that"
-    ):
+    with pytest.raises(UserError, match=r"not to draw clips: `arbitor diffusion` makes a run that"):
         find_checkpoint(None, ("flow",))
     make("unknown", "best", age=8)  # no settings beside its weights
     assert find_checkpoint("unknown", ("flow",)) == find_checkpoint(None, ("flow",))

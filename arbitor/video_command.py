@@ -1,5 +1,6 @@
 """`arbitor diffusion`, the command behind `training/diffusion.py`: what is heavy is imported inside it."""
 
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -9,6 +10,7 @@ from cyclopts import Parameter
 from arbitor import cli
 from arbitor.cli import DATA, LOGGING, RUN, TRAINING, whole
 from arbitor.errors import UserError
+from arbitor.flags import flag_of
 
 CODEC_STEPS = 300
 CODEC_STEPS_PER_FLOW_STEP = 10  # at most, so that a short try of both parts is short
@@ -223,7 +225,7 @@ def _train_both(
     """The autoencoder, then the flow on its latents; returns the exit code of the last that ran."""
     from arbitor.train import runs
     from arbitor.train.metrics import refuse_busy
-    from arbitor.train.session import start_training
+    from arbitor.train.session import FAILED, start_training
 
     if run is None:
         if reset:
@@ -243,12 +245,29 @@ def _train_both(
         ahead["steps"] = codec_steps
     ahead = _defaults({"video_task": "codec", **ahead}, None, preset)
     code = start_training(ahead, preset=preset, run=codec, reset=reset, show_next=False)
+    if code not in (0, FAILED):  # a signal, after which the autoencoder's own run can be gone on with
+        done = f" and {runs.run_path(run)} is deleted" if runs.run_path(run).exists() else ""
+        print(
+            f"arbitor: note: the flow is yet to be trained; once the autoencoder is finished{done}, start it "
+            f"with: {_flow_command(settings, run, codec)}",
+            file=sys.stderr,
+        )
     if code:
         return code
     if reset and runs.run_path(run).exists():
         runs.remove_run(runs.run_path(run))
     behind = _defaults({"video_task": "flow", **settings}, codec, None)
     return start_training(behind, run=run, base=codec)
+
+
+def _flow_command(settings: dict[str, Any], run: str, codec: str) -> str:
+    """A command line that trains the flow behind its autoencoder, whose run has all other settings."""
+    words = ["arbitor", "diffusion", "--task", "flow", "--base", codec, "--run", run]
+    for name in ("steps", "lr", "held_out", "data"):
+        if name in settings:
+            value = settings[name]
+            words += [flag_of(name), *map(str, value if isinstance(value, list) else [value])]
+    return shlex.join(words)
 
 
 def _free_name(preset: str) -> str:

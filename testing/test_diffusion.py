@@ -2,6 +2,8 @@
 
 import functools
 import json
+import shlex
+import shutil
 
 import pytest
 from PIL import Image
@@ -94,6 +96,39 @@ def test_few_steps_are_few_of_the_autoencoder_too(given, steps, monkeypatch):
 
 def _defaults_without_a_base(settings, base, preset, whole=video_command._defaults):
     return whole(settings, None, preset)  # the autoencoder was not trained
+
+
+def test_an_interrupted_autoencoder_says_how_to_come_to_the_flow(capsys, monkeypatch):
+    from arbitor.cli import main as arbitor
+    from arbitor.train.loop import Run
+
+    given = [*SMALL, "--lr", "0.03", "--held-out", "0.2"]
+    assert main([*given, "--run", "whole"]) == 0
+    take = Run._take_step
+
+    def take_and_stop(self):
+        take(self)
+        self.guard.received = 2
+
+    for reset in ([], ["--reset"]):
+        monkeypatch.setattr(Run, "_take_step", take_and_stop)
+        capsys.readouterr()
+        assert main([*given, "--run", "clips", *reset]) == 130
+        monkeypatch.setattr(Run, "_take_step", take)
+        out, note = capsys.readouterr()
+        resume = out.strip().rpartition("go on with: ")[2]
+        assert resume == "arbitor train --resume --run clips-codec"
+        before, _, flow = note.strip().rpartition(", start it with: ")
+        assert before == "arbitor: note: the flow is yet to be trained; once the autoencoder is finished" + (
+            " and runs/clips is deleted" if reset else ""
+        )
+        if reset:
+            shutil.rmtree("runs/clips")
+        for command in (resume, flow):
+            program, *arguments = shlex.split(command)
+            assert program == "arbitor"
+            assert arbitor(arguments) == 0
+        assert files("clips") == files("whole")
 
 
 def test_the_autoencoder_alone_says_what_is_next(capsys):

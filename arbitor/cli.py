@@ -125,7 +125,7 @@ def train(
     config
         TOML file laid over the preset; flags override it.
     data
-        Files, folders or globs to train on, ./runs left out; default the standard library's sources.
+        Files, folders or globs to train on, runs left out; default the standard library's sources.
     held_out
         Path, or share of the data, to measure on.
     field

@@ -114,6 +114,13 @@ def test_bad_data(refused, workplace):
     refused(["eval", "--data", "empty.txt"], "empty.txt")
 
 
+def test_a_run_that_was_moved_is_no_data(refused, workplace):
+    (workplace / "runs").rename(workplace / "moved")
+    refused(
+        ["train", "--data", "moved"], "no text files in the folder 'moved' (skipped 1 holding a run; a file"
+    )
+
+
 def test_bad_settings(refused, workplace):
     refused(["train", "--preset", "tinny"], "tinny", "did you mean 'tiny'?")
     refused([*TRAIN, "--steps", "0"], "error: --steps must be between 1")

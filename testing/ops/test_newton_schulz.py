@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from arbitor.ops.newton_schulz import newton_schulz, reference
+from arbitor.ternary.rules import spectral
 
 pytest.importorskip("triton", reason="needs Triton, which the extra `test` installs on Linux")
 
@@ -92,6 +93,18 @@ def test_matrices_that_kernels_cannot_multiply():
     x = gaussian((2, 7, 5))
     wanted = expected(x)
     assert error(newton_schulz(x, largest(x)), wanted) <= TOLERANCE
+
+
+@pytest.mark.parametrize("shape", [(72, 40), (2, 40, 72)], ids=str)
+def test_the_rule_takes_matrices_that_lie_turned_in_memory(shape, monkeypatch):
+    from arbitor.ops.newton_schulz import triton
+
+    monkeypatch.setattr("arbitor.ops.newton_schulz.iterates_narrow", lambda _: True)  # as on a GPU
+    monkeypatch.setattr(triton, "can_multiply", lambda _: True)
+    turned = gaussian(shape).to(torch.float32).mT
+    before = turned.clone()
+    assert error(spectral(turned), spectral(turned.contiguous())) <= TOLERANCE
+    assert torch.equal(turned, before)
 
 
 def test_matrices_are_brought_to_unit_norm_in_the_dtype_asked_for():

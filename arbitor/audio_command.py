@@ -1,6 +1,5 @@
-"""The command behind `training/audio.py`: what is heavy is imported inside it."""
+"""`arbitor audio`, the command behind `training/audio.py`: what is heavy is imported inside it."""
 
-import shlex
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -8,7 +7,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from arbitor import cli
-from arbitor.cli import DATA, LOGGING, RUN, TRAINING, app, whole
+from arbitor.cli import DATA, LOGGING, RUN, TRAINING, whole
 from arbitor.errors import UserError
 from arbitor.flags import flag_of
 
@@ -16,7 +15,6 @@ DEFAULT_STEPS = 300
 TRIES = ("reconstruct", "hear", "say")
 
 
-@app.command(name="audio", show=False)
 def audio(
     *,
     task: Annotated[Literal["codec", "listen", "speak"] | None, Parameter(group=RUN)] = None,
@@ -184,12 +182,10 @@ def _defaults(settings: dict[str, Any], base: str | None) -> dict[str, Any]:
         raise UserError(f"{flag} is about what is heard: give it with --task listen, not {task}")
     if base is None or not _has_codec(base):
         from arbitor.data.audio import default_rate
+        from arbitor.train.learnt import refusal_of_base
 
         if base is not None and task != "codec" and "audio_rate" not in settings:
-            raise UserError(
-                f"--task {task}: {base} has no codec of sounds; first train one that starts from it, with "
-                f"python training/audio.py --base {shlex.quote(base)}, and give that run as --base"
-            )
+            raise UserError(refusal_of_base(base, task, "codec"))
         if "audio_rate" not in settings:
             usual["audio_rate"] = default_rate(settings.get("data", ()))
         usual["audio_samples"] = settings.get("audio_rate", usual.get("audio_rate"))

@@ -35,7 +35,7 @@ def try_run(
     source = find_model(run, None, WANTED[what])
     model = source.open(device)
     if "audio" not in model.sidecars:
-        raise UserError(f"{source} has no sidecar for sounds; train one with training/audio.py")
+        raise UserError(f"{source} has no sidecar for sounds; train one with `arbitor audio`")
     if what == "hear":
         wave = read_recording(value, model.config.audio_rate)
         (text,) = hear(model, torch.from_numpy(clip(wave, model.config.audio_samples))[None])

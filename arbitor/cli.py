@@ -28,6 +28,11 @@ app = App(
     suppress_keyboard_interrupt=False,  # `main` says a line
 )
 
+# What scripts in `training/` run, from any folder; imported when asked for.
+app.command("arbitor.audio_command:audio", name="audio", show=False)
+app.command("arbitor.video_command:diffusion", name="diffusion", show=False)
+app.command("arbitor.pretrain_command:pretrain", name="pretrain", show=False)
+
 RUN = Group("Run", sort_key=0)
 DATA = Group("Data", sort_key=1)
 TRAINING = Group("Model and training", sort_key=2)
@@ -120,7 +125,7 @@ def train(
     config
         TOML file laid over the preset; flags override it.
     data
-        Files, folders or globs to train on, ./runs left out; default the standard library's sources.
+        Files, folders or globs to train on, runs left out; default the standard library's sources.
     held_out
         Path, or share of the data, to measure on.
     field
@@ -158,7 +163,7 @@ def train(
         Do not shift and turn the images.
     enable_audio
         Learn the labels of recordings: --data names folders, .tar archives, .jsonl or audio files; default
-        synthesised sounds. training/audio.py has more: the codec, speaking.
+        synthesised sounds. `arbitor audio` has more: the codec, speaking.
     max_moe_iters
         Most iterations of the core.
     state
@@ -443,11 +448,11 @@ def finetune(
     enable_vision
         The data is images with captions, as in `arbitor train`; default scikit-learn's digits.
     enable_audio
-        The data is recordings with their texts, as in training/audio.py; default synthesised sounds.
+        The data is recordings with their texts, as in `arbitor audio`; default synthesised sounds.
     task
         With --enable-audio: listen (sound to text) or speak (text to sound); default the base's.
     enable_video
-        The data is videos with captions, as in training/diffusion.py; default digits that move.
+        The data is videos with captions, as in `arbitor diffusion`; default digits that move.
     full
         Go on training the trits themselves by votes, without adapters.
     rank

@@ -454,7 +454,7 @@ class DataConfig:
             or flow (captions to latents); empty where the data is something else.
         encoder: Folder or hub name that a new model's frozen image encoder takes its weights from.
         learnt_before: What was learnt before, of `LEARNT`: by the runs that this one started from, and in a
-            finetune. Written by what starts a run.
+            finetune. Written by what starts a run; None in settings of earlier versions, which do not say.
     """
 
     data: tuple[str, ...] = ()
@@ -464,7 +464,7 @@ class DataConfig:
     audio_task: str = ""
     video_task: str = ""
     encoder: str | None = None
-    learnt_before: tuple[str, ...] = ()
+    learnt_before: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.held_out, (int, float)) and not isinstance(self.held_out, bool):
@@ -472,7 +472,7 @@ class DataConfig:
         settle_types(self)
         require_name("audio_task", self.audio_task, AUDIO_TASKS)
         require_name("video_task", self.video_task, VIDEO_TASKS)
-        for name in self.learnt_before:
+        for name in self.learnt_before or ():
             require_name("learnt_before", name, LEARNT)
         for path in self.data:
             if not path:
@@ -581,12 +581,12 @@ class RunConfig:
 
     @property
     def learnt(self) -> tuple[str, ...]:
-        """What the run has learnt, `learnt_before` included.
+        """What the run is known to have learnt, `learnt_before` included.
 
         What was learnt on a codec or an autoencoder is lost where that learns again: its codes, or latents,
         mean something else then.
         """
-        names = set(self.data.learnt_before)
+        names = set(self.data.learnt_before or ())
         names -= {"listen", "speak"} if "codec" in self.learns else set()
         names -= {"flow"} if "autoencoder" in self.learns else set()
         return in_order({*self.learns, *names})

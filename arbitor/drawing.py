@@ -23,7 +23,7 @@ def autoencoder_of(model: ARBModel) -> VideoAutoencoder:
         UserError: it has no video sidecar.
     """
     if "video" not in model.sidecars:
-        raise UserError("this model has no sidecar for clips; train one with training/diffusion.py")
+        raise UserError("this model has no sidecar for clips; train one with `arbitor diffusion`")
     codec = model.sidecars["video"].codec
     assert isinstance(codec, VideoAutoencoder)
     return codec
@@ -68,7 +68,7 @@ def draw(
     """Clips to texts.
 
     Args:
-        model: one that was trained by `training/diffusion.py`.
+        model: one that was trained by `arbitor diffusion`.
         texts: B of them; an empty one leaves the choice to the model.
         steps, sampler, guidance: see `VideoHead.sample`.
         seed: of the noise; None takes a fresh one.

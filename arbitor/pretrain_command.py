@@ -1,4 +1,4 @@
-"""The command behind `training/pretrain.py`: what is heavy is imported inside it."""
+"""`arbitor pretrain`, the command behind `training/pretrain.py`: what is heavy is imported inside it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from arbitor import cli
-from arbitor.cli import DATA, LOGGING, RUN, TRAINING, app, whole
+from arbitor.cli import DATA, LOGGING, RUN, TRAINING, whole
 from arbitor.config import MIXED, RunConfig, load_config
 from arbitor.errors import UserError
 
@@ -14,7 +14,6 @@ DEFAULT_WEIGHTS = {"text": 4.0, "code": 4.0, "image": 1.0, "audio": 1.0, "video"
 CAPTION_IDS = 64  # of captions of one's own videos; the names of digits are shorter
 
 
-@app.command(name="pretrain", show=False)
 def pretrain(
     *,
     run: Annotated[str | None, Parameter(group=RUN)] = None,

@@ -26,7 +26,7 @@ def codec_of(model: ARBModel) -> AudioVQEncoder:
         UserError: it has no audio sidecar.
     """
     if "audio" not in model.sidecars:
-        raise UserError("this model has no sidecar for sounds; train one with training/audio.py")
+        raise UserError("this model has no sidecar for sounds; train one with `arbitor audio`")
     codec = model.sidecars["audio"].codec
     assert isinstance(codec, AudioVQEncoder)
     return codec

@@ -29,7 +29,7 @@ from arbitor.ternary.audit import audit_checkpoint
 from arbitor.train.checkpoint import CONFIG_FILE, STATE_FILE, load, load_checkpoint
 from arbitor.train.device import deterministic
 from arbitor.train.display import Display, printable
-from arbitor.train.learnt import learnt_of
+from arbitor.train.learnt import tells_before
 from arbitor.train.runs import find_checkpoint, name_of, refuse_unlearnt
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def find_model(
         UserError: nothing there, or it has learnt something else.
     """
     from arbitor.finetune.adapter import find_adapter, read_adapter
-    from arbitor.finetune.session import learnt_by_adapter, newest_adapter
+    from arbitor.finetune.session import learnt_by_adapter, learnt_by_checkpoint, newest_adapter
 
     if checkpoint is None and adapter is None and newest_finetune:
         folder = newest_adapter(wanted)
@@ -101,8 +101,10 @@ def find_model(
         if adapter is None and folder is not None:
             checkpoint = None
     if folder is None:
-        base = find_checkpoint(checkpoint, wanted)
-        return Found(base=base, adapter=None, learnt=learnt_of(base))
+        base = find_checkpoint(checkpoint, wanted if checkpoint is None else ())
+        learnt = learnt_by_checkpoint(base)
+        refuse_unlearnt(base, learnt, wanted, tells_before(base))
+        return Found(base=base, adapter=None, learnt=learnt)
     saved = read_adapter(folder)
     if checkpoint is None and not Path(saved.base).exists():
         where = repr(saved.base) if saved.base else "no path"
@@ -112,7 +114,7 @@ def find_model(
         )
     base = find_checkpoint(saved.base if checkpoint is None else checkpoint)
     learnt = learnt_by_adapter(folder, base)
-    refuse_unlearnt(folder, learnt, wanted)
+    refuse_unlearnt(folder, learnt, wanted, tells_before(base))
     return Found(base=base, adapter=saved, learnt=learnt)
 
 

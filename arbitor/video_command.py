@@ -1,4 +1,4 @@
-"""The command behind `training/diffusion.py`: what is heavy is imported inside it."""
+"""`arbitor diffusion`, the command behind `training/diffusion.py`: what is heavy is imported inside it."""
 
 import shlex
 import sys
@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from arbitor import cli
-from arbitor.cli import DATA, LOGGING, RUN, TRAINING, app, whole
+from arbitor.cli import DATA, LOGGING, RUN, TRAINING, whole
 from arbitor.errors import UserError
+from arbitor.flags import flag_of
 
 CODEC_STEPS = 300
 CODEC_STEPS_PER_FLOW_STEP = 10  # at most, so that a short try of both parts is short
@@ -19,7 +20,6 @@ FLOW_RATE = 0.5  # of the usual peak learning rate of a state
 CAPTION_IDS = 64  # of one's own captions; the names of digits are shorter
 
 
-@app.command(name="diffusion", show=False)
 def diffusion(
     *,
     task: Annotated[Literal["codec", "flow"] | None, Parameter(group=RUN)] = None,
@@ -203,13 +203,10 @@ def _defaults(settings: dict[str, Any], base: str | None, preset: str | None) ->
     }
     if base is None or not start.model.video_size:
         from arbitor.config import VIDEO_SIZE
+        from arbitor.train.learnt import refusal_of_base
 
         if base is not None and flow and "video_size" not in settings:
-            raise UserError(
-                f"--task flow: {base} has no autoencoder of clips; first train one that starts from it, with "
-                f"python training/diffusion.py --task codec --base {shlex.quote(base)}, and give that run as "
-                "--base"
-            )
+            raise UserError(refusal_of_base(base, "flow", "autoencoder"))
         usual |= {"video_size": VIDEO_SIZE, "batch": BATCH}
         if settings.get("data"):
             usual["video_ids"] = CAPTION_IDS
@@ -228,7 +225,7 @@ def _train_both(
     """The autoencoder, then the flow on its latents; returns the exit code of the last that ran."""
     from arbitor.train import runs
     from arbitor.train.metrics import refuse_busy
-    from arbitor.train.session import start_training
+    from arbitor.train.session import FAILED, start_training
 
     if run is None:
         if reset:
@@ -248,12 +245,29 @@ def _train_both(
         ahead["steps"] = codec_steps
     ahead = _defaults({"video_task": "codec", **ahead}, None, preset)
     code = start_training(ahead, preset=preset, run=codec, reset=reset, show_next=False)
+    if code not in (0, FAILED):  # a signal, after which the autoencoder's own run can be gone on with
+        done = f" and {runs.run_path(run)} is deleted" if runs.run_path(run).exists() else ""
+        print(
+            f"arbitor: note: the flow is yet to be trained; once the autoencoder is finished{done}, start it "
+            f"with: {_flow_command(settings, run, codec)}",
+            file=sys.stderr,
+        )
     if code:
         return code
     if reset and runs.run_path(run).exists():
         runs.remove_run(runs.run_path(run))
     behind = _defaults({"video_task": "flow", **settings}, codec, None)
     return start_training(behind, run=run, base=codec)
+
+
+def _flow_command(settings: dict[str, Any], run: str, codec: str) -> str:
+    """A command line that trains the flow behind its autoencoder, whose run has all other settings."""
+    words = ["arbitor", "diffusion", "--task", "flow", "--base", codec, "--run", run]
+    for name in ("steps", "lr", "held_out", "data"):
+        if name in settings:
+            value = settings[name]
+            words += [flag_of(name), *map(str, value if isinstance(value, list) else [value])]
+    return shlex.join(words)
 
 
 def _free_name(preset: str) -> str:

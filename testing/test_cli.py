@@ -114,6 +114,13 @@ def test_bad_data(refused, workplace):
     refused(["eval", "--data", "empty.txt"], "empty.txt")
 
 
+def test_a_run_that_was_moved_is_no_data(refused, workplace):
+    (workplace / "runs").rename(workplace / "moved")
+    refused(
+        ["train", "--data", "moved"], "no text files in the folder 'moved' (skipped 1 holding a run; a file"
+    )
+
+
 def test_bad_settings(refused, workplace):
     refused(["train", "--preset", "tinny"], "tinny", "did you mean 'tiny'?")
     refused([*TRAIN, "--steps", "0"], "error: --steps must be between 1")
@@ -535,3 +542,20 @@ def test_modules_are_the_same_command(module, repository, tmp_path):
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr == "arbitor: error: Invalid value for --steps: 'many' is no whole number\n"
+
+
+@pytest.mark.parametrize("verb", ["audio", "diffusion", "pretrain"])
+def test_scripts_are_verbs_which_work_from_any_folder(verb, workplace):
+    done = run_with(subprocess.PIPE, verb, "--steps", "many")
+    assert done.stderr == "arbitor: error: Invalid value for --steps: 'many' is no whole number\n"
+    assert done.returncode == 2
+
+
+def test_commands_that_messages_print_are_verbs():
+    from arbitor.train import learnt
+
+    tables = (learnt._TRIED, learnt._MADE, learnt._ADDED, *learnt._MADE_FROM.values())
+    for printed in [command for table in tables for command in table.values()]:
+        program, verb, *_ = printed.split()
+        assert program == "arbitor"
+        assert main([verb, "--help"]) == 0

@@ -2,6 +2,8 @@
 
 import functools
 import json
+import shlex
+import shutil
 
 import pytest
 from PIL import Image
@@ -62,7 +64,7 @@ def test_without_a_task_the_autoencoder_is_trained_and_then_the_flow(tmp_path, c
     assert any((before[name] != after[name]).any() for name in before if name.startswith("heads.video"))
     out = capsys.readouterr().out
     assert [line for line in out.splitlines() if line.startswith("next:")] == [
-        "next: python training/diffusion.py --sample TEXT --run clips"
+        "next: arbitor diffusion --sample TEXT --run clips"
     ]
     assert main([*SMALL, "--codec-steps", "2", "--run", "clips"]) == 2
     assert "exists" in capsys.readouterr().err
@@ -96,9 +98,42 @@ def _defaults_without_a_base(settings, base, preset, whole=video_command._defaul
     return whole(settings, None, preset)  # the autoencoder was not trained
 
 
+def test_an_interrupted_autoencoder_says_how_to_come_to_the_flow(capsys, monkeypatch):
+    from arbitor.cli import main as arbitor
+    from arbitor.train.loop import Run
+
+    given = [*SMALL, "--lr", "0.03", "--held-out", "0.2"]
+    assert main([*given, "--run", "whole"]) == 0
+    take = Run._take_step
+
+    def take_and_stop(self):
+        take(self)
+        self.guard.received = 2
+
+    for reset in ([], ["--reset"]):
+        monkeypatch.setattr(Run, "_take_step", take_and_stop)
+        capsys.readouterr()
+        assert main([*given, "--run", "clips", *reset]) == 130
+        monkeypatch.setattr(Run, "_take_step", take)
+        out, note = capsys.readouterr()
+        resume = out.strip().rpartition("go on with: ")[2]
+        assert resume == "arbitor train --resume --run clips-codec"
+        before, _, flow = note.strip().rpartition(", start it with: ")
+        assert before == "arbitor: note: the flow is yet to be trained; once the autoencoder is finished" + (
+            " and runs/clips is deleted" if reset else ""
+        )
+        if reset:
+            shutil.rmtree("runs/clips")
+        for command in (resume, flow):
+            program, *arguments = shlex.split(command)
+            assert program == "arbitor"
+            assert arbitor(arguments) == 0
+        assert files("clips") == files("whole")
+
+
 def test_the_autoencoder_alone_says_what_is_next(capsys):
     assert main(["--task", "codec", *SMALL, "--run", "c"]) == 0
-    assert "next: python training/diffusion.py --task flow --base c\n" in capsys.readouterr().out
+    assert "next: arbitor diffusion --task flow --base c\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("task", FIGURES)
@@ -157,7 +192,7 @@ def test_a_text_run_grows_into_one_that_draws(tmp_path, capsys):
     assert main(["--base", "text"]) == 2
     assert capsys.readouterr().err == (
         "arbitor: error: --task flow: text has no autoencoder of clips; first train one that starts from it, "
-        "with python training/diffusion.py --task codec --base text, and give that run as --base\n"
+        "with arbitor diffusion --task codec --base text, and give that run as --base\n"
     )
     assert main(["--base", "text", "--task", "codec", *SMALL, "--run", "codec"]) == 0
     assert main(["--sample", "x", "--run", "codec"]) == 2

@@ -203,7 +203,7 @@ def test_an_autoencoder_of_a_base_stays_and_the_flow_learns(capsys):
     assert video_main(["--task", "codec", *small, "--steps", "1", "--batch", "2", "--run", "codec"]) == 0
     weights = ["--code-weight", "0", "--image-weight", "0", "--audio-weight", "0", "--text-weight", "0"]
     assert main(["--base", "codec", *FEW, *weights, "--steps", "4", "--run", "mixed"]) == 0
-    assert "next: python training/diffusion.py --sample TEXT --run mixed" in capsys.readouterr().out
+    assert "next: arbitor diffusion --sample TEXT --run mixed" in capsys.readouterr().out
     before, after = (load_checkpoint(Path("runs", run, "latest")).weights for run in ("codec", "mixed"))
     codec = [name for name in before if ".codec." in name and "latent_" not in name]
     assert codec

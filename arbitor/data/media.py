@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from arbitor.config import did_you_mean
-from arbitor.data.sources import is_runs, names_in, reason
+from arbitor.data.sources import is_run_elsewhere, is_runs, names_in, reason
 from arbitor.errors import UserError
 
 _LINES = (".jsonl", ".jsonl.gz")
@@ -42,7 +42,7 @@ def listed(folder: Path, suffixes: Sequence[str], skipped: Counter[str]) -> tupl
     """JSON Lines files, and files that end in one of `suffixes`, beneath a folder in any depth.
 
     Links to folders are not followed, so that links in a circle do no harm; hidden files are counted, and
-    so is the folder in which runs are written, which is left out.
+    so are the folder in which runs are written and runs elsewhere, which are left out.
 
     Raises:
         UserError: a folder cannot be read.
@@ -54,9 +54,14 @@ def listed(folder: Path, suffixes: Sequence[str], skipped: Counter[str]) -> tupl
     lines, media = [], []
     for root, folders, names in os.walk(folder, onerror=refuse):
         shown = sorted(name for name in folders if not name.startswith("."))
-        folders[:] = [name for name in shown if not is_runs(Path(root, name))]
-        if len(folders) < len(shown):
-            skipped["folder of runs"] = 1
+        folders.clear()
+        for name in shown:
+            if is_runs(Path(root, name)):
+                skipped["folder of runs"] = 1
+            elif is_run_elsewhere(Path(root, name)):
+                skipped["holding a run"] += 1
+            else:
+                folders.append(name)
         for name in sorted(names):
             path = Path(root, name)
             if name.startswith("."):

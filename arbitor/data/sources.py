@@ -3,9 +3,12 @@
 A file that is named, or matched by a glob, is taken as it is. A folder gives every text-like file beneath it
 in any depth: regular files that are not empty, not hidden (nor in a hidden folder) and have no NUL byte in
 their first 8 KiB, which is how git tells text from binary; `.gz` files are judged by what they hold. The
-folder in which runs are written is left out of folders and globs that do not begin in it.
+folder in which runs are written, and runs that lie elsewhere, are left out of folders and globs that do not
+begin in them.
 """
 
+import contextlib
+import functools
 import glob
 import gzip
 import itertools
@@ -20,6 +23,7 @@ from arbitor.config import RUNS, did_you_mean
 from arbitor.errors import UserError
 
 _SNIFFED_BYTES = 8 << 10
+_OF_RUNS = ("metrics.jsonl", "latest", "best", "final")  # of which a run has one or more
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,13 +43,14 @@ class Source:
 
 @dataclass(kw_only=True, slots=True)
 class Skipped:
-    """How many entries of folders were left out, by reason; a hidden folder and that of runs count once."""
+    """How many entries of folders were left out, by reason; a hidden folder, or one of a run, counts once."""
 
     hidden: int = 0
     binary: int = 0
     empty: int = 0
     special: int = 0
     runs: int = 0
+    runs_elsewhere: int = 0
 
     def __str__(self) -> str:
         """E.g. `skipped 3 binary and 1 hidden`; empty if nothing was skipped."""
@@ -55,6 +60,7 @@ class Skipped:
             (self.empty, "empty"),
             (self.special, "special"),
             (self.runs, "folder of runs"),
+            (self.runs_elsewhere, "holding a run"),
         )
         parts = [f"{count:,} {reason}" for count, reason in counts if count]
         return "skipped " + " and ".join(", ".join(parts).rsplit(", ", 1)) if parts else ""
@@ -84,6 +90,16 @@ def is_runs(path: str | Path) -> bool:
         return False
 
 
+def is_run_elsewhere(folder: Path) -> bool:
+    """Whether a folder is a run, as `arbitor train` and `arbitor finetune` write them, and not in `RUNS`."""
+    has_settings, path = os.path.isfile(folder / "finetune.json"), folder / "config.toml"
+    if os.path.isfile(path):
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            has_settings |= file.read(9) == b"preset = "
+    is_run = has_settings and any(os.path.exists(folder / name) for name in _OF_RUNS)
+    return is_run and not _is_in_runs(folder)
+
+
 def _is_in_runs(path: Path) -> bool:
     return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(RUNS))
 
@@ -104,9 +120,15 @@ def _expand(item: str, skipped: Skipped) -> Iterator[Source]:
         before = str(skipped)
         count = 0
         begin = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
+        is_run, left_out = functools.cache(is_run_elsewhere), set()
         for match in map(Path, matches):
             if _is_in_runs(match) and not _is_in_runs(begin):
                 skipped.runs = 1
+                continue
+            below = itertools.takewhile(lambda folder: folder != begin, (match, *match.parents))
+            if run := next(filter(is_run, below), None):
+                skipped.runs_elsewhere += run not in left_out
+                left_out.add(run)
                 continue
             # With `**` every folder's files are matches of their own already.
             if match.is_dir() and "**" in item:
@@ -167,8 +189,14 @@ def _folder(folder: Path, skipped: Skipped) -> Iterator[Source]:
     for root, folders, names in os.walk(folder, onerror=refuse):
         shown = sorted(name for name in folders if not name.startswith("."))
         skipped.hidden += len(folders) - len(shown)
-        folders[:] = [name for name in shown if not is_runs(Path(root, name))]
-        skipped.runs |= len(folders) < len(shown)
+        folders.clear()
+        for name in shown:
+            if is_runs(Path(root, name)):
+                skipped.runs = 1
+            elif is_run_elsewhere(Path(root, name)):
+                skipped.runs_elsewhere += 1
+            else:
+                folders.append(name)
         for name in sorted(names):
             if name.startswith("."):
                 skipped.hidden += 1

@@ -292,7 +292,7 @@ def open_material(config: FinetuneConfig, base: RunConfig) -> Material:
     """
     model = base.model
     if config.audio:
-        _refuse_base_without(model.audio_rate, "--enable-audio", config.base, "sounds", "training/audio.py")
+        _refuse_base_without(model.audio_rate, "--enable-audio", config.base, "sounds", "`arbitor audio`")
         samples = config.ctx or model.audio_samples
         settings = override(_settings(config, base), audio_task=config.audio_task, audio_samples=samples)
         recordings = open_audio(config.data, config.held_out, model.audio_rate)
@@ -302,9 +302,7 @@ def open_material(config: FinetuneConfig, base: RunConfig) -> Material:
             return Media(task, "answer loss", (*media, "heads"), config.eval_examples, config.batch)
         return Media(task, "code loss", (*media, "heads.video", "head"), config.eval_examples, config.batch)
     if config.video:
-        _refuse_base_without(
-            model.video_size, "--enable-video", config.base, "clips", "training/diffusion.py"
-        )
+        _refuse_base_without(model.video_size, "--enable-video", config.base, "clips", "`arbitor diffusion`")
         length = _limited(config.ctx, model.video_ids, "ids of a caption")
         settings = override(_settings(config, base), video_task="flow", video_ids=length)
         geometry = ClipGeometry(

@@ -28,7 +28,7 @@ from arbitor.train import runs, swap
 from arbitor.train.checkpoint import Checkpoint, load_checkpoint
 from arbitor.train.device import Device, deterministic, resolve_device, thread_count
 from arbitor.train.display import Display, format_bytes, format_seconds, printable
-from arbitor.train.learnt import learnt_of
+from arbitor.train.learnt import lacks, learnt_of
 from arbitor.train.metrics import MetricsLog
 from arbitor.train.plot import plot_loss
 from arbitor.train.report import print_rows
@@ -133,8 +133,17 @@ def newest_adapter(wanted: Sequence[str]) -> Path | None:
 
 def learnt_by_adapter(adapter: Path, base: Path) -> tuple[str, ...] | None:
     """What an adapter on its base has learnt, of `arbitor.config.LEARNT`; None if that is not known."""
-    learns, before = _learns(adapter.parent), learnt_of(base)
+    learns, before = _learns(adapter.parent), learnt_by_checkpoint(base)
     return None if learns is None or before is None else in_order({*learns, *before})
+
+
+def learnt_by_checkpoint(checkpoint: Path) -> tuple[str, ...] | None:
+    """What a checkpoint has learnt, as `learnt_by_adapter` says it.
+
+    In a finetune with `--full` by an earlier version, settings beside the weights are those of its base.
+    """
+    learnt, learns = learnt_of(checkpoint), _learns(checkpoint.parent)
+    return learnt if learnt is None or learns is None else in_order({*learnt, *learns})
 
 
 def _learns(finetune: Path) -> tuple[str, ...] | None:
@@ -222,7 +231,9 @@ def _find_base(checkpoint: str | None, settings: Mapping[str, Any]) -> Path:
             with contextlib.suppress(UserError):
                 model = load_config(run / runs.CONFIG_FILE).model
                 if all(getattr(model, field) for field in needed):
-                    return runs.find_checkpoint(run, wanted)
+                    found = runs.find_checkpoint(run)
+                    if not lacks(learnt_of(found), wanted):
+                        return found
     return runs.find_checkpoint(None, wanted)
 
 
@@ -391,9 +402,9 @@ def _next_command(config: FinetuneConfig, folder: Path) -> str:
     name = shlex.quote(folder.name)
     if config.audio:
         what = "--hear FILE" if config.audio_task == "listen" else "--say TEXT"
-        return f"python training/audio.py {what} --run {name}"
+        return f"arbitor audio {what} --run {name}"
     if config.video:
-        return f"python training/diffusion.py --sample TEXT --run {name}"
+        return f"arbitor diffusion --sample TEXT --run {name}"
     return (
         f"arbitor generate {name} --image FILE --temperature 0" if config.vision else f"arbitor chat {name}"
     )

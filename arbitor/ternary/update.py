@@ -201,6 +201,10 @@ def update_apart(
     direction = torch.empty((n, rows, columns), dtype=dtype, device=device)
     largest = torch.zeros(n, dtype=torch.int32, device=device)
     weights = _relative(batch.exponent)
+    if narrow:
+        # The largest numbers of fp32 are infinite in bf16, and their halves are not. To the iteration, all
+        # powers of two that a matrix is multiplied by are the same.
+        weights.mul_(0.5)
     if batch.momentum:
         for i, (gradient, (codes, exponent)) in enumerate(zip(gradients, batch.momentum, strict=True)):
             momentum_fold_weighed(

@@ -21,28 +21,33 @@ _TRIED = {
     "chat": "arbitor chat {}",
     "image": "arbitor generate {} --image FILE --temperature 0",
     "text": "arbitor generate {}",
-    "speak": "python training/audio.py --say TEXT --run {}",
-    "listen": "python training/audio.py --hear FILE --run {}",
-    "codec": "python training/audio.py --reconstruct FILE --run {}",
-    "flow": "python training/diffusion.py --sample TEXT --run {}",
-    "autoencoder": "python training/diffusion.py --task flow --base {}",
+    "speak": "arbitor audio --say TEXT --run {}",
+    "listen": "arbitor audio --hear FILE --run {}",
+    "codec": "arbitor audio --reconstruct FILE --run {}",
+    "flow": "arbitor diffusion --sample TEXT --run {}",
+    "autoencoder": "arbitor diffusion --task flow --base {}",
 }
 """Of what a run has learnt, the first one here is what it is tried with."""
 _MADE = {
     "text": "arbitor train",
     "image": "arbitor train --enable-vision",
-    "codec": "python training/audio.py",
-    "listen": "python training/audio.py --task listen",
-    "speak": "python training/audio.py --task speak",
-    "flow": "python training/diffusion.py",
+    "codec": "arbitor audio",
+    "listen": "arbitor audio --task listen",
+    "speak": "arbitor audio --task speak",
+    "flow": "arbitor diffusion",
 }
 _MADE_FROM = {
     "codec": {
-        "listen": "python training/audio.py --task listen --base {}",
-        "speak": "python training/audio.py --task speak --base {}",
+        "listen": "arbitor audio --task listen --base {}",
+        "speak": "arbitor audio --task speak --base {}",
     },
-    "autoencoder": {"flow": "python training/diffusion.py --task flow --base {}"},
+    "autoencoder": {"flow": "arbitor diffusion --task flow --base {}"},
 }
+_ADDED = {
+    "codec": "arbitor audio --base {}",
+    "autoencoder": "arbitor diffusion --task codec --base {}",
+}
+"""How a run without a part starts one that has it."""
 
 
 def learnt_of(checkpoint: Path) -> tuple[str, ...] | None:
@@ -51,6 +56,14 @@ def learnt_of(checkpoint: Path) -> tuple[str, ...] | None:
         return load_config(checkpoint / "config.toml").learnt
     except (UserError, OSError):
         return None
+
+
+def tells_before(checkpoint: Path) -> bool:
+    """Whether settings beside a checkpoint say what was learnt before; of earlier versions they do not."""
+    try:
+        return load_config(checkpoint / "config.toml").data.learnt_before is not None
+    except (UserError, OSError):
+        return False
 
 
 def lacks(learnt: Collection[str] | None, wanted: Collection[str]) -> bool:
@@ -75,13 +88,39 @@ def refusal(
         wanted: see `lacks`; the first of them stands for all.
         other: name of a run that has learnt it, if there is one.
     """
-    known = " and ".join(WORDS[what] for what in WORDS if what in learnt)
     made = _MADE[wanted[0]]
     for part, commands in _MADE_FROM.items():
         if part in learnt and wanted[0] in commands:
             made = commands[wanted[0]].format(shlex.quote(name))
     advice = f"`{made}` makes a run that has" if other is None else f"the run {other!r} has"
     return (
-        f"{checkpoint} has learnt {known}, not {WORDS[wanted[0]]}: {advice}; what this one is for: "
-        f"{try_command(name, learnt)}"
+        f"{checkpoint} has learnt {_in_words(learnt)}, not {WORDS[wanted[0]]}: {advice}; what this one is "
+        f"for: {try_command(name, learnt)}"
     )
+
+
+def assumption(checkpoint: Path, learnt: Collection[str], wanted: Sequence[str]) -> str:
+    """What is said of a checkpoint that may have learnt what is `wanted`, before its settings said so.
+
+    Args:
+        checkpoint: which one.
+        learnt: what it is known to have learnt.
+        wanted: see `refusal`.
+    """
+    return (
+        f"{checkpoint} has learnt {_in_words(learnt)}; what it learnt before, the earlier version that made "
+        f"it did not write down: going on as if it had learnt {WORDS[wanted[0]]}"
+    )
+
+
+def refusal_of_base(base: str, task: str, part: str) -> str:
+    """What is said of a base, as --base names it, without the part of `_ADDED` that a task needs."""
+    missing, command = WORDS[part].removeprefix("the "), _ADDED[part].format(shlex.quote(base))
+    return (
+        f"--task {task}: {base} has no {missing}; first train one that starts from it, with {command}, and "
+        "give that run as --base"
+    )
+
+
+def _in_words(learnt: Collection[str]) -> str:
+    return " and ".join(WORDS[what] for what in WORDS if what in learnt)

@@ -5,6 +5,7 @@ import difflib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from arbitor.config import RUNS
 from arbitor.errors import UserError
 from arbitor.train import swap
-from arbitor.train.learnt import lacks, learnt_of, refusal
+from arbitor.train.learnt import assumption, lacks, learnt_of, refusal, tells_before
 
 CONFIG_FILE = "config.toml"
 FINETUNE_FILE = "finetune.json"
@@ -164,7 +165,8 @@ def find_checkpoint(given: str | Path | None = None, wanted: Sequence[str] = ())
             newest run that has a checkpoint and has learnt what is wanted. Of a run, `best` is taken, else
             `latest`, else `final`.
         wanted: what it must have learnt one of, of `arbitor.config.LEARNT`; empty is anything. A checkpoint
-            without settings is taken for what it may have learnt.
+            without settings is taken for what it may have learnt; so is one that is given, with a note, if
+            its settings do not say what was learnt before.
 
     Raises:
         UserError: there is none, or it has learnt something else.
@@ -182,19 +184,23 @@ def find_checkpoint(given: str | Path | None = None, wanted: Sequence[str] = ())
             raise UserError(f"{problem}; `arbitor train` makes one")
     else:
         folder = _named_checkpoint(given)
-    refuse_unlearnt(folder, learnt_of(folder), wanted)
+    refuse_unlearnt(folder, learnt_of(folder), wanted, given is None or tells_before(folder))
     return folder
 
 
-def refuse_unlearnt(folder: Path, learnt: Sequence[str] | None, wanted: Sequence[str]) -> None:
+def refuse_unlearnt(folder: Path, learnt: Sequence[str] | None, wanted: Sequence[str], is_all: bool) -> None:
     """Raise UserError if a checkpoint is known to have learnt nothing of what is `wanted`.
 
     Args:
         folder: the checkpoint, or an adapter's folder.
         learnt: what it has learnt; None if that is not known.
         wanted: as `find_checkpoint` takes it.
+        is_all: whether that is all it has learnt; else nothing but a note is written.
     """
     if learnt is None or not lacks(learnt, wanted):
+        return
+    if not is_all:
+        print(f"arbitor: note: {assumption(folder, learnt, wanted)}", file=sys.stderr)
         return
     other = newest_checkpoint(wanted)
     raise UserError(

@@ -232,7 +232,9 @@ def _resume(
 def _is_longer(config: RunConfig, trained: RunConfig) -> bool:
     """Whether `config` is what a checkpoint was `trained` with, with as many steps or more."""
     steps = config.train.steps
-    return override(trained, steps=steps) == config and trained.train.steps <= steps
+    # What was learnt before says nothing of how to train, and settings of earlier versions leave it out.
+    as_now = override(trained, steps=steps, learnt_before=config.data.learnt_before)
+    return as_now == config and trained.train.steps <= steps
 
 
 def _new_config(settings: Mapping[str, Any], preset: str | None, config_file: str | None) -> RunConfig:

@@ -14,12 +14,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from arbitor.config import dump_toml, preset
 from arbitor.data import ByteStream, Sampler, contents, open_corpus, store
 from arbitor.data.contents import open_contents
 from arbitor.data.media import listed
 from arbitor.data.sources import Skipped, find_sources
 from arbitor.data.store import Store
 from arbitor.errors import UserError
+from arbitor.train import runs
 
 
 def read(*items: Path | str, field: str = "text", memory_bytes: int = store.MEMORY_BYTES) -> bytes:
@@ -97,6 +99,41 @@ def test_the_folder_of_runs_is_left_out_unless_it_is_named(tmp_path, monkeypatch
     lines, media = listed(Path("."), (".txt",), left_out := Counter())
     assert ([str(path) for path in media], lines) == (["a.txt", "sub/runs/b.txt"], [])
     assert left_out == {"folder of runs": 1}
+
+
+def test_runs_elsewhere_are_left_out_unless_they_are_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    written = dump_toml(preset("tiny"))
+    for name, text in {
+        "a.txt": "a",
+        "log/config.toml": "[log]",  # of another program
+        "log/metrics.jsonl": "{}",
+        f"old/tiny-1/{runs.CONFIG_FILE}": written,
+        f"old/tiny-1/{runs.METRICS_FILE}": "{}",
+        "old/tiny-1/sample.txt": "sample",
+        f"old/deep/lora/{runs.FINETUNE_FILE}": "{}",
+        f"old/deep/lora/{runs.CHECKPOINTS[0]}/adapter_config.json": "{}",
+        "old/deep/mine.toml": written,
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_text(text)
+    kept = ["a.txt", "log/config.toml", "log/metrics.jsonl", "old/deep/mine.toml"]
+    for items in (["."], [str(tmp_path)], ["**"], ["*"], ["**/*", "a.txt"]):
+        skipped = Skipped()
+        found = [source.path.resolve().relative_to(tmp_path) for source in find_sources(items, skipped)]
+        assert list(map(str, found)) == kept, items
+        assert str(skipped) == "skipped 2 holding a run"
+    for item in ("old/tiny-1/sample.txt", "old/tiny-1/s*.txt", "old/tiny-1/*ample.t*"):
+        assert read(item) == b"sample"
+    assert len(find_sources(["old/tiny-1"], Skipped())) == 3
+    with pytest.raises(
+        UserError, match=r"no text in what matches .* \(skipped 1 holding a run; a file named by"
+    ):
+        find_sources(["old/*/sample.txt"], Skipped())
+    lines, media = listed(Path("."), (".txt", ".toml"), left_out := Counter())
+    assert [str(path) for path in lines] == ["log/metrics.jsonl"]
+    assert sorted(map(str, media)) == [name for name in kept if name not in map(str, lines)]
+    assert left_out == {"holding a run": 2}
 
 
 def test_a_name_with_glob_characters_is_taken_literally_where_it_exists(tmp_path):

@@ -175,9 +175,9 @@ def test_finetunes_are_tried_like_runs(workplace, capsys):
     for kind in KINDS:
         assert finetune(kind, "--steps", "2", "--run", kind) == 0
     out = capsys.readouterr().out
-    assert "next: python training/audio.py --hear FILE --run listen" in out
-    assert "next: python training/audio.py --say TEXT --run speak" in out
-    assert "next: python training/diffusion.py --sample TEXT --run draw" in out
+    assert "next: arbitor audio --hear FILE --run listen" in out
+    assert "next: arbitor audio --say TEXT --run speak" in out
+    assert "next: arbitor diffusion --sample TEXT --run draw" in out
     for verb in (["generate", "speak"], ["chat", "speak"], ["eval", "draw", "--data", "data.txt"]):
         assert main(verb) == 2
         assert f"runs/{verb[1]}/best has learnt " in (error := capsys.readouterr().err)

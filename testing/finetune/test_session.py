@@ -1,5 +1,6 @@
 """`arbitor finetune` from the command line: files, resume to the bit, refusals, what the result is for."""
 
+import io
 import json
 import os
 import shutil
@@ -213,6 +214,19 @@ def test_votes_leave_a_run_like_any_other(finetune, workplace, capsysbinary):
     assert b"arbitor finetune --resume --run voted" in capsysbinary.readouterr().err
 
 
+def test_chat_knows_votes_on_conversations_of_an_earlier_version(finetune, workplace, capsys, monkeypatch):
+    monkeypatch.setattr(
+        "arbitor.finetune.methods.in_order", lambda _: None
+    )  # which did not say what it learns
+    assert finetune("--full", "--steps", "1", "--run", "voted") == 0
+    assert load_checkpoint(Path("runs/voted/best")).config.learnt == ("text",)
+    capsys.readouterr()
+    for arguments in (["voted"], []):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"7\n")))
+        assert main(["chat", *arguments, "--bytes", "1"]) == 0
+        assert capsys.readouterr().err == "runs/voted/best on cpu\n"
+
+
 def test_lean_votes_start_from_zero(finetune, capsys):
     assert finetune("--full", "--state", "lean", "--steps", "2", "--run", "voted") == 0
     assert "accumulators start at zero" in capsys.readouterr().out
@@ -324,6 +338,16 @@ def test_an_adapter_in_the_folder_of_a_base_fails_the_audit(finetune):
 def test_the_embedded_set_runs_without_data(workplace, capsys):
     assert main(["finetune", "--steps", "1", "--run", "tuned"]) == 0
     assert "embedded instructions" in capsys.readouterr().out
+    assert summary("tuned")["base"] == "runs/base/best"
+
+
+def test_a_run_of_an_earlier_version_that_learnt_no_text_is_no_base_unless_named(workplace):
+    folder = workplace / "runs/old/best"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").touch()
+    for path in (folder, folder.parent):  # newer than the base
+        (path / "config.toml").write_text("[model]\naudio_rate = 8000\n[data]\naudio_task = 'codec'\n")
+    assert main(["finetune", "--steps", "1", "--run", "tuned"]) == 0
     assert summary("tuned")["base"] == "runs/base/best"
 
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from arbitor.ops.newton_schulz import newton_schulz, reference
+from arbitor.ternary import update
+from arbitor.ternary.rules import spectral
 
 pytest.importorskip("triton", reason="needs Triton, which the extra `test` installs on Linux")
 
@@ -100,6 +102,18 @@ def test_matrices_that_kernels_cannot_multiply():
     assert error(newton_schulz(x, largest(x)), wanted) <= (TOLERANCE if INTERPRETED else 2 * costs)
 
 
+@pytest.mark.parametrize("shape", [(72, 40), (2, 40, 72)], ids=str)
+def test_the_rule_takes_matrices_that_lie_turned_in_memory(shape, monkeypatch):
+    from arbitor.ops.newton_schulz import triton
+
+    monkeypatch.setattr("arbitor.ops.newton_schulz.iterates_narrow", lambda _: True)  # as on a GPU
+    monkeypatch.setattr(triton, "can_multiply", lambda _: True)
+    turned = gaussian(shape).to(torch.float32).mT
+    before = turned.clone()
+    assert error(spectral(turned), spectral(turned.contiguous())) <= TOLERANCE
+    assert torch.equal(turned, before)
+
+
 def test_matrices_are_brought_to_unit_norm_in_the_dtype_asked_for():
     """Also where their largest magnitude is wider than they are."""
     x = gaussian((2, 7, 5)).to(torch.bfloat16)
@@ -107,6 +121,44 @@ def test_matrices_are_brought_to_unit_norm_in_the_dtype_asked_for():
     brought = reference.brought_to_unit_norm(x, magnitude, x.dtype)
     assert brought.dtype == reference.newton_schulz(brought).dtype == torch.bfloat16
     assert brought.float().norm(dim=(-2, -1)).sub(1).abs().max() <= torch.finfo(torch.bfloat16).eps
+
+
+@pytest.mark.parametrize("bits", [0, 8, 4])
+def test_gradients_beyond_bf16_move_trits_as_their_halves_do(bits, monkeypatch):
+    """The largest numbers of fp32 would be infinite in bf16."""
+    from arbitor.ops.momentum.reference import encode
+    from arbitor.ops.trit_codec import trit_pack
+
+    monkeypatch.setenv("ARB_TERNARY_BACKEND", "triton")
+    monkeypatch.setattr(update, "iterates_narrow", lambda _: True)  # as on a GPU
+    constants = update.VoteConstants(
+        rule="spectral", span=128, threshold=64, rail=63, momentum_bits=bits, beta=0.9, votes_on_scales=False,
+        scale_threshold=64, workspace_weights=1 << 20,
+    )  # fmt: skip
+    n, rows, columns = shape = (2, 24, 40)
+    numbers = update.StepNumbers(torch.device(DEVICE))
+    numbers.write(1, 40.0, 0.0, 0.0)
+    gradient = gaussian(shape).to(torch.float32)
+    gradient *= torch.finfo(torch.float32).max / gradient.abs().max()
+    moved = []
+    for factor in (0.5, 1.0):
+        start = torch.zeros(shape, dtype=torch.int8, device=DEVICE)
+        zeros = torch.zeros(shape), torch.zeros(shape, dtype=torch.int32)
+        momentum = [part.to(DEVICE) for part in encode(*zeros, bits)] if bits else []
+        batch = update.ApartBatch(
+            packed=list(trit_pack(start)),
+            accumulator=list(start.clone()),
+            momentum=list(zip(*momentum, strict=True)),
+            exponent=torch.zeros(n, rows, 1, dtype=torch.int8, device=DEVICE),
+            group=columns,
+            keys=torch.arange(2 * n, dtype=torch.int32, device=DEVICE).view(n, 2),
+            numbers=numbers,
+        )
+        active = torch.ones(n, 1, 1, dtype=torch.bool, device=DEVICE)
+        flips = update.update_apart(batch, list(gradient * factor), active, constants)
+        assert flips.gt(0).all()
+        moved.append(torch.cat([flips, *(part.flatten() for part in (*batch.packed, *batch.accumulator))]))
+    assert torch.equal(*moved)
 
 
 def test_large_tiles_are_for_gpus_with_room_for_them(monkeypatch):

@@ -172,8 +172,8 @@ def test_a_run_of_the_codec_alone_neither_speaks_nor_listens(what, task, tmp_pat
         name = folder if folder.endswith("latest") else "c"
         assert done.err == (
             f"arbitor: error: {folder} has learnt the codec of sounds, not to {task}: "
-            f"`python training/audio.py --task {task} --base {name}` makes a run that has; what this one is "
-            f"for: python training/audio.py --reconstruct FILE --run {name}\n"
+            f"`arbitor audio --task {task} --base {name}` makes a run that has; what this one is "
+            f"for: arbitor audio --reconstruct FILE --run {name}\n"
         )
         assert not (tmp_path / "out.wav").exists()
     assert main(["--task", task, "--base", folder, "--steps", "1", "--run", "behind"]) == 0
@@ -195,7 +195,7 @@ def test_a_run_of_the_codec_is_no_model_of_text(tmp_path, capsys):
             assert done.err == (
                 "arbitor: error: runs/c/best has learnt the codec of sounds, not to continue text: "
                 "`arbitor train` makes a run that has; what this one is for: "
-                "python training/audio.py --reconstruct FILE --run c\n"
+                "arbitor audio --reconstruct FILE --run c\n"
             )
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["c"]
 
@@ -273,7 +273,7 @@ def test_enable_audio_of_the_train_verb_listens_and_grows_a_text_run(tmp_path, c
     assert main(["--task", "listen", "--base", "text"]) == 2
     assert capsys.readouterr().err == (
         "arbitor: error: --task listen: text has no codec of sounds; first train one that starts from it, "
-        "with python training/audio.py --base text, and give that run as --base\n"
+        "with arbitor audio --base text, and give that run as --base\n"
     )
     assert main(["--base", "text", *SMALL_CODEC, "--run", "codec"]) == 0
     assert find_model("codec", None, ("text",)).learnt == ("text", "codec")  # it left the text as it was

@@ -281,6 +281,16 @@ def test_resume_refuses_what_contradicts_the_run(workplace, settings, interrupt)
     assert start_training({}, config_file="grown.toml", run="cut", resume=True) == 0
 
 
+def test_settings_that_do_not_say_what_was_learnt_before_resume_and_stay_so(workplace, settings, interrupt):
+    interrupt("take_step", 2, lambda: signal.raise_signal(signal.SIGINT))
+    start_training(settings, run="cut")
+    path = RUNS / "cut/config.toml"
+    path.write_text(path.read_text().replace("learnt_before = []\n", ""))  # as an earlier version wrote it
+    assert start_training({}, run="cut", resume=True) == 0
+    assert "learnt_before" not in path.read_text()
+    assert "learnt_before" not in (RUNS / "cut/final/config.toml").read_text()
+
+
 @pytest.mark.parametrize(("place", "part"), [(0, "training"), (0.5, "training"), (-1, "held-out")])
 def test_a_byte_that_changed_is_noticed_wherever_it_stands(workplace, settings, interrupt, place, part):
     interrupt("take_step", 2, lambda: signal.raise_signal(signal.SIGINT))

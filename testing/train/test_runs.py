@@ -27,7 +27,8 @@ def make(name: str, *checkpoints: str, age: int = 0, **settings: object) -> Path
         (path / checkpoint).mkdir()
         (path / checkpoint / "model.safetensors").touch()
         if settings:
-            (path / checkpoint / "config.toml").write_text(dump_toml(preset("tiny", **settings)))
+            config = preset("tiny", **{"learnt_before": (), **settings})
+            (path / checkpoint / "config.toml").write_text(dump_toml(config))
     return path
 
 
@@ -111,12 +112,26 @@ def test_the_newest_run_that_fits_is_taken_and_others_are_refused():
     assert find_checkpoint(None) == Path("runs/codec/best")
     with pytest.raises(UserError, match=r"not to continue text: the run 'text' has; what this one is for: "):
         find_checkpoint("images", ("text",))
-    with pytest.raises(
-        UserError, match=r"not to draw clips: `python training/diffusion.py` makes a run that"
-    ):
+    with pytest.raises(UserError, match=r"not to draw clips: `arbitor diffusion` makes a run that"):
         find_checkpoint(None, ("flow",))
     make("unknown", "best", age=8)  # no settings beside its weights
     assert find_checkpoint("unknown", ("flow",)) == find_checkpoint(None, ("flow",))
+
+
+def test_a_run_of_an_earlier_version_is_taken_where_it_is_named(capsys):
+    make("grown", "best", audio_task="listen", audio_rate=8000, learnt_before=None)
+    for given in ("grown", "runs/grown", "runs/grown/best/model.safetensors"):
+        assert find_checkpoint(given, ("text", "chat")) == Path("runs/grown/best")
+        assert capsys.readouterr().err == (
+            "arbitor: note: runs/grown/best has learnt to listen; what it learnt before, the earlier version "
+            "that made it did not write down: going on as if it had learnt to continue text\n"
+        )
+        assert find_checkpoint(given, ("listen",)) == Path("runs/grown/best")
+    with pytest.raises(UserError, match="has learnt to listen, not to continue text: `arbitor train` makes"):
+        find_checkpoint(None, ("text",))
+    make("text", "best", age=9, steps=1)
+    assert find_checkpoint(None, ("text",)) == Path("runs/text/best")
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def newton_schulz(x: Tensor, largest: Tensor) -> Tensor:
     and what lies between them is rounded to the dtype of x.
 
     Args:
-        x: bf16 or fp32 [n, O, I]; overwritten.
+        x: bf16 or fp32 [n, O, I]; overwritten, or copied where it is not contiguous.
         largest: int32 [n], the bits of each matrix's largest magnitude as fp32, sign cleared; it may be off
             by a rounding to x's dtype.
 
@@ -36,6 +36,6 @@ def newton_schulz(x: Tensor, largest: Tensor) -> Tensor:
         from arbitor.ops.newton_schulz import triton
 
         if triton.can_multiply(x):
-            return triton.newton_schulz(x, largest)
+            return triton.newton_schulz(x.contiguous(), largest)
     magnitude = largest.view(torch.float32)[:, None, None].clamp_min(reference.TINY)
     return reference.newton_schulz(reference.brought_to_unit_norm(x, magnitude, x.dtype))

@@ -14,7 +14,8 @@ from arbitor.model.norm import rms_norm
 from arbitor.ops.fsq import fsq, fsq_backward, fsq_trits
 from arbitor.ternary import TernaryLinear, TernaryVQCodebook
 
-OWN_MOMENT = 0.5  # of tanh of a trit; of numbers of RMS 1 it is 0.58 at most, when all are as large
+MOST_COMPARED = 1024  # about; positions whose codes are compared
+STEEPNESS = 2.0  # with which codes a trit apart no longer count as alike
 CODEBOOK_DIM = 32  # width of a learned codebook's rows
 
 
@@ -61,9 +62,9 @@ class VQBridge(nn.Module):
 
     With `motif_trits` k the code is k trits by finite scalar quantisation (`arbitor.ops.fsq`), and the motifs
     are all 3^k of them. What a code adds to the stream says little about which trits are worth having, and
-    left to it they become alike; so `down` also learns to keep them apart, by a loss of its own
-    (`diversity`). With `codebook_rows` the code is the nearest row of a learned `TernaryVQCodebook`, the
-    product of two codebooks where the rows are more than 4096 and a square.
+    left to it they become alike; so `down` also learns to keep those of different positions apart, by a loss
+    of its own (`diversity`). With `codebook_rows` the code is the nearest row of a learned
+    `TernaryVQCodebook`, the product of two codebooks where the rows are more than 4096 and a square.
 
     Attributes:
         num_motifs: how many motifs there are.
@@ -116,23 +117,23 @@ class VQBridge(nn.Module):
 
 
 def diversity(x: Tensor) -> Tensor:
-    """How far the trits of codes are from being balanced, spread out and independent of each other.
+    """How alike the codes of different positions are: log(sum of exp(-2 |z_i - z_j|^2) over i and j / S).
 
-    The off-diagonal second moments of (1, z_1 ... z_C), squared and summed, with z = tanh(x / rms(x)), the
-    codes ahead of rounding; and the square of what a trit's own second moment lacks to a half. It is the
-    covariance and the variance term of VICReg (Bardes et al. 2022, section 4.1), of moments about 0.
+    z = tanh(x / rms(x)) are the codes ahead of rounding, S positions are looked at, spread over all. It is
+    the uniformity loss of Wang and Isola 2020 (section 4.1) with each position counted as alike to itself.
 
     Args:
         x: fp32 [..., C], ahead of quantisation.
 
     Returns:
-        scalar, 0 at best.
+        scalar from 0, where no two are alike, to log(S), where all are.
     """
-    z_MC = torch.tanh(rms_norm(x)).flatten(0, -2)
-    moment_CC = z_MC.T @ z_MC / len(z_MC)
-    own_C = moment_CC.diagonal()
-    between = (moment_CC - own_C.diag()).square().sum() + 2 * z_MC.mean(dim=0).square().sum()
-    return between + (OWN_MOMENT - own_C).clamp_min(0).square().sum()
+    x_MC = x.flatten(0, -2)
+    step = len(x_MC) // MOST_COMPARED | 1  # odd, to fall on all places of windows in turn
+    z_SC = torch.tanh(rms_norm(x_MC[::step]))
+    square_S = z_SC.square().sum(dim=-1)
+    distance_SS = (square_S[:, None] + square_S - 2 * z_SC @ z_SC.T).clamp_min(0)
+    return torch.exp(-STEEPNESS * distance_SS).sum(dim=-1).mean().log()
 
 
 def motif_metrics(ids: Tensor, num_motifs: int) -> dict[str, Tensor]:

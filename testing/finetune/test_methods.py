@@ -101,7 +101,7 @@ def test_the_losses_of_parts_count_in_votes_without_that_of_the_text(make_model,
     losses.pop("text")
     assert {"ponder", "router"} <= losses.keys()
     expected = model.config.ponder_weight * losses["ponder"] + 0.01 * losses["router"]
-    expected = expected + losses.get("commitment", 0) + 3.0 * losses.get("diversity", 0)
+    expected = expected + losses.get("commitment", 0) + 0.3 * losses.get("diversity", 0)
     torch.testing.assert_close(parts, expected, rtol=1e-3, atol=1e-5)
     plain = make_model()
     assert loss_of(vote_method(plain, tmp_path), plain, batch)[1] is None

@@ -169,7 +169,7 @@ def test_the_loss_is_the_weighted_sum_and_reaches_every_weight(name):
     expected |= {"diversity"} if "fsq" in parts else set()
     expected |= {"router"} if "router" in parts else set()
     assert set(output.losses) == expected
-    weights = {"text": 1.0, "ponder": 0.001, "commitment": 1.0, "diversity": 3.0, "router": 0.01}
+    weights = {"text": 1.0, "ponder": 0.001, "commitment": 1.0, "diversity": 0.3, "router": 0.01}
     total = sum(weights[key] * value.item() for key, value in output.losses.items())
     assert output.loss.item() == pytest.approx(total, rel=1e-6)
     if expected == {"text"}:

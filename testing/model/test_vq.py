@@ -175,17 +175,25 @@ def test_diversity_is_that_of_the_definition():
         [math.tanh(v / math.sqrt(sum(w * w for w in row) / DIM + 1e-6)) for v in row]
         for row in x.flatten(0, 1).tolist()
     ]
-    z = [[1.0, *row] for row in z]
-    moment = [[sum(row[i] * row[j] for row in z) / len(z) for j in range(DIM + 1)] for i in range(DIM + 1)]
-    expected = sum(moment[i][j] ** 2 for i in range(DIM + 1) for j in range(DIM + 1) if i != j)
-    expected += sum(max(0.0, 0.5 - moment[i][i]) ** 2 for i in range(1, DIM + 1))
-    assert diversity(x).item() == pytest.approx(expected, rel=1e-9)
+    alike = [math.exp(-2 * sum((v - w) ** 2 for v, w in zip(a, b, strict=True))) for a in z for b in z]
+    assert diversity(x).item() == pytest.approx(math.log(sum(alike) / len(z)), rel=1e-9)
 
 
-def test_codes_of_independent_balanced_trits_are_diverse():
-    every = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 5)
-    assert diversity(every).item() == pytest.approx(0.0, abs=1e-10)
-    assert diversity(every.abs()) > 5
+def test_diversity_is_0_of_different_codes_and_the_log_of_their_number_of_equal_ones():
+    every = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 5).double()
+    beside = math.exp(-2 * (2 * math.tanh(1 / math.sqrt(1 + 1e-6))) ** 2)
+    assert diversity(every).item() == pytest.approx(5 * math.log1p(beside), rel=1e-6)
+    assert diversity(every.abs()).item() == pytest.approx(math.log(32), rel=1e-6)
+
+
+def test_diversity_looks_at_about_a_thousand_positions_of_all_places():
+    x = torch.zeros(12, 256, 3)
+    x[..., 0] = 1
+    x.requires_grad_()
+    diversity(x + torch.randn(x.shape, generator=torch.Generator().manual_seed(0)) / 8).backward()
+    seen = x.grad.abs().sum(dim=-1) > 0
+    assert seen.sum() == 1024
+    assert seen.any(dim=0).all()
 
 
 def test_training_spreads_motifs_out():

@@ -12,6 +12,7 @@ import functools
 import glob
 import gzip
 import itertools
+import json
 import os
 import stat
 import zlib
@@ -23,7 +24,8 @@ from arbitor.config import RUNS, did_you_mean
 from arbitor.errors import UserError
 
 _SNIFFED_BYTES = 8 << 10
-_OF_RUNS = ("metrics.jsonl", "latest", "best", "final")  # of which a run has one or more
+# Of which a run or a checkpoint has one or more, beside its settings.
+_OF_RUNS = ("metrics.jsonl", "latest", "best", "final", "model.safetensors")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,13 +93,24 @@ def is_runs(path: str | Path) -> bool:
 
 
 def is_run_elsewhere(folder: Path) -> bool:
-    """Whether a folder is a run, as `arbitor train` and `arbitor finetune` write them, and not in `RUNS`."""
-    has_settings, path = os.path.isfile(folder / "finetune.json"), folder / "config.toml"
-    if os.path.isfile(path):
-        with contextlib.suppress(OSError), open(path, "rb") as file:
-            has_settings |= file.read(9) == b"preset = "
-    is_run = has_settings and any(os.path.exists(folder / name) for name in _OF_RUNS)
-    return is_run and not _is_in_runs(folder)
+    """Whether a folder is a run or a checkpoint, as arbitor writes them, and does not lie in `RUNS`."""
+    if not any(os.path.exists(folder / name) for name in _OF_RUNS):
+        return False
+    return (_has_settings(folder) or _has_finetune(folder)) and not _is_in_runs(folder)
+
+
+def _has_settings(folder: Path) -> bool:
+    with contextlib.suppress(OSError), open(folder / "config.toml", "rb") as file:
+        first, second = file.readline(256), file.readline(256)
+        return first.startswith(b'preset = "') and second.startswith(b'version = "')
+    return False
+
+
+def _has_finetune(folder: Path) -> bool:
+    with contextlib.suppress(OSError, ValueError), open(folder / "finetune.json", "rb") as file:
+        document = json.loads(file.read(1 << 20))
+        return isinstance(document, dict) and document.keys() >= {"format", "checksum"}
+    return False
 
 
 def _is_in_runs(path: Path) -> bool:

@@ -14,8 +14,8 @@ from arbitor.model.norm import rms_norm
 from arbitor.ops.fsq import fsq, fsq_backward, fsq_trits
 from arbitor.ternary import TernaryLinear, TernaryVQCodebook
 
-MOST_COMPARED = 1024  # about; positions whose codes are compared
-STEEPNESS = 2.0  # with which codes a trit apart no longer count as alike
+MOST_COMPARED = 1024  # positions whose codes are compared
+STEEPNESS = 2.0  # with which codes of RMS 1 that are a trit apart are alike by a third, two trits a tenth
 CODEBOOK_DIM = 32  # width of a learned codebook's rows
 
 
@@ -119,17 +119,20 @@ class VQBridge(nn.Module):
 def diversity(x: Tensor) -> Tensor:
     """How alike the codes of different positions are: log(sum of exp(-2 |z_i - z_j|^2) over i and j / S).
 
-    z = tanh(x / rms(x)) are the codes ahead of rounding, S positions are looked at, spread over all. It is
-    the uniformity loss of Wang and Isola 2020 (section 4.1) with each position counted as alike to itself.
+    z = tanh(x / rms(x)) are the codes ahead of rounding. Of many positions, S are compared, spread over all
+    windows and all places in them. It is the uniformity loss of Wang and Isola 2020 (section 4.1) with each
+    position counted as alike to itself.
 
     Args:
-        x: fp32 [..., C], ahead of quantisation.
+        x: fp32 [..., N, C], ahead of quantisation, at least one.
 
     Returns:
         scalar from 0, where no two are alike, to log(S), where all are.
     """
     x_MC = x.flatten(0, -2)
-    step = len(x_MC) // MOST_COMPARED | 1  # odd, to fall on all places of windows in turn
+    step = -(-len(x_MC) // MOST_COMPARED)
+    while math.gcd(step, x.shape[-2]) > 1:  # which would fall on some places of windows alone
+        step += 1
     z_SC = torch.tanh(rms_norm(x_MC[::step]))
     square_S = z_SC.square().sum(dim=-1)
     distance_SS = (square_S[:, None] + square_S - 2 * z_SC @ z_SC.T).clamp_min(0)

@@ -8,8 +8,8 @@ import contextlib
 import functools
 import importlib
 import os
-import tempfile
 import threading
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +164,7 @@ def _write_launchers_once() -> None:
 
     Python knows a library it has loaded by the number of its file, read just ahead of loading. If the file is
     replaced in between, its number becomes free for the next launcher, in whose place the first one is found.
+    Later versions of Triton have one launcher for all kernels, of another name.
     """
     try:
         from triton.runtime.cache import FileCacheManager
@@ -176,17 +177,16 @@ def _write_launchers_once() -> None:
     def put_once(manager: Any, data: Any, filename: str, *rest: Any, **options: Any) -> str:
         if not filename.startswith("__triton_launcher"):
             return put(manager, data, filename, *rest, **options)
-        path = Path(manager.cache_dir, filename)
-        with tempfile.NamedTemporaryFile(dir=path.parent) as written:
-            written.write(data)
-            written.flush()
-            try:
-                os.link(written.name, path)
-            except FileExistsError:  # another process was first
-                if path.stat().st_size != len(data):  # or it is damaged
-                    return put(manager, data, filename, *rest, **options)
-            except OSError:  # a file system without links
-                return put(manager, data, filename, *rest, **options)
+        written = Path(put(manager, data, f"{filename}.{uuid.uuid4()}", *rest, **options))
+        path = written.with_name(filename)
+        try:
+            os.link(written, path)
+        except FileExistsError:  # another process was first, or what is there is damaged
+            if path.read_bytes() != data:
+                os.replace(written, path)
+        except OSError:  # a file system without links
+            os.replace(written, path)
+        written.unlink(missing_ok=True)
         return str(path)
 
     FileCacheManager.put = put_once

@@ -108,21 +108,27 @@ def test_runs_elsewhere_are_left_out_unless_they_are_named(tmp_path, monkeypatch
         "a.txt": "a",
         "log/config.toml": "[log]",  # of another program
         "log/metrics.jsonl": "{}",
+        "other/config.toml": 'preset = "dark"\n',
+        "other/finetune.json": "{}",
+        "other/final/essay.txt": "essay",
+        "old/best/config.toml": written,  # a checkpoint that was copied
+        "old/best/model.safetensors": "weights",
         f"old/tiny-1/{runs.CONFIG_FILE}": written,
         f"old/tiny-1/{runs.METRICS_FILE}": "{}",
         "old/tiny-1/sample.txt": "sample",
-        f"old/deep/lora/{runs.FINETUNE_FILE}": "{}",
+        f"old/deep/lora/{runs.FINETUNE_FILE}": '{"checksum": "0", "format": 1}',
         f"old/deep/lora/{runs.CHECKPOINTS[0]}/adapter_config.json": "{}",
         "old/deep/mine.toml": written,
     }.items():
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_text(text)
     kept = ["a.txt", "log/config.toml", "log/metrics.jsonl", "old/deep/mine.toml"]
+    kept += ["other/config.toml", "other/final/essay.txt", "other/finetune.json"]
     for items in (["."], [str(tmp_path)], ["**"], ["*"], ["**/*", "a.txt"]):
         skipped = Skipped()
         found = [source.path.resolve().relative_to(tmp_path) for source in find_sources(items, skipped)]
         assert list(map(str, found)) == kept, items
-        assert str(skipped) == "skipped 2 holding a run"
+        assert str(skipped) == "skipped 3 holding a run"
     for item in ("old/tiny-1/sample.txt", "old/tiny-1/s*.txt", "old/tiny-1/*ample.t*"):
         assert read(item) == b"sample"
     assert len(find_sources(["old/tiny-1"], Skipped())) == 3
@@ -132,8 +138,8 @@ def test_runs_elsewhere_are_left_out_unless_they_are_named(tmp_path, monkeypatch
         find_sources(["old/*/sample.txt"], Skipped())
     lines, media = listed(Path("."), (".txt", ".toml"), left_out := Counter())
     assert [str(path) for path in lines] == ["log/metrics.jsonl"]
-    assert sorted(map(str, media)) == [name for name in kept if name not in map(str, lines)]
-    assert left_out == {"holding a run": 2}
+    assert sorted(map(str, media)) == [name for name in kept if name.endswith((".txt", ".toml"))]
+    assert left_out == {"holding a run": 3}
 
 
 def test_a_name_with_glob_characters_is_taken_literally_where_it_exists(tmp_path):

@@ -186,14 +186,15 @@ def test_diversity_is_0_of_different_codes_and_the_log_of_their_number_of_equal_
     assert diversity(every.abs()).item() == pytest.approx(math.log(32), rel=1e-6)
 
 
-def test_diversity_looks_at_about_a_thousand_positions_of_all_places():
-    x = torch.zeros(12, 256, 3)
+@pytest.mark.parametrize(("windows", "places"), [(12, 256), (32, 96), (8, 256), (1, 2047), (45, 1024)])
+def test_diversity_looks_at_a_thousand_positions_of_all_places(windows, places):
+    x = torch.zeros(windows, places, 3)
     x[..., 0] = 1
-    x.requires_grad_()
-    diversity(x + torch.randn(x.shape, generator=torch.Generator().manual_seed(0)) / 8).backward()
+    x = (x + torch.randn(x.shape, generator=torch.Generator().manual_seed(0)) / 8).requires_grad_()
+    diversity(x).backward()
     seen = x.grad.abs().sum(dim=-1) > 0
-    assert seen.sum() == 1024
-    assert seen.any(dim=0).all()
+    assert 500 < seen.sum() <= 1024
+    assert seen.any(dim=0).sum() == min(places, seen.sum())
 
 
 def test_training_spreads_motifs_out():

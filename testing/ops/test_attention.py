@@ -19,6 +19,7 @@ import warnings
 import pytest
 import torch
 
+from arbitor.ops import attention
 from arbitor.ops.attention import attend, can_attend, reference
 from arbitor.ops.head_norm import keys_alone
 from arbitor.ops.head_norm import reference as head_norm
@@ -164,6 +165,22 @@ def test_kernels_take_what_they_are_for(kernels):
     shifted = torch.empty(up.numel() + 4, dtype=up.dtype, device=DEVICE)[4:].view_as(up)
     assert not can_attend(query, shifted, shared)
     assert not can_attend(query, torch.cat([up, up], dim=-1), shared)
+
+
+def test_kernels_run_on_gpus_they_were_tried_on(kernels, monkeypatch):
+    given = [t.to(DEVICE) for t in inputs((1, 3, 2, 48, 32, 80), torch.float16)]
+    assert can_attend(*given)
+    monkeypatch.setattr(attention, "_is_tried", lambda _: False)
+    assert not can_attend(*given)
+
+
+def test_kernels_take_windows_of_one_longer_text(kernels):
+    """Whose stride of dims of size 1 is not what contiguous tensors usually have."""
+    query, up, shared = (t.to(DEVICE) for t in inputs((1, 9, 2, 16, 8, 16), DTYPES[1]))
+    part = query[:, :6].contiguous(), up[:, :6], shared[:, :6].contiguous()
+    assert can_attend(*part) or DTYPES[1] == torch.float32
+    for once, again in zip(results(attend, *part), results(attend, *(t.clone() for t in part)), strict=True):
+        assert torch.equal(once, again)
 
 
 def run_kernels(kernels, query, key, value, dout):

@@ -291,6 +291,9 @@ def test_a_launcher_that_may_be_loaded_is_not_replaced(monkeypatch, tmp_path):
 
     from arbitor.ops import triton as shared
 
+    def refuse(*_):
+        raise OSError(95, "Operation not supported")
+
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(FileCacheManager, "put", FileCacheManager.put)
     shared._write_launchers_once()
@@ -301,7 +304,18 @@ def test_a_launcher_that_may_be_loaded_is_not_replaced(monkeypatch, tmp_path):
     assert manager.put(b"built", name) == str(path) == manager.get_file(name)
     assert path.stat().st_ino == number
     assert list(path.parent.iterdir()) == [path]
-    assert Path(manager.put(b"not damaged", name)).read_bytes() == b"not damaged"
+    path.write_bytes(b"\0" * 5)
+    assert Path(manager.put(b"built", name)).read_bytes() == b"built"
+    plain = Path(manager.put(b"built", "other.so"))
+    assert path.stat().st_mode == plain.stat().st_mode
+    plain.unlink()
+    path.unlink()
+    path.parent.rmdir()
+    assert Path(manager.put(b"built", name)).read_bytes() == b"built"
+    monkeypatch.setattr(os, "link", refuse)
+    path.unlink()
+    assert Path(manager.put(b"built", name)).read_bytes() == b"built"
+    assert list(path.parent.iterdir()) == [path]
     other = Path(manager.put("text", "kernel.json"))
     assert (other.read_text(), manager.put("newer", "kernel.json"), other.read_text()) == (
         "text", str(other), "newer",

@@ -29,7 +29,7 @@ def can_attend(query_BNHK: Tensor, up_BNHU: Tensor, shared_BNR: Tensor) -> bool:
     square = query_BNHK.shape[:2] == up_BNHU.shape[:2] == shared_BNR.shape[:2]
     aligned = up_BNHU.storage_offset() % VECTOR == 0
     fits = fits and of_half and square and aligned
-    return fits and not torch.compiler.is_compiling() and uses_triton(query_BNHK)
+    return fits and not torch.compiler.is_compiling() and uses_triton(query_BNHK) and _is_tried(query_BNHK)
 
 
 def attend(query_BNHK: Tensor, up_BNHU: Tensor, shared_BNR: Tensor) -> Tensor:
@@ -44,6 +44,11 @@ def attend(query_BNHK: Tensor, up_BNHU: Tensor, shared_BNR: Tensor) -> Tensor:
         [B, N, H, V] in the dtype of the query.
     """
     return _Attend.apply(query_BNHK, up_BNHU, shared_BNR)
+
+
+def _is_tried(x: Tensor) -> bool:
+    """Whether a GPU is a Hopper, where the kernels were tried; others may have too little shared memory."""
+    return not x.is_cuda or torch.cuda.get_device_capability(x.device)[0] == 9
 
 
 class _Attend(torch.autograd.Function):
@@ -76,7 +81,7 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of the three inputs of `attend`; that of the values is written in its place in that of `up`."""
     plain = up.shape[-1] - out.shape[-1]
-    up = up.contiguous()
+    up = up.reshape(-1).view(up.shape)  # of the usual strides, also of dims of size 1
     dup = torch.empty_like(up)
     dquery, dkey = _kernels(query).backward(dout, query, key, up[..., plain:], out, lse, dup[..., plain:])
     dshared = keys_alone_backward(dkey, up, dup, plain, shared_dtype)

@@ -26,7 +26,7 @@ from arbitor.flags import flag_of
 from arbitor.model import ARBModel
 from arbitor.train import runs, swap
 from arbitor.train.checkpoint import Checkpoint, load_checkpoint
-from arbitor.train.device import Device, deterministic, resolve_device, thread_count
+from arbitor.train.device import Device, deterministic, resolve_device, resumed_threads, thread_count
 from arbitor.train.display import Display, format_bytes, format_seconds, printable
 from arbitor.train.learnt import lacks, learnt_of
 from arbitor.train.metrics import MetricsLog
@@ -173,7 +173,7 @@ def _run(
     source = _checkpoint_to_resume(folder) if resume else None
     state = None if source is None else verified_state(source)
     log.cut_after(-1 if state is None else int(state["step"]))
-    threads = torch.get_num_threads() if state is None else int(state["threads"])
+    threads = torch.get_num_threads() if state is None else resumed_threads(int(state["threads"]))
     with (
         thread_count(threads),
         deterministic(config.seed, device.device),

@@ -192,6 +192,11 @@ def keep_freed_memory() -> bool:
     return all(mallopt(option, value) == 1 for option, value in settings)
 
 
+def resumed_threads(before: int) -> int:
+    """CPU threads of a run that goes on: as many as before, unless `OMP_NUM_THREADS` says otherwise."""
+    return torch.get_num_threads() if os.environ.get("OMP_NUM_THREADS") else before
+
+
 @contextlib.contextmanager
 def thread_count(count: int) -> Iterator[None]:
     """Compute on `count` CPU threads inside; sums depend on it in their last bits."""

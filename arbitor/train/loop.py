@@ -301,8 +301,7 @@ class Run:
         self._unread_seconds = 0.0
         self._dropped = trainer.optimizer.dropped_steps
         self._diverged = False
-        self._first_step = trainer.step
-        self._step_seconds = 0.0
+        self._pace = 0.0  # seconds a step takes, of late
 
     def run_steps(self) -> Outcome:
         """Train until the last step, a signal, or too many dropped steps; `latest` is saved in each case.
@@ -379,7 +378,8 @@ class Run:
         rate = len(unread) * trainer.bytes_per_step / self._unread_seconds
         memory = trainer.device.memory()
         self.seconds += self._unread_seconds
-        self._step_seconds += self._unread_seconds
+        recent = self._unread_seconds / len(unread)
+        self._pace += (recent - self._pace) * (0.2 if self._pace else 1.0)
         self._unread, self._unread_seconds = [], 0.0
         for line in getattr(trainer.task, "news", list)():
             self.display.note(f"step {trainer.step}: {line}")
@@ -399,7 +399,6 @@ class Run:
             )
             lines.append(dict(zip(STEP_KEYS, values, strict=True)) | (parts if last else {}))
         self._log(*lines)
-        steps_taken = trainer.step - self._first_step
         self.display.update(
             Reading(
                 step=trainer.step,
@@ -408,7 +407,7 @@ class Run:
                 bytes_per_second=rate,
                 memory=memory,
                 flip_rate=flip_rate,
-                seconds_left=self._step_seconds / steps_taken * (trainer.config.train.steps - trainer.step),
+                seconds_left=self._pace * (trainer.config.train.steps - trainer.step),
             )
         )
 

@@ -105,7 +105,11 @@ def make_run(preset: str, name: str | None = None) -> Path:
                 return path
             number += 1
     except OSError as error:
-        raise UserError(f"cannot make a run under {RUNS.resolve()}: {error.strerror}") from error
+        reason = f"{RUNS} is a file" if RUNS.is_file() else error.strerror
+        raise UserError(
+            f"cannot make a run under {RUNS.resolve()}: {reason}; train in a folder that you may write to, "
+            f"where {RUNS} is a folder or not there"
+        ) from error
 
 
 def remove_run(path: Path) -> None:
@@ -202,16 +206,24 @@ def refuse_unlearnt(folder: Path, learnt: Sequence[str] | None, wanted: Sequence
     if not is_all:
         print(f"arbitor: note: {assumption(folder, learnt, wanted)}", file=sys.stderr)
         return
-    other = newest_checkpoint(wanted)
+    other = newest_checkpoint(wanted, known=True)
     raise UserError(
         refusal(folder, name_of(folder), learnt, wanted, None if other is None else name_of(other))
     )
 
 
-def newest_checkpoint(wanted: Sequence[str] = ()) -> Path | None:
-    """The newest run's checkpoint that may have learnt what is `wanted`, as `find_checkpoint` takes it."""
-    found = filter(None, map(_checkpoint_of, list_runs()))
-    return next((folder for folder in found if not lacks(learnt_of(folder), wanted)), None)
+def newest_checkpoint(wanted: Sequence[str] = (), *, known: bool = False) -> Path | None:
+    """The newest run's checkpoint that may have learnt what is `wanted`, as `find_checkpoint` takes it.
+
+    Args:
+        wanted: any of these.
+        known: leave out checkpoints whose settings cannot be read.
+    """
+    for folder in filter(None, map(_checkpoint_of, list_runs())):
+        learnt = learnt_of(folder)
+        if not lacks(learnt, wanted) and not (known and learnt is None):
+            return folder
+    return None
 
 
 def name_of(checkpoint: Path) -> str:

@@ -33,6 +33,7 @@ from arbitor.train.device import (
     deterministic,
     gradient_products,
     resolve_device,
+    resumed_threads,
     thread_count,
 )
 from arbitor.train.display import Display, PatientOutput, format_bytes
@@ -222,7 +223,7 @@ def _resume(
             (folder / runs.SUMMARY_FILE).unlink(missing_ok=True)
             swap.write_file(folder / runs.CONFIG_FILE, dump_toml(config))
         log.cut_after(int(checkpoint.state["step"]))
-        threads = int(checkpoint.state["threads"])
+        threads = resumed_threads(int(checkpoint.state["threads"]))
         for line in _differences(checkpoint, device, threads):
             console.print(line, markup=False, soft_wrap=True)
         with thread_count(threads):
@@ -363,12 +364,17 @@ def _differences(checkpoint: Checkpoint, device: Device, threads: int) -> list[s
     state = checkpoint.state
     lines = []
     if threads != torch.get_num_threads() and not device.is_cuda:
-        lines.append(f"using {threads} threads, as before, so that sums come out the same")
+        lines.append(
+            f"using {threads} threads, as before, so that sums come out the same; OMP_NUM_THREADS sets "
+            "another number"
+        )
     now = {
         "torch": str(torch.__version__),
         "device": device.device.type,
         "gradients": gradient_products(device.device),
     }
+    if not device.is_cuda:
+        now["threads"] = threads
     for name, value in now.items():
         before = state.get(name, value)
         if before != value:

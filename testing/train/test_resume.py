@@ -386,7 +386,8 @@ def test_the_newest_run_that_can_be_resumed_is_taken(workplace, settings, interr
     assert (RUNS / "cut" / "summary.json").is_file()
 
 
-def test_the_thread_count_of_the_run_is_used(workplace, settings, interrupt, capsys):
+def test_the_thread_count_of_the_run_is_used(workplace, settings, interrupt, capsys, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     interrupt("take_step", 2, lambda: signal.raise_signal(signal.SIGINT))
     start_training(settings, run="cut")
     torch.set_num_threads(2)
@@ -394,6 +395,16 @@ def test_the_thread_count_of_the_run_is_used(workplace, settings, interrupt, cap
     assert "using 1 threads, as before" in capsys.readouterr().out
     assert torch.get_num_threads() == 2
     assert json.loads((RUNS / "cut" / "summary.json").read_text())["threads"] == 1
+
+
+def test_another_thread_count_is_used_where_it_is_set(workplace, settings, interrupt, capsys, monkeypatch):
+    interrupt("take_step", 2, lambda: signal.raise_signal(signal.SIGINT))
+    start_training(settings, run="cut")
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    torch.set_num_threads(2)  # which torch does at its start
+    assert start_training({}, run="cut", resume=True) == 0
+    assert "warning: the run had threads 1, now 2: losses may differ" in capsys.readouterr().out
+    assert json.loads((RUNS / "cut" / "summary.json").read_text())["threads"] == 2
 
 
 def test_a_run_in_use_is_left_alone(whole_run, settings):

@@ -45,6 +45,24 @@ def test_names_count_up_and_fill_no_gap_twice():
         runs.make_run("tiny", "half")
 
 
+def test_a_file_in_the_place_of_the_folder_is_named():
+    Path("runs").write_text("mine")
+    with pytest.raises(UserError, match=r"cannot make a run under .*: runs is a file; train in a"):
+        runs.make_run("tiny")
+    assert Path("runs").read_text() == "mine"
+
+
+def test_no_run_is_recommended_whose_settings_cannot_be_read():
+    make("text", "latest", age=2, audio_rate=0)
+    damaged = make("damaged", "latest", age=1)
+    (damaged / "latest" / "config.toml").write_text("codebook_rows")
+    assert runs.newest_checkpoint(("image",)) == damaged / "latest"
+    with pytest.raises(UserError) as refused:
+        find_checkpoint("text", ("image",))
+    assert "damaged" not in str(refused.value)
+    assert "`arbitor train --enable-vision` makes a run that has" in str(refused.value)
+
+
 @pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "/abs", ".hidden", "-flag", "a\\b", "nul\0"])
 def test_names_cannot_leave_the_folder(name):
     with pytest.raises(UserError, match="is no name of a run"):

@@ -368,7 +368,7 @@ def _differences(checkpoint: Checkpoint, device: Device, threads: int) -> list[s
             f"using {threads} threads, as before, so that sums come out the same; OMP_NUM_THREADS sets "
             "another number"
         )
-    now = {
+    now: dict[str, object] = {
         "torch": str(torch.__version__),
         "device": device.device.type,
         "gradients": gradient_products(device.device),

@@ -29,9 +29,12 @@ app = App(
 )
 
 # What scripts in `training/` run, from any folder; imported when asked for.
-app.command("arbitor.audio_command:audio", name="audio", show=False)
-app.command("arbitor.video_command:diffusion", name="diffusion", show=False)
-app.command("arbitor.pretrain_command:pretrain", name="pretrain", show=False)
+for _name, _module, _help in (
+    ("audio", "audio_command", "Train an audio codec, or a model that listens or speaks; or try one."),
+    ("diffusion", "video_command", "Train an autoencoder of clips and a flow of its latents; or draw clips."),
+    ("pretrain", "pretrain_command", "Train one model on text, code, images, sounds and videos by weights."),
+):
+    app.command(f"arbitor.{_module}:{_name}", name=_name, help=_help)
 
 RUN = Group("Run", sort_key=0)
 DATA = Group("Data", sort_key=1)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from arbitor.config import did_you_mean
-from arbitor.data.sources import is_run_elsewhere, is_runs, names_in, reason
+from arbitor.data.sources import names_in, reason, without_runs
 from arbitor.errors import UserError
 
 _LINES = (".jsonl", ".jsonl.gz")
@@ -54,14 +54,11 @@ def listed(folder: Path, suffixes: Sequence[str], skipped: Counter[str]) -> tupl
     lines, media = [], []
     for root, folders, names in os.walk(folder, onerror=refuse):
         shown = sorted(name for name in folders if not name.startswith("."))
-        folders.clear()
-        for name in shown:
-            if is_runs(Path(root, name)):
-                skipped["folder of runs"] = 1
-            elif is_run_elsewhere(Path(root, name)):
-                skipped["holding a run"] += 1
-            else:
-                folders.append(name)
+        folders[:], holds_runs, elsewhere = without_runs(root, shown)
+        if holds_runs:
+            skipped["folder of runs"] = 1
+        if elsewhere:
+            skipped["holding a run"] += elsewhere
         for name in sorted(names):
             path = Path(root, name)
             if name.startswith("."):

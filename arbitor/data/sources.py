@@ -16,7 +16,7 @@ import json
 import os
 import stat
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,6 +97,19 @@ def is_run_elsewhere(folder: Path) -> bool:
     if not any(os.path.exists(folder / name) for name in _OF_RUNS):
         return False
     return (_has_settings(folder) or _has_finetune(folder)) and not _is_in_runs(folder)
+
+
+def without_runs(root: str, names: Iterable[str]) -> tuple[list[str], bool, int]:
+    """Those of the folders `names` in `root` to look into; whether one was `RUNS`, and how many were runs."""
+    kept, holds_runs, elsewhere = [], False, 0
+    for name in names:
+        if is_runs(Path(root, name)):
+            holds_runs = True
+        elif is_run_elsewhere(Path(root, name)):
+            elsewhere += 1
+        else:
+            kept.append(name)
+    return kept, holds_runs, elsewhere
 
 
 def _has_settings(folder: Path) -> bool:
@@ -202,14 +215,9 @@ def _folder(folder: Path, skipped: Skipped) -> Iterator[Source]:
     for root, folders, names in os.walk(folder, onerror=refuse):
         shown = sorted(name for name in folders if not name.startswith("."))
         skipped.hidden += len(folders) - len(shown)
-        folders.clear()
-        for name in shown:
-            if is_runs(Path(root, name)):
-                skipped.runs = 1
-            elif is_run_elsewhere(Path(root, name)):
-                skipped.runs_elsewhere += 1
-            else:
-                folders.append(name)
+        folders[:], holds_runs, elsewhere = without_runs(root, shown)
+        skipped.runs |= holds_runs
+        skipped.runs_elsewhere += elsewhere
         for name in sorted(names):
             if name.startswith("."):
                 skipped.hidden += 1

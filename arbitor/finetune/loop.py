@@ -20,7 +20,7 @@ from arbitor.finetune.material import HeldOut, Material, in_bits, told
 from arbitor.finetune.methods import Method
 from arbitor.model import ARBModel
 from arbitor.train.device import Device, gradient_products
-from arbitor.train.display import Display, Reading, format_bytes, format_seconds
+from arbitor.train.display import Display, Pace, Reading, format_bytes, format_seconds
 from arbitor.train.metrics import STEP_KEYS, MetricsLog, evaluation_keys, seconds_so_far
 from arbitor.train.schedule import learning_rate
 from arbitor.train.signals import Interrupted, SignalGuard
@@ -110,8 +110,7 @@ class Finetune:
         self._answer_bytes = 0
         self._evaluated_step: int | None = None
         self._saved_step: int | None = None
-        self._first_step = 0
-        self._step_seconds = 0.0
+        self._pace = Pace()
 
     def restore(self, folder: Path) -> None:
         """Go on from a checkpoint.
@@ -126,7 +125,7 @@ class Finetune:
                 f"the {self.data.unit} are not what they were; an exact resume needs the same data (start a "
                 "new finetune to learn from other data)"
             )
-        self.step = self._first_step = int(state["step"])
+        self.step = int(state["step"])
         self.data.restore(state["sampler"])
         self.before = HeldOut(*state["before"])
         self.latest = None if state["latest"] is None else HeldOut(*state["latest"])
@@ -231,7 +230,7 @@ class Finetune:
         bits = loss / LN2 if self.data.figure == "bits_per_byte" else None
         seconds = time.perf_counter() - started
         self.seconds += seconds
-        self._step_seconds += seconds
+        self._pace.note(seconds)
         self._answer_bytes += learnt.count
         if applied:
             self._dropped_in_a_row = 0
@@ -245,7 +244,6 @@ class Finetune:
         flips = self.method.flip_rate()
         values = (self.step, self._answer_bytes, loss, bits, lr, rate, memory, flips)
         self.log.write(dict(zip(STEP_KEYS, values, strict=True)))
-        taken = self.step - self._first_step
         self.display.update(
             FinetuneReading(
                 measures=self.data.measures,
@@ -255,7 +253,7 @@ class Finetune:
                 bytes_per_second=rate,
                 memory=memory,
                 flip_rate=0.0,
-                seconds_left=self._step_seconds / taken * (config.steps - self.step),
+                seconds_left=self._pace.seconds_of(config.steps - self.step),
             )
         )
 

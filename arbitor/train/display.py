@@ -21,6 +21,21 @@ PLAIN_LINES = 20  # in a whole run
 PLAIN_SECONDS = 10.0  # between lines about something that has no steps
 
 
+class Pace:
+    """How long steps take, those of late counting most."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+
+    def note(self, seconds: float) -> None:
+        """What a step took, or each of the last few on average."""
+        self._seconds += (seconds - self._seconds) * (0.2 if self._seconds else 1.0)
+
+    def seconds_of(self, steps: int) -> float:
+        """What so many more will take."""
+        return self._seconds * steps
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reading:
     """Figures of one step, in the units of `metrics.jsonl`."""

@@ -21,7 +21,7 @@ from arbitor.model import ARBModel
 from arbitor.ternary import VoteOptimizer
 from arbitor.train.checkpoint import Checkpoint, save_checkpoint
 from arbitor.train.device import Device, gradient_products, keep_freed_memory
-from arbitor.train.display import Display, Reading
+from arbitor.train.display import Display, Pace, Reading
 from arbitor.train.growth import graft_state, graft_weights
 from arbitor.train.metrics import FIGURES, STEP_KEYS, MetricsLog, evaluation_keys, seconds_so_far
 from arbitor.train.recorded import RecordedSteps, can_record
@@ -301,7 +301,7 @@ class Run:
         self._unread_seconds = 0.0
         self._dropped = trainer.optimizer.dropped_steps
         self._diverged = False
-        self._pace = 0.0  # seconds a step takes, of late
+        self._pace = Pace()
 
     def run_steps(self) -> Outcome:
         """Train until the last step, a signal, or too many dropped steps; `latest` is saved in each case.
@@ -378,8 +378,7 @@ class Run:
         rate = len(unread) * trainer.bytes_per_step / self._unread_seconds
         memory = trainer.device.memory()
         self.seconds += self._unread_seconds
-        recent = self._unread_seconds / len(unread)
-        self._pace += (recent - self._pace) * (0.2 if self._pace else 1.0)
+        self._pace.note(self._unread_seconds / len(unread))
         self._unread, self._unread_seconds = [], 0.0
         for line in getattr(trainer.task, "news", list)():
             self.display.note(f"step {trainer.step}: {line}")
@@ -407,7 +406,7 @@ class Run:
                 bytes_per_second=rate,
                 memory=memory,
                 flip_rate=flip_rate,
-                seconds_left=self._pace * (trainer.config.train.steps - trainer.step),
+                seconds_left=self._pace.seconds_of(trainer.config.train.steps - trainer.step),
             )
         )
 

@@ -1,6 +1,7 @@
 """Command line of the race; see the package's docstring and `--help`."""
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,7 +60,7 @@ def race(options: argparse.Namespace) -> int:
     print(f"{texts.description} (text {texts.fingerprint})", flush=True)
     text = torch.from_numpy(texts.train).to(device.device)
     for run in runs:
-        with deterministic(run.seed, device.device):
+        with _manner(run, device):
             steps = options.steps or steps_in(run, config, text, device, 60 * options.minutes)
             print(f"{run}: {steps} steps of {config.train.batch} x {config.model.ctx} bytes", flush=True)
             result = raced(run, config, text, texts.held_out, device, steps, options.held_out_bytes, _tell)
@@ -71,6 +72,13 @@ def race(options: argparse.Namespace) -> int:
             flush=True,
         )
     return 0
+
+
+def _manner(run: Run, device: Device) -> contextlib.AbstractContextManager[None]:
+    """Trits train as in `arbitor train`; floats may take whatever is fastest, as their users would."""
+    if ALL_CONTESTANTS[run.contestant].linear is None:
+        return deterministic(run.seed, device.device)
+    return contextlib.nullcontext()  # `build` seeds the weights, `raced` the data
 
 
 def _tell(step: int, bits_per_byte: float) -> None:

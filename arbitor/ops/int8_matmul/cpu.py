@@ -13,6 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from arbitor.ops import native
 from arbitor.ops.rows import row_parts
 
 _PROBE = (512, 320, 320)  # N, I, O
@@ -44,7 +45,13 @@ def sums(codes: Tensor, weight: Tensor) -> Tensor:
 def int8_matmul(
     codes: Tensor, weight: Tensor, scale: Tensor, row_scale: Tensor, out_dtype: torch.dtype
 ) -> Tensor:
-    """See `arbitor.ops.int8_matmul.int8_matmul`; sums of some tokens at a time, which a cache holds."""
+    """See `arbitor.ops.int8_matmul.int8_matmul`; without compiled passes some tokens at a time."""
+    if (compiled := native.passes(codes, weight, scale, row_scale)) is not None:
+        y = sums(codes, weight)
+        compiled.scale_sums(
+            y.data_ptr(), row_scale.data_ptr(), scale.data_ptr(), *y.shape, torch.get_num_threads()
+        )
+        return y.view(torch.float32).to(out_dtype)
     y = torch.empty((len(codes), len(weight)), dtype=torch.float32)
     for y_part, codes_part, scale_part in row_parts(y, codes, scale):
         y_part.copy_(sums(codes_part, weight)).mul_(row_scale).mul_(scale_part)

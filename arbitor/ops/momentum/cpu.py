@@ -1,8 +1,12 @@
 """Momentum on a CPU: the bits of the reference in fewer passes, for what is active throughout."""
 
+import ctypes
+from functools import cache
+
 import torch
 from torch import Tensor
 
+from arbitor.ops import native
 from arbitor.ops.momentum import reference
 from arbitor.ops.momentum.reference import MAX_EXPONENT, MIN_EXPONENT, OCTAVE, code_max
 
@@ -28,6 +32,12 @@ def fold(
     """
     N, in_features = gradient.shape
     H = exponent.shape[1]
+    if (compiled := native.passes(gradient, codes, exponent, random_bits)) is not None:
+        compiled.fold(
+            gradient.data_ptr(), codes.data_ptr(), exponent.data_ptr(), random_bits.data_ptr(), N,
+            in_features, H, bits, ctypes.byref(_folding(bits, beta, lookahead)), torch.get_num_threads(),
+        )  # fmt: skip
+        return
     momentum_NI = codes if bits == 8 else reference.unpack_nibbles(codes, in_features)
     momentum_NI = momentum_NI.to(torch.float32)
     momentum_NHW = momentum_NI.view(N, H, -1)
@@ -42,6 +52,25 @@ def fold(
     codes.copy_(fixed_NI if bits == 8 else reference.pack_nibbles(fixed_NI.to(torch.int8)))
     exponent.copy_(new_exponent_NH)
     gradient.mul_(1 - lookahead).add_(momentum_NI.mul_(lookahead))
+
+
+@cache
+def _folding(bits: int, beta: float, lookahead: float) -> native.Folding:
+    """What the compiled pass is told."""
+    cpu = torch.device("cpu")
+    largest = code_max(bits)
+    mantissas = reference._fractions(cpu, 1.0, 1).view(torch.int32) & _MANTISSA
+    return native.Folding(
+        beta,
+        1 - beta,
+        1 - lookahead,
+        lookahead,
+        tuple(reference._fractions(cpu, 1 / largest, 1).tolist()),
+        tuple(reference._fractions(cpu, largest * 65536.0, -1).tolist()),
+        tuple(mantissas.tolist()),
+        MIN_EXPONENT,
+        MAX_EXPONENT,
+    )
 
 
 def _group_exponent(values_NHW: Tensor) -> Tensor:

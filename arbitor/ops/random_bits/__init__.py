@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from arbitor.ops import native
 from arbitor.ops.backend import uses_triton
 from arbitor.ops.random_bits import reference
 from arbitor.ops.random_bits.reference import stream_keys
@@ -53,6 +54,12 @@ def _dispatch(keys: Tensor, count: int) -> Tensor:
         from arbitor.ops.random_bits import triton
 
         return triton.random_bits(keys, count)
+    if keys.device.type == "cpu" and (compiled := native.passes(keys)) is not None:
+        words = torch.empty((*keys.shape[:-1], count), dtype=torch.int32)
+        compiled.random_bits(
+            keys.data_ptr(), words.data_ptr(), keys.numel() // 2, count, torch.get_num_threads()
+        )
+        return words
     return reference.random_bits(keys, count)
 
 

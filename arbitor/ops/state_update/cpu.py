@@ -4,9 +4,12 @@ torch's comparisons take an order of magnitude longer than its sums and limits o
 conditions are written as those.
 """
 
+import ctypes
+
 import torch
 from torch import Tensor
 
+from arbitor.ops import native
 from arbitor.ops.state_update.reference import lowest_of, stochastic_floor
 from arbitor.ops.trit_codec import cpu as trit_codec
 from arbitor.ops.trit_codec.reference import PLANE
@@ -36,11 +39,19 @@ def update(
         int32 [N]: flips in each block.
     """
     assert packed.shape[-1] == PLANE
+    lowest = lowest_of(span, threshold, reset)
+    if (compiled := native.passes(packed, accumulator, direction, bits)) is not None:
+        flips = torch.empty(len(packed), dtype=torch.int32)
+        voting = native.Voting(float(-step * 65536.0), span, threshold, lowest, rail, reset)
+        if compiled.update(
+            packed.data_ptr(), accumulator.data_ptr(), direction.data_ptr(), bits.data_ptr(),
+            flips.data_ptr(), len(packed), ctypes.byref(voting), torch.get_num_threads(),
+        ):  # fmt: skip
+            return flips
     total = stochastic_floor(direction, -step, bits).to(torch.int16)
     voted = total.abs().clamp_max_(1).to(torch.int8)
     trits = trit_codec.unpack(packed, accumulator.shape[-1])
     total.add_(accumulator.to(torch.int16))
-    lowest = lowest_of(span, threshold, reset)
     limited = total.clamp(-128, 127).to(torch.int8)
     # 1 at the threshold and above, -1 at -lowest and below, else 0.
     crossed = limited.clamp(threshold - 1, threshold)

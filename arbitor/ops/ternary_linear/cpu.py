@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from arbitor.ops import activations
+from arbitor.ops import activations, native
 from arbitor.ops.activations import cpu as passes
 from arbitor.ops.backend import uses_triton
 from arbitor.ops.exponent import exp2_int
@@ -45,6 +45,14 @@ def applies(x: Tensor, exponent: Tensor, quantize: bool) -> bool:
 
 def decode(packed: Tensor, exponent: Tensor, in_features: int) -> Decoded:
     """uint8 [O, P] and int8 [O, 1] -> trits and scales."""
+    if (compiled := native.passes(packed, exponent)) is not None:
+        trits = torch.empty((len(packed), in_features), dtype=torch.int8)
+        row_scale = torch.empty(len(packed))
+        compiled.decode(
+            packed.data_ptr(), exponent.data_ptr(), trits.data_ptr(), row_scale.data_ptr(), *packed.shape,
+            in_features, torch.get_num_threads(),
+        )  # fmt: skip
+        return Decoded(trits, row_scale)
     row_scale = exp2_int(exponent[:, 0])
     if trit_codec.all_legal(packed):
         return Decoded(trit_codec.unpack_legal(packed, in_features), row_scale)

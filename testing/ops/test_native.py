@@ -1,0 +1,316 @@
+"""Compiled passes: the bits of torch's operations, and how the library is found, kept and refused."""
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from arbitor.ops import native
+from arbitor.ops.activations import cpu as activations
+from arbitor.ops.int8_matmul import cpu as int8_matmul
+from arbitor.ops.momentum import cpu as momentum
+from arbitor.ops.native import check
+from arbitor.ops.random_bits import random_bits
+from arbitor.ops.state_update import cpu as state_update
+from arbitor.ops.ternary_linear import cpu as ternary_linear
+from arbitor.ops.trit_codec import reference as trit_codec
+from arbitor.ternary import TernaryLinear, VoteOptimizer
+
+SHAPES = [(1, 1), (1, 160), (3, 7), (5, 33), (0, 16), (130, 640), (257, 31)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def library():
+    found = native.found()
+    if found.library is None:
+        pytest.skip(f"no compiled passes here: {found.problem}")
+    return found.library
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """`found` in a process that has not looked yet, with a cache of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    return native.found.__wrapped__
+
+
+def both(library, work):
+    with native.trying(None):
+        expected = work()
+    with native.trying(library):
+        results = work()
+    return results, expected
+
+
+def assert_equal(results, expected):
+    for result, wanted in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+def floats(shape, seed=0):
+    """Normal numbers of tokens that differ a lot in size, some of them 0."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator) * torch.randn((shape[0], 1), generator=generator).mul(9).exp()
+    return x.masked_fill_(torch.rand(shape, generator=generator) < 0.1, 0)
+
+
+@pytest.mark.parametrize("name", check.examples())
+def test_the_examples_of_the_check_agree(library, name):
+    results, expected = both(library, check.examples()[name])
+    assert len(results) == len(expected) > 0
+    assert_equal(results, expected)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
+@pytest.mark.parametrize("squared", [False, True], ids=["as it is", "squared"])
+def test_codes_and_gradients(library, shape, norm, squared):
+    x, gradient = floats(shape), floats(shape, 1)
+    if shape[1] > 1:
+        assert_equal(*both(library, lambda: activations.quantize(x, norm, squared)))
+    rstd = floats((shape[0], 1), 2).abs()
+    for dxn in (gradient, gradient.bfloat16()):
+        assert_equal(*both(library, lambda: (activations.input_gradient(dxn, x, rstd, norm, squared),)))  # noqa: B023
+    assert_equal(*both(library, lambda: (activations.round_scaled(gradient, rstd),)))
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf"), 3e38, -0.0, 1e-45])
+def test_numbers_that_are_none_or_at_the_limit(library, odd):
+    x = floats((9, 48))
+    x[2, 5] = odd
+    x[4] = odd
+    for squared in (False, True):
+        (codes, *scales), (wanted_codes, *wanted) = both(
+            library,
+            lambda: activations.quantize(x, True, squared),  # noqa: B023
+        )
+        assert_equal(scales, wanted)
+        finite = wanted[0][:, 0].isfinite()  # codes times a scale that is none are none
+        assert torch.equal(codes[finite], wanted_codes[finite])
+        gradient = floats((9, 48), 3)
+        gradient[0, 3] = odd
+        work = lambda: (activations.input_gradient(gradient, x, wanted[1], True, squared),)  # noqa: B023, E731
+        assert_equal(*both(library, work))
+    assert_equal(*both(library, lambda: (activations.round_scaled(x, torch.ones(9, 1)),)))
+
+
+def test_inputs_that_are_not_contiguous(library):
+    x, gradient = floats((64, 40)).t(), floats((64, 40), 1).t()
+    rstd = floats((40, 3), 2).abs()[:, 1:2]
+    assert_equal(*both(library, lambda: activations.quantize(x, True)))
+    assert_equal(*both(library, lambda: (activations.input_gradient(gradient, x, rstd, True, True),)))
+    assert_equal(*both(library, lambda: (activations.round_scaled(gradient, rstd),)))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 160), (7, 5), (33, 161), (4, 320), (20, 159)])
+def test_decoding_and_products(library, rows, columns):
+    generator = torch.Generator().manual_seed(rows)
+    trits = torch.randint(-1, 2, (rows, columns), generator=generator).to(torch.int8)
+    exponent = torch.randint(-62, 32, (rows, 1), generator=generator).to(torch.int8)
+    packed = trit_codec.pack(trits)
+    (decoded, scale), expected = both(library, lambda: ternary_linear.decode(packed, exponent, columns))
+    assert torch.equal(decoded, trits)
+    assert_equal((decoded, scale), expected)
+    codes = torch.randint(-127, 128, (19, columns), generator=generator).to(torch.int8)
+    per_token = floats((19, 1)).abs()
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        work = lambda: (int8_matmul.int8_matmul(codes, trits, per_token, scale, dtype),)  # noqa: B023, E731
+        assert_equal(*both(library, work))
+
+
+def test_a_row_with_an_illegal_byte_is_not_a_number(library):
+    packed = trit_codec.pack(torch.ones((3, 320), dtype=torch.int8))
+    packed[1, 40] = 1
+    exponent = torch.zeros((3, 1), dtype=torch.int8)
+    (trits, scale), (_, wanted) = both(library, lambda: ternary_linear.decode(packed, exponent, 320))
+    assert_equal((scale,), (wanted,))
+    assert scale.isnan().tolist() == [False, True, False]
+    assert (trits[::2] == 1).all()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("group", [32, 16])
+@pytest.mark.parametrize("seed", range(3))
+def test_momentum(library, bits, group, seed):
+    generator = torch.Generator().manual_seed(seed)
+    n = 75
+    gradient = floats((n, 160), seed)
+    gradient[3:5] = 0
+    exponent = torch.randint(-800, 801, (n, 160 // group), generator=generator).to(torch.int16)
+    if bits == 8:
+        codes = torch.randint(-127, 128, (n, 160), generator=generator).to(torch.int8)
+    else:
+        nibbles = torch.randint(1, 16, (2, n, 80), generator=generator).to(torch.uint8)
+        codes = nibbles[0] | nibbles[1] << 4
+    drawn = torch.randint(-(1 << 31), 1 << 31, (n, 160), generator=generator).to(torch.int32)
+
+    def work():
+        changed = [tensor.clone() for tensor in (gradient, codes, exponent)]
+        momentum.fold(*changed, drawn, bits, 0.8, 0.5)
+        return changed
+
+    assert_equal(*both(library, work))
+
+
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize(("span", "threshold", "rail"), [(128, 80, 64), (128, 64, 127), (96, 48, 32)])
+@pytest.mark.parametrize("step", [0.5, 40.0, 1e30, torch.tensor(7.25)])
+def test_votes_and_flips(library, reset, span, threshold, rail, step):
+    generator = torch.Generator().manual_seed(threshold)
+    n = 143
+    packed = trit_codec.pack(torch.randint(-1, 2, (n, 160), generator=generator).to(torch.int8))
+    accumulator = torch.randint(-127, 128, (n, 160), generator=generator).to(torch.int8)
+    direction = torch.randn((n, 160), generator=generator)
+    drawn = torch.randint(-(1 << 31), 1 << 31, (n, 160), generator=generator).to(torch.int32)
+
+    def work():
+        changed = [packed.clone(), accumulator.clone()]
+        flips = state_update.update(*changed, direction, drawn, step, span, threshold, rail, reset)
+        return [*changed, flips]
+
+    results, expected = both(library, work)
+    assert_equal(results, expected)
+    assert expected[-1].sum() > 0
+
+
+def test_an_illegal_byte_is_left_to_torch(library):
+    packed = torch.full((4, 32), 128, dtype=torch.uint8)
+    packed[2, 9] = 1
+    drawn = torch.zeros((4, 160), dtype=torch.int32)
+
+    def work():
+        changed = [packed.clone(), torch.zeros((4, 160), dtype=torch.int8)]
+        flips = state_update.update(*changed, torch.ones((4, 160)), drawn, 200.0, 128, 80, 64, False)
+        return [*changed, flips]
+
+    assert_equal(*both(library, work))
+
+
+@pytest.mark.parametrize("count", [0, 1, 160, 1000])
+def test_random_bits(library, count):
+    keys = torch.tensor([[0, 0], [-1, 5], [2**31 - 1, -(2**31)]], dtype=torch.int32)
+    assert_equal(*both(library, lambda: (random_bits(keys, count), random_bits(keys[0], count))))
+
+
+def test_the_number_of_threads_changes_nothing(library):
+    x, gradient = floats((1003, 160)), floats((1003, 160), 1)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            codes, scale, rstd = activations.quantize(x, True, True)
+            results.append([codes, scale, rstd, activations.input_gradient(gradient, x, rstd, True, True)])
+    finally:
+        torch.set_num_threads(before)
+    assert_equal(results[1], results[0])
+    assert_equal(results[2], results[0])
+
+
+def test_training_is_the_same_with_torch_alone(library):
+    def trained():
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(TernaryLinear(160, 320), TernaryLinear(320, 160))
+        optimizer = VoteOptimizer(model, state="full", seed=3)
+        for step in range(4):
+            generator = torch.Generator().manual_seed(step)
+            x = torch.randn((64, 160), generator=generator)
+            model(x).sub(x.flip(-1)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        states = [value for state in optimizer.state.values() for value in state.values()]
+        return [*model.buffers(), *model.parameters(), *filter(torch.is_tensor, states)]
+
+    results, expected = both(library, trained)
+    assert len(expected) > 4
+    assert_equal(results, expected)
+
+
+# -- the library ---------------------------------------------------------------------------------------------
+
+
+def test_a_second_process_finds_what_the_first_compiled(fresh, tmp_path):
+    first = fresh()
+    kept = list((tmp_path / "arbitor" / "native").iterdir())
+    assert first.library is not None
+    assert [path.suffix for path in kept] == [".so"]
+    made = kept[0].stat().st_mtime_ns
+    assert fresh().library is not None
+    assert kept[0].stat().st_mtime_ns == made
+
+
+def test_a_damaged_library_is_made_anew(fresh, tmp_path):
+    fresh()
+    (path,) = (tmp_path / "arbitor" / "native").iterdir()
+    sound = path.stat().st_size
+    path.unlink()  # the process may have mapped it
+    path.write_bytes(b"\x7fELF nothing")
+    assert fresh().library is not None
+    assert path.stat().st_size == sound
+
+
+def test_a_folder_that_others_may_write_to_is_not_believed(fresh, tmp_path):
+    folder = tmp_path / "arbitor" / "native"
+    folder.mkdir(parents=True)
+    folder.chmod(0o777)
+    assert fresh().library is not None
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_cache_that_cannot_be_written(fresh, tmp_path):
+    tmp_path.chmod(0o500)
+    try:
+        assert fresh().library is not None
+    finally:
+        tmp_path.chmod(0o700)
+
+
+def test_no_compiler(fresh, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    found = fresh()
+    assert found.library is None
+    assert "no C compiler was found" in found.problem
+
+
+def _compiler(folder: Path, body: str) -> str:
+    path = folder / "compiler"
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
+
+
+def test_a_compiler_that_fails(fresh, monkeypatch, tmp_path):
+    monkeypatch.setenv("CC", _compiler(tmp_path, "echo 'passes.c:1: error: no such thing' >&2; exit 1"))
+    found = fresh()
+    assert found.library is None
+    assert found.problem.endswith("failed: passes.c:1: error: no such thing")
+
+
+def test_a_compiler_whose_results_differ_is_refused(fresh, monkeypatch, tmp_path):
+    real = next(filter(None, map(shutil.which, native.COMPILERS)))
+    monkeypatch.setenv("CC", _compiler(tmp_path, f'exec {real} -Drintf=floorf "$@"'))
+    found = fresh()
+    assert found.library is None
+    assert "differs from torch in quantize" in found.problem
+
+
+def test_torch_can_be_asked_for(monkeypatch):
+    monkeypatch.setenv("ARB_TERNARY_BACKEND", "torch")
+    assert native.passes() is None
+    monkeypatch.setenv("ARB_TERNARY_BACKEND", "auto")
+    assert native.passes() is not None
+
+
+def test_processes_that_begin_at_once(tmp_path):
+    code = "from arbitor.ops import native; assert native.found().library is not None, native.found().problem"
+    environment = dict(os.environ, XDG_CACHE_HOME=str(tmp_path))
+    processes = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(3)]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0, 0]
+    assert len(list((tmp_path / "arbitor" / "native").iterdir())) == 1

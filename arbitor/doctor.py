@@ -16,7 +16,8 @@ from arbitor import __version__
 from arbitor.config import ModelConfig
 from arbitor.errors import UserError
 from arbitor.model import ARBModel
-from arbitor.ops import thresholds
+from arbitor.ops import native, thresholds
+from arbitor.ops.backend import VARIABLE, requested_backend
 from arbitor.ops.compilers import cores
 from arbitor.ops.int8_matmul import cpu
 from arbitor.ops.trit_codec import trit_pack, trit_unpack
@@ -102,6 +103,7 @@ def describe(device: Device) -> dict[str, str]:
         rows["products"] = (
             "of int8, which are faster here" if cpu.pays() else "of floats, which are faster here"
         )
+        rows["passes"] = describe_passes()
     rows["memory"] = _memory()
     rows["disk"] = _disk(Path.cwd())
     return rows
@@ -121,6 +123,16 @@ def measure_thresholds(device: Device) -> None:
     if not uses_kernels():
         raise UserError(f"there is nothing to measure: {backend(device.device)}")
     thresholds.write(thresholds.path(), thresholds.identity(device.device), thresholds.measure(device.device))
+
+
+def describe_passes() -> str:
+    """Who makes the passes over memory on a CPU."""
+    if requested_backend() == "torch":
+        return f"torch's, which {VARIABLE} asks for"
+    found = native.found()
+    if found.library is None:
+        return f"torch's, which are slower, since {found.problem}"
+    return f"in C, compiled by {found.compiler}"
 
 
 def describe_thresholds(device: Device) -> str:

@@ -9,7 +9,7 @@ from rich.console import Console
 from arbitor import doctor
 from arbitor.cli import main
 from arbitor.errors import UserError
-from arbitor.ops import thresholds
+from arbitor.ops import native, thresholds
 from arbitor.train.device import Device
 
 
@@ -36,6 +36,15 @@ def test_it_describes_the_machine_and_passes(console):
         "self-test: training step: ok",
     ):
         assert words in printed
+
+
+def test_it_says_who_makes_the_passes(monkeypatch):
+    monkeypatch.setattr(doctor.native, "found", lambda: native.Found(None, "cc", "cc failed: no space"))
+    assert doctor.describe_passes() == "torch's, which are slower, since cc failed: no space"
+    monkeypatch.setattr(doctor.native, "found", lambda: native.Found(object(), "/usr/bin/cc"))
+    assert doctor.describe_passes() == "in C, compiled by /usr/bin/cc"
+    monkeypatch.setenv("ARB_TERNARY_BACKEND", "torch")
+    assert doctor.describe_passes() == "torch's, which ARB_TERNARY_BACKEND asks for"
 
 
 @pytest.mark.parametrize("check", ["check_codec", "check_training_step"])

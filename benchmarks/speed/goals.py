@@ -114,6 +114,7 @@ GOALS = {
             "of the first update, empty caches: import torch": Clause("s", None),
             "of the first update, compiled ahead: import torch": Clause("s", None),
             "of the second process: import torch": Clause("s", None),
+            "a step of one linear of torch, second process": Clause("s", None),
             "kernels compiled over 50 batches and contexts": Clause("kernels", 0.0, at_least=False),
             "the same without smoke --warmup ahead, after a step of 64 bytes": Clause("kernels", None),
             "smoke --warmup with two updates, empty caches": Clause("s", None),

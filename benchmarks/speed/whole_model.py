@@ -160,16 +160,26 @@ def cold_start(device: Device, preset: str = "arb-1b", pairs: int = PAIRS) -> Ma
 
     Every process is a fresh one. First nothing is compiled ahead; then the process compiles at once what it
     will need, as `arbitor train` does; then the command for that runs first, which measures thresholds as
-    well. All three begin with empty caches. Of each, some of the time is that of `import torch`.
+    well. All three begin with empty caches. Of each, some of the time is that of `import torch`. The bytecode
+    of all modules is there, as `pip install` leaves it. The peer is a process that takes a step of one linear
+    of torch's.
     """
     kind = device.device.type
+    with _bytecode(kind) as bytecode:
+        return _cold_start(kind, preset, pairs, bytecode)
+
+
+def _cold_start(kind: str, preset: str, pairs: int, bytecode: Mapping[str, str]) -> Mapping[str, float]:
     with _empty_caches() as caches:
+        caches |= bytecode
         first, _, first_import = _run_script("first", preset, kind, "0", extra=caches)
         second, compiled, second_import = _run_script("first", preset, kind, str(pairs), extra=caches)
     with _empty_caches() as caches:
+        caches |= bytecode
         ahead, _, ahead_import = _run_script("ahead", preset, kind, "0", extra=caches)
         again, _, _ = _run_script("ahead", preset, kind, "0", extra=caches)
     with _empty_caches() as caches:
+        caches |= bytecode
         command = ["smoke", "--preset", preset, "--device", kind, "--ctx", str(FIRST_CTX), "--backward"]
         began = time.perf_counter()
         _python(["-m", "arbitor", *command, "--warmup"], extra=caches)
@@ -183,6 +193,9 @@ def cold_start(device: Device, preset: str = "arb-1b", pairs: int = PAIRS) -> Ma
         "of the first update, empty caches: import torch": first_import,
         "of the first update, compiled ahead: import torch": ahead_import,
         "of the second process: import torch": second_import,
+        "a step of one linear of torch, second process": min(
+            _linear_of_torch(kind, bytecode) for _ in range(3)
+        ),
         f"kernels compiled over {PAIRS} batches and contexts": compiled_later,
         f"the same without smoke --warmup ahead, after a step of {FIRST_CTX} bytes": compiled,
         "smoke --warmup with two updates, empty caches": warm_up,
@@ -200,6 +213,30 @@ def _empty_caches() -> Iterator[dict[str, str]]:
             "CUDA_CACHE_PATH": str(Path(scratch, "cuda")),
             "ARB_THRESHOLDS": str(Path(scratch, "thresholds.json")),
         }
+
+
+@contextlib.contextmanager
+def _bytecode(kind: str) -> Iterator[dict[str, str]]:
+    """Settings with which a process finds the bytecode of all modules that a first update imports.
+
+    A machine may have packages without it, and forbid to write it; Python then compiles torch anew each time.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {"PYTHONPYCACHEPREFIX": folder, "PYTHONDONTWRITEBYTECODE": ""}
+        with _empty_caches() as caches:
+            _run_script("ahead", "tiny", kind, "0", extra=caches | settings)
+        yield settings
+
+
+def _linear_of_torch(kind: str, bytecode: Mapping[str, str]) -> float:
+    """Seconds from the start of Python to the end of a step of a linear under AdamW."""
+    code = (
+        f"import os, time, torch; layer = torch.nn.Linear(64, 64, device='{kind}'); "
+        "optimizer = torch.optim.AdamW(layer.parameters()); "
+        f"layer(torch.randn(64, 64, device='{kind}')).square().mean().backward(); optimizer.step(); "
+        "layer.weight.sum().item(); print(time.time() - float(os.environ['ARB_BENCHMARK_BEGAN']))"
+    )
+    return float(_python(["-c", code], extra=bytecode))
 
 
 def under_a_cap(device: Device, preset: str = "arb-1b") -> Mapping[str, float]:

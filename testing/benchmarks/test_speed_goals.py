@@ -163,16 +163,25 @@ def test_a_process_that_fails_is_one_line():
 
 def test_a_cold_start_is_measured_in_fresh_processes_with_and_without_a_warm_up(monkeypatch):
     calls = []
+    bytecode = []
 
     def python(arguments, cwd=None, extra=None):
-        caches = {name: Path(place) for name, place in extra.items()}
+        bytecode.append(extra["PYTHONPYCACHEPREFIX"])
+        assert extra["PYTHONDONTWRITEBYTECODE"] == ""
+        if "Linear" in arguments[1]:
+            assert "TRITON_CACHE_DIR" not in extra
+            return str(10 - len(bytecode) / 10)
+        caches = {name: Path(place) for name, place in extra.items() if not name.startswith("PYTHON")}
         assert not any(place.exists() and any(place.iterdir()) for place in caches.values())
         calls.append((arguments, caches["TRITON_CACHE_DIR"].parent))
-        return f"{len(calls)} {10 * len(calls)} {len(calls) / 10}"
+        number = len(calls) - 1
+        return f"{number} {10 * number} {number / 10}"
 
     monkeypatch.setattr(whole_model, "_python", python)
     figures = whole_model.cold_start(CPU, "tiny", pairs=3)
     assert figures.keys() == GOALS["G7"].clauses.keys()
+    assert calls.pop(0)[0][2:] == ["ahead", "tiny", "cpu", "0"]  # whose imports leave bytecode
+    assert len({*bytecode}) == 1
     assert [arguments[-1] for arguments, _ in calls] == ["0", "3", "0", "0", "--warmup", "3"]
     assert [arguments[2] for arguments, _ in calls] == ["first", "first", "ahead", "ahead", "smoke", "first"]
     places = [place for _, place in calls]
@@ -186,6 +195,7 @@ def test_a_cold_start_is_measured_in_fresh_processes_with_and_without_a_warm_up(
     assert figures["of the second process: import torch"] == 0.2
     assert figures["kernels compiled over 50 batches and contexts"] == 60
     assert figures["first update after smoke --warmup"] == 6
+    assert figures["a step of one linear of torch, second process"] == 9  # the quickest of three
 
 
 def test_figures_of_a_first_update_come_from_a_process():

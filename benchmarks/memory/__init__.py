@@ -2,6 +2,6 @@
 
     python -m benchmarks.memory --preset base --batch 8
 
-writes `benchmarks/results/memory-<device>.csv`: trits with every state, and the dense twins of the speed
-benchmark, each in a process of its own. Peaks depend on the batch, so it stands in every row.
+writes and draws `benchmarks/results/memory-<device>.csv`: trits with every state, and the dense twins of the
+speed benchmark, each in a process of its own. Peaks depend on the batch, so it stands in every row.
 """

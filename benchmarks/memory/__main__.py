@@ -13,8 +13,13 @@ from benchmarks.common import RESULTS, commit, slug
 from benchmarks.learning.table import Table
 from benchmarks.speed import parity
 from benchmarks.speed import table as speed
+from benchmarks.speed.plot import plot
 
 COLUMNS = (*speed.COLUMNS, "weights", "kept_bytes", "kept_per_weight", "peak_per_weight")
+FIGURES = {
+    "peak_per_weight": "bytes a weight at the peak of a step",
+    "kept_per_weight": "kept between two steps",
+}
 STEPS, WARMUP = 3, 2
 
 
@@ -53,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"benchmarks.memory: no figures, since the layers are wrong: {error}", file=sys.stderr)
         return 1
     print(f"written to {table.path}")
+    print(plot(table.rows(), FIGURES, table.path.with_suffix(".png")))
     return 0
 
 

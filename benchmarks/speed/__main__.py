@@ -10,6 +10,7 @@ from arbitor.train.device import resolve_device
 from benchmarks.common import RESULTS, commit, slug
 from benchmarks.learning.table import Table
 from benchmarks.speed import goals, parity
+from benchmarks.speed.plot import plot
 from benchmarks.speed.table import COLUMNS, KEY, add_setting, measured, row_of, setting_of
 
 
@@ -41,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"benchmarks.speed: no figures, since the layers are wrong: {error}", file=sys.stderr)
         return 1
     print(f"written to {table.path}")
+    print(plot(table.rows(), {"bytes_per_second": "bytes/s of training"}, table.path.with_suffix(".png")))
     return 0
 
 

@@ -104,14 +104,12 @@ class Timing:
 def why_absent(contestant: str, setting: Setting) -> str | None:
     """Why a contestant cannot take part here, or None if it can."""
     on_gpu = resolve_device(setting.device).is_cuda
-    if contestant == "torchao" and find_spec("torchao") is None:
-        return "torchao is not installed"
-    if contestant == "torchao":
-        return "no step with torchao is written; its layers would replace the twin's"
-    if contestant.startswith("dense") and preset_config(setting.preset).model.num_experts:
-        return f"the twin has no dense experts, which {setting.preset} needs"
-    if contestant == "dense-autocast" and not on_gpu:
+    if contestant in ("dense-autocast", "torchao") and not on_gpu:
         return "the CPU's peers are plain fp32 and bf16"
+    if contestant == "torchao" and find_spec("torchao") is None:
+        return "torchao is not installed (pip install --no-deps torchao)"
+    if contestant != "trits" and preset_config(setting.preset).model.num_experts:
+        return f"the twin has no dense experts, which {setting.preset} needs"
     if contestant == "dense-fp32" and on_gpu:
         return "a GPU's peers are bf16"
     return None
@@ -178,7 +176,10 @@ def _trits(_: str, setting: Setting) -> Iterator[Made]:
 
 @contextlib.contextmanager
 def _dense(contestant: str, setting: Setting) -> Iterator[Made]:
-    """The float twin: bf16 weights, or fp32 ones (on a GPU under bf16 autocast); compiled on a GPU."""
+    """The float twin: bf16 weights, or fp32 ones (on a GPU under bf16 autocast); compiled on a GPU.
+
+    torchao's training in few bits: bf16 weights, rounded stochastically, and moments of 8 bits.
+    """
     if contestant not in CONTESTANTS:
         raise UserError(f"unknown contestant {contestant!r}; choose from {', '.join(CONTESTANTS)}")
     device = resolve_device(setting.device)
@@ -186,9 +187,9 @@ def _dense(contestant: str, setting: Setting) -> Iterator[Made]:
         keep_freed_memory()  # as the trainer does
     model = ARBModel(config=setting.config().model, device=device.device)
     make_twin(model, DenseLinear)
-    if contestant == "dense-bf16":
+    if contestant in ("dense-bf16", "torchao"):
         model.to(torch.bfloat16)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=DENSE_LR, betas=(0.9, 0.95), fused=True)
+    optimizer = _adamw(model, in_few_bits=contestant == "torchao")
     loss_of = torch.compile(model) if device.is_cuda else model
     sampler = Sampler(_corpus().train, setting.batch, setting.ctx, 0)
 
@@ -202,9 +203,28 @@ def _dense(contestant: str, setting: Setting) -> Iterator[Made]:
     def kept() -> tuple[int, int]:
         states = [v for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v)]
         tensors = [*model.parameters(), *states]
-        return sum(t.nbytes for t in tensors), sum(p.numel() for p in model.parameters())
+        return sum(map(_nbytes, tensors)), sum(p.numel() for p in model.parameters())
 
     yield model, take_step, kept
+
+
+def _adamw(model: ARBModel, *, in_few_bits: bool) -> torch.optim.Optimizer:
+    if not in_few_bits:
+        return torch.optim.AdamW(model.parameters(), lr=DENSE_LR, betas=(0.9, 0.95), fused=True)
+    from torchao.optim import AdamW8bit
+
+    optimizer: torch.optim.Optimizer = AdamW8bit(
+        model.parameters(), lr=DENSE_LR, betas=(0.9, 0.95), bf16_stochastic_round=True
+    )
+    return optimizer
+
+
+def _nbytes(tensor: torch.Tensor) -> int:
+    """Of a tensor, or of all that one made of others is made of."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return tensor.nbytes
+    names, _ = tensor.__tensor_flatten__()
+    return sum(_nbytes(getattr(tensor, name)) for name in names)
 
 
 def _corpus() -> ByteCorpus:

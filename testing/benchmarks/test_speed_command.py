@@ -1,16 +1,20 @@
 """The commands of speed and memory on the smallest preset, and what they refuse."""
 
 import subprocess
+import sys
+import types
 
 import pytest
+import torch
 
-from arbitor.train.device import resolve_device
+from arbitor.train.device import Device, resolve_device
 from benchmarks import common
 from benchmarks.learning.table import Table
 from benchmarks.memory import __main__ as memory
 from benchmarks.speed import __main__ as speed
 from benchmarks.speed import contestants, table
 from benchmarks.speed.contestants import Setting, Timing
+from benchmarks.speed.plot import plot
 
 SMALL = [
     "--device",
@@ -44,7 +48,10 @@ def test_a_row_of_each_contestant_in_a_process_of_its_own(tmp_path, capsys):
         assert int(row["peak_bytes"]) > 50e6  # of a whole process with torch
         assert 0 < float(row["share_of_peak"]) < 1
     assert (rows["trits"]["state"], rows["dense-bf16"]["state"]) == ("full", "")
-    assert "torchao: skipped, " in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "torchao: skipped, " in printed
+    assert f"plot: {tmp_path / 'speed-cpu.png'}" in printed
+    assert (tmp_path / "speed-cpu.png").read_bytes().startswith(b"\x89PNG")
 
 
 def fake(monkeypatch):
@@ -59,9 +66,16 @@ def fake(monkeypatch):
     return asked
 
 
+def test_no_plot_without_matplotlib(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "pip install matplotlib" in plot([], {}, tmp_path / "a.png")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_memory_has_a_row_for_every_state(monkeypatch, tmp_path):
     asked = fake(monkeypatch)
     assert memory.main([*SMALL, "--results", str(tmp_path)]) == 0
+    assert (tmp_path / "memory-cpu.png").stat().st_size > 1000
     assert sorted(asked) == [
         ("dense-bf16", "lean"),
         ("dense-fp32", "lean"),
@@ -95,13 +109,46 @@ def test_the_twin_learns_from_the_same_text():
         assert {str(p.dtype) for p in model.parameters()} == {"torch.bfloat16"}
 
 
-def test_who_is_absent_is_told_why():
+def test_who_is_absent_is_told_why(monkeypatch):
     arb = Setting(preset="arb-1b", batch=1, ctx=16, state="lean", device="cpu")
     assert "no dense experts" in contestants.why_absent("dense-bf16", arb)
     assert contestants.why_absent("trits", arb) is None
     tiny = Setting(preset="tiny", batch=1, ctx=16, state="lean", device="cpu")
     assert "plain fp32" in contestants.why_absent("dense-autocast", tiny)
     assert contestants.why_absent("dense-fp32", tiny) is None
+    assert "plain fp32" in contestants.why_absent("torchao", tiny)
+    monkeypatch.setattr(contestants, "resolve_device", lambda _: Device(torch.device("cuda"), "GPU", ""))
+    monkeypatch.setattr(contestants, "find_spec", lambda _: None)
+    assert "not installed" in contestants.why_absent("torchao", tiny)
+    monkeypatch.setattr(contestants, "find_spec", lambda _: "there")
+    assert contestants.why_absent("torchao", tiny) is None
+    assert "no dense experts" in contestants.why_absent("torchao", arb)
+
+
+def test_the_twin_of_few_bits(monkeypatch):
+    class Moments:
+        """Of 8 bits with a scale, as torchao's."""
+
+        codes = torch.zeros(64, dtype=torch.uint8)
+        scale = torch.zeros(2)
+
+        def __tensor_flatten__(self):
+            return ["codes", "scale"], ()
+
+    def adamw(parameters, **options):
+        asked.append(options)
+        return torch.optim.AdamW(parameters)
+
+    asked = []
+    monkeypatch.setitem(sys.modules, "torchao", types.ModuleType("torchao"))
+    monkeypatch.setitem(sys.modules, "torchao.optim", types.SimpleNamespace(AdamW8bit=adamw))
+    setting = Setting(preset="tiny", batch=2, ctx=16, state="full", device="cpu", warmup=0, steps=1)
+    with contestants._dense("torchao", setting) as (model, take_step, kept):
+        take_step()
+        assert {str(p.dtype) for p in model.parameters()} == {"torch.bfloat16"}
+        assert asked == [{"lr": 1e-3, "betas": (0.9, 0.95), "bf16_stochastic_round": True}]
+        assert kept()[0] > 6 * kept()[1]  # torch's own in its place
+    assert contestants._nbytes(Moments()) == 64 + 8
 
 
 @pytest.mark.parametrize(

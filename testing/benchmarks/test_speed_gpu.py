@@ -37,8 +37,10 @@ def test_decoding_is_captured_as_a_graph(gpu, capsys):
     assert "not captured" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("contestant", ["trits", "dense-autocast", "dense-bf16"])
+@pytest.mark.parametrize("contestant", ["trits", "dense-autocast", "dense-bf16", "torchao"])
 def test_steps_and_peaks(contestant):
+    if contestant == "torchao":
+        pytest.importorskip("torchao")
     setting = Setting(preset="tiny", batch=4, ctx=32, state="full", device="cuda", warmup=2, steps=3)
     timing = measure(contestant, setting)
     assert timing.ms_per_step > 0

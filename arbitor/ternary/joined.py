@@ -70,7 +70,7 @@ def update_joined(
         return flips
     gradients = [gradients[i] for i in active]
     sizes = [gradient.numel() // BLOCK for gradient in gradients]
-    direction = torch.empty((sum(sizes), BLOCK))
+    direction = torch.empty((sum(sizes), BLOCK), dtype=torch.float32)
     own = [part.view(g.shape) for part, g in zip(direction.split(sizes), gradients, strict=True)]
     torch._foreach_copy_(own, gradients)
     kept = {

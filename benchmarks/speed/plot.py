@@ -35,7 +35,7 @@ def plot(rows: Sequence[Row], figures: Mapping[str, str], path: Path) -> str:
         values = [float(row[column]) for row in rows]
         colours = [(TRITS if row["contestant"] == "trits" else TWINS)[number] for row in rows]
         bars = axes.barh(places, values, height, color=colours, label=label)
-        axes.bar_label(bars, map(_rounded, values), padding=3, fontsize=8)
+        axes.bar_label(bars, list(map(_rounded, values)), padding=3, fontsize=8)
     middle = (len(figures) - 1) * height / 2
     axes.set_yticks([place - middle for place in range(len(rows))], map(_name, rows))
     axes.margins(x=0.15)

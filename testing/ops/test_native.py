@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from arbitor.ops import native
 from arbitor.ops.activations import cpu as activations
@@ -37,7 +38,7 @@ def fresh(monkeypatch, tmp_path):
     """`found` in a process that has not looked yet, with a cache of its own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
-    return native.found.__wrapped__
+    return native._found.__wrapped__
 
 
 def both(library, work):
@@ -232,6 +233,60 @@ def test_training_is_the_same_with_torch_alone(library):
     assert_equal(results, expected)
 
 
+# -- what is left to torch -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+def test_the_default_dtype_changes_nothing(dtype):
+    code = (
+        "import torch; from arbitor.ops import native; from arbitor.ternary import TernaryLinear;"
+        f"torch.manual_seed(0); layer = TernaryLinear(160, 320); x = torch.randn(64, 160);"
+        f"torch.set_default_dtype(torch.{dtype}); y = layer(x); assert native.found().library is not None;"
+        "native._tried.set(native.Found(None)); assert torch.equal(y, layer(x)) and y.dtype == torch.float32"
+    )
+    _in_a_process(code)
+
+
+def test_only_plain_tensors_on_a_cpu(library):
+    x = torch.ones(4, 32)
+    with native.trying(library):
+        assert native.passes((x, torch.float32)) is library
+        assert native.passes((torch.nn.Parameter(x), torch.float32)) is library
+        for other, dtype in (
+            (x, torch.bfloat16),
+            (x.to("meta"), torch.float32),
+            (x.t(), torch.float32),
+            (torch._neg_view(x), torch.float32),
+            (torch._efficientzerotensor(4), torch.float32),
+            (x.as_subclass(type("Own", (torch.Tensor,), {})), torch.float32),
+        ):
+            assert native.passes((x, torch.float32), (other, dtype)) is None
+        with FlopCounterMode(display=False):  # as everything that looks at operations
+            assert native.passes((x, torch.float32)) is None
+
+
+def test_a_model_on_another_device_is_an_error_as_with_torch(library):
+    layer = TernaryLinear(160, 320).to("meta")
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        layer(torch.ones(64, 160))
+
+
+def test_what_does_not_fit_is_left_to_torch(library):
+    x = floats((6, 48))
+    with native.trying(library):
+        assert activations.input_gradient(x.half(), x, torch.ones(6, 1), True).dtype == torch.float32
+        with pytest.raises(RuntimeError):
+            activations.round_scaled(x, torch.ones(5, 1))
+    keys = torch.zeros((2, 3), dtype=torch.int32)
+    assert_equal(*both(library, lambda: (random_bits(keys, 5), random_bits(keys[:, :2].long(), 5))))
+    packed = trit_codec.pack(torch.ones((3, 200), dtype=torch.int8))
+    exponent = torch.zeros((3, 1), dtype=torch.int8)
+    for columns in (160, 200, 1000):
+        assert_equal(*both(library, lambda: ternary_linear.decode(packed, exponent, columns)))  # noqa: B023
+    packed[:, -1] = 1  # of padding
+    assert_equal(*both(library, lambda: ternary_linear.decode(packed, exponent, 170)))
+
+
 # -- the library ---------------------------------------------------------------------------------------------
 
 
@@ -245,14 +300,16 @@ def test_a_second_process_finds_what_the_first_compiled(fresh, tmp_path):
     assert kept[0].stat().st_mtime_ns == made
 
 
-def test_a_damaged_library_is_made_anew(fresh, tmp_path):
+@pytest.mark.parametrize("size", [0, 100, 5_000, 20_000])
+def test_a_damaged_library_is_made_anew(fresh, tmp_path, size):
     fresh()
     (path,) = (tmp_path / "arbitor" / "native").iterdir()
-    sound = path.stat().st_size
-    path.unlink()  # the process may have mapped it
-    path.write_bytes(b"\x7fELF nothing")
+    sound = path.read_bytes()
+    path.unlink()  # the process has mapped it
+    path.write_bytes(sound[:size])
+    path.chmod(0o700)
     assert fresh().library is not None
-    assert path.stat().st_size == sound
+    assert path.read_bytes() == sound
 
 
 def test_a_folder_that_others_may_write_to_is_not_believed(fresh, tmp_path):
@@ -261,6 +318,32 @@ def test_a_folder_that_others_may_write_to_is_not_believed(fresh, tmp_path):
     folder.chmod(0o777)
     assert fresh().library is not None
     assert list(folder.iterdir()) == []
+
+
+def test_what_is_kept_is_the_users_alone_whatever_the_umask(fresh, tmp_path):
+    before = os.umask(0)
+    try:
+        assert fresh().library is not None
+    finally:
+        os.umask(before)
+    folder = tmp_path / "arbitor" / "native"
+    places = [folder.parent, folder, *folder.iterdir()]
+    assert [stat.S_IMODE(place.stat().st_mode) for place in places] == [0o700] * 3
+
+
+def test_without_a_home(fresh, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "expanduser", lambda _: (_ for _ in ()).throw(RuntimeError("no home")))
+    assert fresh().library is not None
+
+
+def test_a_full_disk(fresh, monkeypatch, tmp_path):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert fresh().library is not None
+    assert list((tmp_path / "arbitor" / "native").iterdir()) == []
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
@@ -286,19 +369,74 @@ def _compiler(folder: Path, body: str) -> str:
     return str(path)
 
 
-def test_a_compiler_that_fails(fresh, monkeypatch, tmp_path):
-    monkeypatch.setenv("CC", _compiler(tmp_path, "echo 'passes.c:1: error: no such thing' >&2; exit 1"))
-    found = fresh()
-    assert found.library is None
-    assert found.problem.endswith("failed: passes.c:1: error: no such thing")
+@pytest.fixture
+def only(monkeypatch):
+    """There is no compiler but that of $CC."""
+    monkeypatch.setattr(native, "COMPILERS", ())
 
 
-def test_a_compiler_whose_results_differ_is_refused(fresh, monkeypatch, tmp_path):
-    real = next(filter(None, map(shutil.which, native.COMPILERS)))
-    monkeypatch.setenv("CC", _compiler(tmp_path, f'exec {real} -Drintf=floorf "$@"'))
+def _real() -> str:
+    return next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))))
+
+
+FAULTS = {
+    "an error": ("echo 'passes.c:1: error: no such thing' >&2; exit 1", "passes.c:1: error: no such thing"),
+    "nothing is made": ("exit 0", "cannot open shared object"),
+    "no functions": ('exec {real} -fvisibility=hidden "$@"', "undefined symbol"),
+    "other results": ('exec {real} -Drintf=floorf "$@"', "differs from torch in fold, quantize"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_compiler_that_is_of_no_use(fresh, only, monkeypatch, tmp_path, fault):
+    body, message = FAULTS[fault]
+    monkeypatch.setenv("CC", _compiler(tmp_path, body.format(real=_real())))
     found = fresh()
     assert found.library is None
-    assert "differs from torch in quantize" in found.problem
+    assert message in found.problem
+    assert "\n" not in found.problem
+
+
+def test_the_next_compiler_is_tried(fresh, monkeypatch, tmp_path):
+    monkeypatch.setenv("CC", _compiler(tmp_path, "exit 1"))
+    found = fresh()
+    assert found.library is not None
+    assert found.compiler == _real()
+
+
+def test_a_compiler_with_arguments_that_says_odd_things(fresh, only, monkeypatch, tmp_path):
+    body = f'printf \'w\\344rning\' >&2; [ "$1" = -DA ] || exit 1; exec {_real()} "$@"'
+    monkeypatch.setenv("CC", f"{_compiler(tmp_path, body)} -DA")
+    found = fresh()
+    assert found.problem == ""
+    assert found.compiler.endswith("/compiler -DA")
+
+
+def _in_a_process(code, **environment):
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=dict(os.environ, **environment), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_another_runtime_that_was_loaded_before_does_not_matter(library):
+    code = (
+        "import sklearn.datasets; from arbitor.ops import native; print(native.found().problem);"
+        "print(len({line.split()[-1] for line in open('/proc/self/maps') if '/torch/lib/libgomp' in line}))"
+    )
+    assert _in_a_process(code).split("\n")[0] == ""
+
+
+def test_threads_that_begin_at_once(library, tmp_path):
+    code = (
+        "import threading, torch; from arbitor.ops import native; from arbitor.ternary import TernaryLinear;"
+        "work = lambda: TernaryLinear(160, 320)(torch.ones(64, 160));"
+        "threads = [threading.Thread(target=work) for _ in range(4)];"
+        "[t.start() for t in threads]; [t.join() for t in threads];"
+        "assert native.passes() is native.found().library is not None"
+    )
+    _in_a_process(code, XDG_CACHE_HOME=str(tmp_path))
 
 
 def test_torch_can_be_asked_for(monkeypatch):

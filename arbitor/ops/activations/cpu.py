@@ -25,14 +25,14 @@ def quantize(x: Tensor, input_norm: bool, squared: bool = False) -> tuple[Tensor
         codes int8 [N, I]; scale fp32 [N, 1]; rstd fp32 [N, 1].
     """
     smallest = torch.finfo(torch.float32).tiny * reference.CODE_SCALE
-    if (compiled := native.passes(x)) is not None:
+    if (compiled := native.passes((x, torch.float32))) is not None:
         threads = torch.get_num_threads()
         if squared:
             given, x = x, torch.empty_like(x)
             compiled.squared_relu(given.data_ptr(), x.data_ptr(), *x.shape, threads)
         norms = torch.linalg.vector_norm(x, dim=-1) if input_norm else None
         codes = torch.empty_like(x, dtype=torch.int8)
-        scale, rstd = torch.empty((len(x), 1)), torch.empty((len(x), 1))
+        scale, rstd = x.new_empty((len(x), 1)), x.new_empty((len(x), 1))
         compiled.quantize(
             x.data_ptr(), None if norms is None else norms.data_ptr(), codes.data_ptr(), scale.data_ptr(),
             rstd.data_ptr(), *x.shape, reference.CODE_SCALE, smallest, reference.RMS_EPS, threads,
@@ -61,7 +61,8 @@ def quantize(x: Tensor, input_norm: bool, squared: bool = False) -> tuple[Tensor
 def round_scaled(dy: Tensor, scale: Tensor) -> Tensor:
     """fp32 dy [N, O] times scale [N, 1], rounded to bf16."""
     rounded = torch.empty_like(dy, dtype=torch.bfloat16)
-    if (compiled := native.passes(dy, scale)) is not None:
+    compiled = native.passes((dy, torch.float32), (scale, torch.float32))
+    if compiled is not None and scale.numel() == len(dy):
         compiled.round_scaled(
             dy.data_ptr(), scale.data_ptr(), rounded.data_ptr(), *dy.shape, torch.get_num_threads()
         )
@@ -73,9 +74,11 @@ def round_scaled(dy: Tensor, scale: Tensor) -> Tensor:
 
 def input_gradient(dxn: Tensor, x: Tensor, rstd: Tensor, input_norm: bool, squared: bool = False) -> Tensor:
     """See `reference.input_gradient`; dxn [N, I] of fp32 or bf16 is kept."""
-    if (compiled := native.passes(dxn, x, rstd)) is not None:
+    narrow = dxn.dtype == torch.bfloat16
+    wanted = torch.bfloat16 if narrow else torch.float32
+    compiled = native.passes((dxn, wanted), (x, torch.float32), (rstd, torch.float32))
+    if compiled is not None and rstd.numel() == len(x) and dxn.shape == x.shape:
         threads = torch.get_num_threads()
-        narrow = dxn.dtype == torch.bfloat16
         dx = torch.empty_like(x) if narrow else dxn.clone()
         products = torch.empty_like(x) if input_norm else None
         compiled.widen_products(

@@ -38,7 +38,8 @@ def sums(codes: Tensor, weight: Tensor) -> Tensor:
     (github.com/pytorch/pytorch/issues/195066), and takes no empty ones: those are multiplied as floats.
     """
     if min(*codes.shape, *weight.shape) <= 1:
-        return (codes.to(torch.float32) @ weight.to(torch.float32).t()).to(torch.int32)
+        with torch.autocast("cpu", enabled=False):
+            return (codes.to(torch.float32) @ weight.to(torch.float32).t()).to(torch.int32)
     return torch._int_mm(codes, weight.t())
 
 
@@ -46,8 +47,9 @@ def int8_matmul(
     codes: Tensor, weight: Tensor, scale: Tensor, row_scale: Tensor, out_dtype: torch.dtype
 ) -> Tensor:
     """See `arbitor.ops.int8_matmul.int8_matmul`; without compiled passes some tokens at a time."""
-    if (compiled := native.passes(codes, weight, scale, row_scale)) is not None:
-        y = sums(codes, weight)
+    compiled = native.passes((scale, torch.float32), (row_scale, torch.float32))
+    if compiled is not None and (scale.numel(), row_scale.numel()) == (len(codes), len(weight)):
+        y = sums(codes, weight).contiguous()
         compiled.scale_sums(
             y.data_ptr(), row_scale.data_ptr(), scale.data_ptr(), *y.shape, torch.get_num_threads()
         )

@@ -32,7 +32,13 @@ def fold(
     """
     N, in_features = gradient.shape
     H = exponent.shape[1]
-    if (compiled := native.passes(gradient, codes, exponent, random_bits)) is not None:
+    compiled = native.passes(
+        (gradient, torch.float32),
+        (codes, torch.int8 if bits == 8 else torch.uint8),
+        (exponent, torch.int16),
+        (random_bits, torch.int32),
+    )
+    if compiled is not None and in_features in (H * reference.GROUP, H * reference.SMALL_GROUP):
         compiled.fold(
             gradient.data_ptr(), codes.data_ptr(), exponent.data_ptr(), random_bits.data_ptr(), N,
             in_features, H, bits, ctypes.byref(_folding(bits, beta, lookahead)), torch.get_num_threads(),

@@ -14,10 +14,13 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +38,8 @@ _SECONDS = 120.0  # after which a compiler is given up
 
 _PLAIN = (Tensor, nn.Parameter)
 
-_tried: "Found | None" = None
+_lock = threading.RLock()
+_tried: "ContextVar[Found | None]" = ContextVar("tried", default=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,109 +86,195 @@ class Voting(ctypes.Structure):
     )
 
 
-def passes(*tensors: Tensor) -> ctypes.CDLL | None:
-    """The functions of `passes.c`, compiled if need be, for these tensors on a CPU.
+def passes(*tensors: tuple[Tensor, torch.dtype]) -> ctypes.CDLL | None:
+    """The functions of `passes.c`, compiled if need be.
+
+    Args:
+        tensors: whose memory is to be read or written, and the dtypes that the functions take.
 
     Returns:
-        None where there are none or they are not to be used, where tensors are not contiguous, and where they
-        only stand for some, as while torch traces.
+        None where there are none or they are not to be used; where a tensor is not a plain contiguous one of
+        its dtype on a CPU; and while torch traces what is done with tensors.
     """
-    if not all(type(tensor) in _PLAIN and tensor.is_contiguous() for tensor in tensors):
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return None
-    if torch.compiler.is_compiling():
+    if not all(map(_is_plain, tensors)):
         return None
-    if _tried is not None:
-        return _tried.library
+    if (tried := _tried.get()) is not None:
+        return tried.library
     return None if requested_backend() == "torch" else found().library
+
+
+def _is_plain(given: tuple[Tensor, torch.dtype]) -> bool:
+    tensor, dtype = given
+    if type(tensor) not in _PLAIN or tensor.dtype != dtype or not tensor.is_cpu:
+        return False
+    return tensor.is_contiguous() and not tensor.is_neg() and not tensor._is_zerotensor()
 
 
 @contextlib.contextmanager
 def trying(library: ctypes.CDLL | None) -> Iterator[None]:
-    """Inside, `passes` gives this library, or torch's operations work in its place."""
-    global _tried
-    before, _tried = _tried, Found(library)
+    """Inside, in this thread, `passes` gives this library, or torch's operations work in its place."""
+    token = _tried.set(Found(library))
     try:
         yield
     finally:
-        _tried = before
+        _tried.reset(token)
+
+
+def found() -> Found:
+    """What there is in this process; compiles the library if nobody did yet."""
+    with _lock:
+        return _found()
 
 
 @functools.cache
-def found() -> Found:
-    """What there is in this process; compiles the library if nobody did yet."""
+def _found() -> Found:
     runtime = _openmp()
     if runtime is None:
-        return Found(None, problem="torch has not loaded one OpenMP runtime, whose threads could be shared")
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", ""), *COMPILERS))), None)
-    if compiler is None:
-        return Found(None, problem=f"no C compiler was found ({', '.join(COMPILERS)})")
-    try:
-        library = _library(compiler, runtime)
-    except subprocess.CalledProcessError as error:
-        lines = error.stderr.strip().splitlines() or [f"exit code {error.returncode}"]
-        line = next((line for line in lines if "error" in line), lines[-1])
-        return Found(None, compiler, f"{compiler} failed: {line}")
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return Found(None, compiler, f"{compiler}: {error}")
+        return Found(None, problem="torch has no OpenMP runtime whose threads could be shared")
+    problem = f"no C compiler was found ({', '.join(COMPILERS)})"
+    for compiler in _compilers():
+        try:
+            library = _library(compiler, runtime)
+            wrong = _disagreements(library)
+        except Exception as error:  # whatever it is, torch's operations are there
+            problem = f"{' '.join(compiler)}: {_line_of(error)}"
+            continue
+        if not wrong:
+            return Found(library, " ".join(compiler))
+        problem = f"what {' '.join(compiler)} makes differs from torch in {', '.join(wrong)}"
+    return Found(None, problem=problem)
+
+
+def _disagreements(library: ctypes.CDLL) -> list[str]:
     from arbitor.ops.native.check import disagreements  # whose imports need this module
 
-    if wrong := disagreements(library):
-        return Found(None, compiler, f"what {compiler} makes differs from torch in {', '.join(wrong)}")
-    return Found(library, compiler)
+    return disagreements(library)
 
 
-def _library(compiler: str, runtime: str) -> ctypes.CDLL:
-    """From the cache, if it is safe to load from and has it; else compiled, and kept there if that can be."""
+def _line_of(error: Exception) -> str:
+    """What went wrong, in one line."""
+    text = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
+    lines = text.strip().splitlines() or [type(error).__name__]
+    return next((line for line in lines if "error" in line), lines[-1])
+
+
+def _compilers() -> Iterator[list[str]]:
+    """Commands to try, each once: that of $CC first, which may have arguments."""
+    seen = set()
+    for command in (shlex.split(os.environ.get("CC", "")), *([name] for name in COMPILERS)):
+        if command and (path := shutil.which(command[0])) and (path, *command[1:]) not in seen:
+            seen.add((path, *command[1:]))
+            yield [path, *command[1:]]
+
+
+def _library(compiler: Sequence[str], runtime: str) -> ctypes.CDLL:
+    """From the cache, if that is safe and has it whole; else compiled, and kept there if that can be."""
+    key = _key(compiler, runtime)
     folder = _folder()
-    path = folder / f"{_key(compiler, runtime)}.so"
-    safe = why_untrusted(folder) is None
-    if safe and path.is_file() and why_untrusted(path) is None:
-        with contextlib.suppress(OSError, AttributeError):  # damaged: made anew
-            return _typed(ctypes.CDLL(str(path)))
-    if safe:
+    if folder is not None and (kept := _kept(folder, key)) is not None:
         with contextlib.suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-    kept = safe and os.access(folder, os.W_OK)
-    with tempfile.TemporaryDirectory(dir=folder if kept else None) as scratch:
-        made = Path(scratch, path.name)
+            return _typed(ctypes.CDLL(str(kept)))
+    with tempfile.TemporaryDirectory() as scratch:
+        made = Path(scratch, f"{key}.so")
         _compile(compiler, runtime, made)
         library = _typed(ctypes.CDLL(str(made)))
-        if kept:
+        if folder is not None:
             with contextlib.suppress(OSError):  # a full disk: next time then
-                os.replace(made, path)
+                _keep(made, folder, key)
     return library
 
 
-def _compile(compiler: str, runtime: str, path: Path) -> None:
-    """Linked to torch's own runtime first, so that the compiler's is left out as not needed."""
-    command = [compiler, *FLAGS, "-fopenmp", "-shared", "-fPIC", "-o", str(path), str(SOURCE)]
-    command += ["-Wl,--as-needed", runtime, "-lm"]
+def _compile(compiler: Sequence[str], runtime: str, path: Path) -> None:
+    """Linked to torch's own runtime and no other: what needs another one is an error."""
+    code = path.with_suffix(".o")
     none = subprocess.DEVNULL
-    subprocess.run(command, check=True, capture_output=True, text=True, timeout=_SECONDS, stdin=none)
+    for command in (
+        [*compiler, *FLAGS, "-fopenmp", "-fPIC", "-c", "-o", str(code), str(SOURCE)],
+        [*compiler, "-shared", "-Wl,-z,defs", "-o", str(path), str(code), runtime, "-lm"],
+    ):
+        subprocess.run(
+            command,
+            check=True,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_SECONDS,
+            stdin=none,
+        )
+
+
+def _kept(folder: Path, key: str) -> Path | None:
+    """The library of that key, if there is one with the content that its name tells."""
+    for path in folder.glob(f"{key}-*.so"):
+        if why_untrusted(path) is None and path.name == _name(key, path.read_bytes()):
+            return path
+    return None
+
+
+def _keep(made: Path, folder: Path, key: str) -> None:
+    """Under a name that tells the content, in one move."""
+    content = made.read_bytes()
+    handle, place = tempfile.mkstemp(dir=folder)
+    try:
+        with open(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(place, 0o700)
+        os.replace(place, folder / _name(key, content))
+    except BaseException:
+        os.unlink(place)
+        raise
+
+
+def _name(key: str, content: bytes) -> str:
+    return f"{key}-{hashlib.blake2b(content, digest_size=16).hexdigest()}.so"
 
 
 def _openmp() -> str | None:
-    """The path of the OpenMP runtime that this process has loaded; None if there is none, or not one."""
-    torch.get_num_threads()  # which loads it at the latest
+    """The path of the OpenMP runtime that torch computes with; None if it cannot be told."""
+
+    class Symbol(ctypes.Structure):
+        _fields_ = (
+            ("file", ctypes.c_char_p),
+            ("base", ctypes.c_void_p),
+            ("name", ctypes.c_char_p),
+            ("address", ctypes.c_void_p),
+        )
+
     try:
-        with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as file:
-            paths = {line[line.index("/") :].rstrip("\n") for line in file if "/" in line}
-    except OSError:
+        torch_cpu = ctypes.CDLL(str(Path(torch.__file__).with_name("lib") / "libtorch_cpu.so"))
+        where = ctypes.cast(torch_cpu.omp_get_max_threads, ctypes.c_void_p)
+        symbol = Symbol()
+        told = ctypes.CDLL(None).dladdr(where, ctypes.byref(symbol))
+    except (OSError, AttributeError, TypeError):
         return None
-    runtimes = {path for path in paths if Path(path).name.startswith(("libgomp", "libiomp", "libomp"))}
-    return runtimes.pop() if len(runtimes) == 1 else None
+    path = os.path.realpath(os.fsdecode(symbol.file)) if told and symbol.file else ""
+    return path if Path(path).name.startswith(("libgomp", "libiomp", "libomp")) else None
 
 
-def _folder() -> Path:
+def _folder() -> Path | None:
+    """Where libraries are kept, made for this user alone; None without one, or if others may write there."""
     root = os.environ.get("XDG_CACHE_HOME") or ""
-    return (Path(root) if os.path.isabs(root) else Path("~/.cache").expanduser()) / "arbitor" / "native"
+    try:
+        folder = (Path(root) if os.path.isabs(root) else Path("~/.cache").expanduser()) / "arbitor" / "native"
+        if why_untrusted(folder) is not None:
+            return None
+        for place in (*reversed(folder.parents), folder):
+            if not place.is_dir():
+                place.mkdir(mode=0o700, exist_ok=True)
+    except (OSError, RuntimeError):  # the latter: no home
+        return None
+    return folder if why_untrusted(folder) is None and os.access(folder, os.W_OK | os.X_OK) else None
 
 
-def _key(compiler: str, runtime: str) -> str:
+def _key(compiler: Sequence[str], runtime: str) -> str:
     """Of all that the library depends on."""
-    stats = [(path, os.stat(path)) for path in (os.path.realpath(compiler), runtime)]
+    stats = [(path, os.stat(path)) for path in (os.path.realpath(compiler[0]), runtime)]
     files = [f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats]
-    parts = [SOURCE.read_bytes(), *map(os.fsencode, (*FLAGS, *files, _cpu()))]
+    parts = [SOURCE.read_bytes(), *map(os.fsencode, (*compiler, *FLAGS, *files, _cpu()))]
     return hashlib.blake2b(b"\0".join(parts), digest_size=16).hexdigest()
 
 

@@ -20,8 +20,11 @@ from arbitor.ops.state_update import cpu as state_update
 from arbitor.ops.ternary_linear import cpu as ternary_linear
 from arbitor.ops.trit_codec import reference as trit_codec
 
-_TOKENS, _COLUMNS, _ROWS = 37, 320, 24
-_BITS = 8, 4
+_TOKENS, _ROWS = 37, 24
+_COLUMNS = 320
+_UNEVEN = (200, 33, 7)  # numbers of columns that end within a block, or within a machine's vectors
+_BITS = (8, 4)
+_CPU = torch.device("cpu")
 
 
 def disagreements(library: ctypes.CDLL) -> list[str]:
@@ -40,35 +43,49 @@ def disagreements(library: ctypes.CDLL) -> list[str]:
 def examples() -> Mapping[str, Callable[[], tuple[Tensor, ...]]]:
     """A call of every pass, by its name, that changes nothing outside."""
     generator = torch.Generator().manual_seed(0)
-    normal = partial(torch.randn, generator=generator)
-    x = normal(_TOKENS, _COLUMNS) * normal(_TOKENS, 1).exp()
-    gradient = normal(_TOKENS, _COLUMNS)
-    codes = torch.randint(-127, 128, (_TOKENS, _COLUMNS), generator=generator).to(torch.int8)
-    trits = torch.randint(-1, 2, (_ROWS, _COLUMNS), generator=generator).to(torch.int8)
-    exponent = torch.randint(-20, 5, (_ROWS, 1), generator=generator).to(torch.int8)
+    floats = partial(torch.randn, generator=generator, dtype=torch.float32, device=_CPU)
+    integers = partial(torch.randint, generator=generator, device=_CPU)
+    x = floats(_TOKENS, _COLUMNS) * floats(_TOKENS, 1).exp()
+    gradient = floats(_TOKENS, _COLUMNS)
+    codes = integers(-127, 128, (_TOKENS, _COLUMNS), dtype=torch.int8)
+    trits = integers(-1, 2, (_ROWS, _COLUMNS), dtype=torch.int8)
+    exponent = integers(-20, 5, (_ROWS, 1), dtype=torch.int8)
     packed = trit_codec.pack(trits)
-    scale, rstd = normal(2, _TOKENS, 1).exp()
-    row_scale = torch.ldexp(torch.ones(_ROWS), exponent[:, 0])
-    keys = torch.randint(-(1 << 31), 1 << 31, (_TOKENS, 2), generator=generator).to(torch.int32)
+    scale, rstd = floats(2, _TOKENS, 1).exp()
+    row_scale = floats(_ROWS).exp()
+    keys = integers(-(1 << 31), 1 << 31, (_TOKENS, 2), dtype=torch.int64).to(torch.int32)
     bits = reference.random_bits(keys, _COLUMNS)
+    cut = [
+        [tensor[:, :columns].contiguous() for tensor in (x, gradient, codes, trits)]
+        for columns in (_COLUMNS, *_UNEVEN)
+    ]
+    kinds = [(norm, squared) for norm in (False, True) for squared in (False, True)]
 
     def decode() -> tuple[Tensor, ...]:
-        return ternary_linear.decode(packed, exponent, _COLUMNS)
+        parts = [(trit_codec.pack(t), t.shape[1]) for *_, t in cut]
+        return sum((ternary_linear.decode(p, exponent, columns) for p, columns in parts), ())
 
     def input_gradient() -> tuple[Tensor, ...]:
-        kinds = [(dxn, n, s) for dxn in (gradient, gradient.bfloat16()) for n in (0, 1) for s in (0, 1)]
-        return tuple(activations.input_gradient(dxn, x, rstd, bool(n), bool(s)) for dxn, n, s in kinds)
+        return tuple(
+            activations.input_gradient(dxn, x, rstd, *kind)
+            for x, gradient, *_ in cut
+            for dxn in (gradient, gradient.to(torch.bfloat16))
+            for kind in kinds
+        )
+
+    def products() -> tuple[Tensor, ...]:
+        dtype = torch.float32
+        return tuple(int8_matmul.int8_matmul(c, t, scale, row_scale, dtype) for *_, c, t in cut)
 
     def quantize() -> tuple[Tensor, ...]:
-        kinds = [(bool(n), bool(s)) for n in (0, 1) for s in (0, 1)]
-        return sum((activations.quantize(x, *kind) for kind in kinds), ())
+        return sum((activations.quantize(x, *kind) for x, *_ in cut for kind in kinds), ())
 
     def fold() -> tuple[Tensor, ...]:
         changed: list[Tensor] = []
         for width in _BITS:
             direction = gradient.clone()
             momenta = codes if width == 8 else codes[:, : _COLUMNS // 2].view(torch.uint8) & 0x77 | 0x11
-            momenta, exponents = momenta.clone(), torch.full((_TOKENS, _COLUMNS // 32), -9, dtype=torch.int16)
+            momenta, exponents = momenta.clone(), keys.new_full((_TOKENS, _COLUMNS // 32), -9).to(torch.int16)
             momentum.fold(direction, momenta, exponents, bits, width, 0.8, 0.5)
             changed += [direction, momenta, exponents]
         return tuple(changed)
@@ -85,13 +102,15 @@ def examples() -> Mapping[str, Callable[[], tuple[Tensor, ...]]]:
         "decode": decode,
         "fold": fold,
         "input_gradient": input_gradient,
-        "int8_matmul": lambda: (int8_matmul.int8_matmul(codes, trits, scale, row_scale, torch.float32),),
+        "int8_matmul": products,
         "quantize": quantize,
-        "random_bits": lambda: (random_bits(keys, _COLUMNS),),
-        "round_scaled": lambda: (activations.round_scaled(x, scale),),
+        "random_bits": lambda: tuple(random_bits(keys, columns) for columns in (_COLUMNS, *_UNEVEN)),
+        "round_scaled": lambda: tuple(activations.round_scaled(x, scale) for x, *_ in cut),
         "update": update,
     }
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(a, b)
+    """To the bit, signs of zero included."""
+    whole = {torch.float32: torch.int32, torch.bfloat16: torch.int16}.get(a.dtype, a.dtype)
+    return a.dtype == b.dtype and torch.equal(a.view(whole), b.view(whole))

@@ -208,11 +208,12 @@ static inline void pack_block(const int8_t trits[BLOCK], uint8_t bytes[PLANE]) {
 /* packed [O, P] and exponent [O] become trits [O, I] and 2^exponent, which is NaN for a row with an illegal byte. */
 void decode(const uint8_t *packed, const int8_t *exponent, int8_t *trits, float *row_scale, int64_t O, int64_t P,
             int64_t I, int threads) {
+  int64_t rest = I % BLOCK, used = I / BLOCK * PLANE + (rest < PLANE ? rest : PLANE); /* not those of padding alone */
   THREADS_SHARE(O, I)
   for (int64_t o = 0; o < O; o++) {
     const uint8_t *bytes = packed + o * P;
     int8_t *row = trits + o * I;
-    row_scale[o] = is_legal(bytes, P) ? power_of_2(exponent[o]) : NAN;
+    row_scale[o] = is_legal(bytes, used) ? power_of_2(exponent[o]) : NAN;
     int64_t first = 0;
     for (; first + BLOCK <= I; first += BLOCK) unpack_block(bytes + first / TRITS_PER_BYTE, row + first);
     if (first < I) {

@@ -54,8 +54,8 @@ def _dispatch(keys: Tensor, count: int) -> Tensor:
         from arbitor.ops.random_bits import triton
 
         return triton.random_bits(keys, count)
-    if keys.device.type == "cpu" and (compiled := native.passes(keys)) is not None:
-        words = torch.empty((*keys.shape[:-1], count), dtype=torch.int32)
+    if (compiled := native.passes((keys, torch.int32))) is not None and keys.shape[-1] == 2:
+        words = keys.new_empty((*keys.shape[:-1], count))
         compiled.random_bits(
             keys.data_ptr(), words.data_ptr(), keys.numel() // 2, count, torch.get_num_threads()
         )

@@ -40,8 +40,11 @@ def update(
     """
     assert packed.shape[-1] == PLANE
     lowest = lowest_of(span, threshold, reset)
-    if (compiled := native.passes(packed, accumulator, direction, bits)) is not None:
-        flips = torch.empty(len(packed), dtype=torch.int32)
+    compiled = native.passes(
+        (packed, torch.uint8), (accumulator, torch.int8), (direction, torch.float32), (bits, torch.int32)
+    )
+    if compiled is not None:
+        flips = packed.new_empty(len(packed), dtype=torch.int32)
         voting = native.Voting(float(-step * 65536.0), span, threshold, lowest, rail, reset)
         if compiled.update(
             packed.data_ptr(), accumulator.data_ptr(), direction.data_ptr(), bits.data_ptr(),

@@ -45,9 +45,10 @@ def applies(x: Tensor, exponent: Tensor, quantize: bool) -> bool:
 
 def decode(packed: Tensor, exponent: Tensor, in_features: int) -> Decoded:
     """uint8 [O, P] and int8 [O, 1] -> trits and scales."""
-    if (compiled := native.passes(packed, exponent)) is not None:
-        trits = torch.empty((len(packed), in_features), dtype=torch.int8)
-        row_scale = torch.empty(len(packed))
+    compiled = native.passes((packed, torch.uint8), (exponent, torch.int8))
+    if compiled is not None and packed.shape[1] == trit_reference.packed_width(in_features):
+        trits = packed.new_empty((len(packed), in_features), dtype=torch.int8)
+        row_scale = packed.new_empty(len(packed), dtype=torch.float32)
         compiled.decode(
             packed.data_ptr(), exponent.data_ptr(), trits.data_ptr(), row_scale.data_ptr(), *packed.shape,
             in_features, torch.get_num_threads(),

@@ -397,8 +397,9 @@ def test_a_compiler_that_is_of_no_use(fresh, only, monkeypatch, tmp_path, fault)
     assert "\n" not in found.problem
 
 
-def test_the_next_compiler_is_tried(fresh, monkeypatch, tmp_path):
-    monkeypatch.setenv("CC", _compiler(tmp_path, "exit 1"))
+@pytest.mark.parametrize("name", ["{fails}", "no-such-compiler", "cc 'quote"])
+def test_the_next_compiler_is_tried(fresh, monkeypatch, tmp_path, name):
+    monkeypatch.setenv("CC", name.format(fails=_compiler(tmp_path, "exit 1")))
     found = fresh()
     assert found.library is not None
     assert found.compiler == _real()

@@ -162,8 +162,13 @@ def _line_of(error: Exception) -> str:
 
 def _compilers() -> Iterator[list[str]]:
     """Commands to try, each once: that of $CC first, which may have arguments."""
+    own = os.environ.get("CC", "")
+    try:
+        named = shlex.split(own)
+    except ValueError:  # an open quote
+        named = [own]
     seen = set()
-    for command in (shlex.split(os.environ.get("CC", "")), *([name] for name in COMPILERS)):
+    for command in (named, *([name] for name in COMPILERS)):
         if command and (path := shutil.which(command[0])) and (path, *command[1:]) not in seen:
             seen.add((path, *command[1:]))
             yield [path, *command[1:]]

@@ -10,16 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
+from arbitor.cache import cache_folder
 from arbitor.errors import UserError
 
 MEMORY_BYTES = 64 << 20
 _STALE_SECONDS = 24 * 3600
-
-
-def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/arbitor`, or `~/.cache/arbitor`."""
-    root = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(root) if os.path.isabs(root) else Path("~/.cache").expanduser()) / "arbitor"
 
 
 class MappedBytes(np.ndarray):

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from arbitor.cache import cache_folder
 from arbitor.errors import UserError
 from arbitor.ops.precompile import compiled_ahead
 from arbitor.ops.trust import why_untrusted
@@ -83,9 +84,7 @@ def path() -> Path:
     """The file of the tables."""
     if given := os.environ.get(VARIABLE):
         return Path(given).expanduser()
-    root = os.environ.get("XDG_CACHE_HOME", "")
-    folder = Path(root) if os.path.isabs(root) else Path("~/.cache").expanduser()
-    return folder / "arbitor" / "thresholds.json"
+    return cache_folder() / "thresholds.json"
 
 
 @functools.cache

@@ -170,16 +170,13 @@ def cold_start(device: Device, preset: str = "arb-1b", pairs: int = PAIRS) -> Ma
 
 
 def _cold_start(kind: str, preset: str, pairs: int, bytecode: Mapping[str, str]) -> Mapping[str, float]:
-    with _empty_caches() as caches:
-        caches |= bytecode
+    with _empty_caches(bytecode) as caches:
         first, _, first_import = _run_script("first", preset, kind, "0", extra=caches)
         second, compiled, second_import = _run_script("first", preset, kind, str(pairs), extra=caches)
-    with _empty_caches() as caches:
-        caches |= bytecode
+    with _empty_caches(bytecode) as caches:
         ahead, _, ahead_import = _run_script("ahead", preset, kind, "0", extra=caches)
         again, _, _ = _run_script("ahead", preset, kind, "0", extra=caches)
-    with _empty_caches() as caches:
-        caches |= bytecode
+    with _empty_caches(bytecode) as caches:
         command = ["smoke", "--preset", preset, "--device", kind, "--ctx", str(FIRST_CTX), "--backward"]
         began = time.perf_counter()
         _python(["-m", "arbitor", *command, "--warmup"], extra=caches)
@@ -204,10 +201,11 @@ def _cold_start(kind: str, preset: str, pairs: int, bytecode: Mapping[str, str])
 
 
 @contextlib.contextmanager
-def _empty_caches() -> Iterator[dict[str, str]]:
-    """Settings with which a process finds nothing that another compiled or measured."""
+def _empty_caches(settings: Mapping[str, str]) -> Iterator[dict[str, str]]:
+    """With these settings a process also finds nothing that another compiled or measured."""
     with tempfile.TemporaryDirectory() as scratch:
         yield {
+            **settings,
             "TRITON_CACHE_DIR": str(Path(scratch, "triton")),
             "TORCHINDUCTOR_CACHE_DIR": str(Path(scratch, "inductor")),
             "CUDA_CACHE_PATH": str(Path(scratch, "cuda")),
@@ -223,8 +221,8 @@ def _bytecode(kind: str) -> Iterator[dict[str, str]]:
     """
     with tempfile.TemporaryDirectory() as folder:
         settings = {"PYTHONPYCACHEPREFIX": folder, "PYTHONDONTWRITEBYTECODE": ""}
-        with _empty_caches() as caches:
-            _run_script("ahead", "tiny", kind, "0", extra=caches | settings)
+        with _empty_caches(settings) as caches:
+            _run_script("ahead", "tiny", kind, "0", extra=caches)
         yield settings
 
 

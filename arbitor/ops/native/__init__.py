@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from arbitor.cache import cache_folder
 from arbitor.ops.backend import requested_backend
 from arbitor.ops.trust import why_untrusted
 
@@ -130,6 +131,8 @@ def found() -> Found:
 
 @functools.cache
 def _found() -> Found:
+    from arbitor.ops.native.check import disagreements  # whose imports need this module
+
     runtime = _openmp()
     if runtime is None:
         return Found(None, problem="torch has no OpenMP runtime whose threads could be shared")
@@ -137,7 +140,7 @@ def _found() -> Found:
     for compiler in _compilers():
         try:
             library = _library(compiler, runtime)
-            wrong = _disagreements(library)
+            wrong = disagreements(library)
         except Exception as error:  # whatever it is, torch's operations are there
             problem = f"{' '.join(compiler)}: {_line_of(error)}"
             continue
@@ -145,12 +148,6 @@ def _found() -> Found:
             return Found(library, " ".join(compiler))
         problem = f"what {' '.join(compiler)} makes differs from torch in {', '.join(wrong)}"
     return Found(None, problem=problem)
-
-
-def _disagreements(library: ctypes.CDLL) -> list[str]:
-    from arbitor.ops.native.check import disagreements  # whose imports need this module
-
-    return disagreements(library)
 
 
 def _line_of(error: Exception) -> str:
@@ -262,9 +259,8 @@ def _openmp() -> str | None:
 
 def _folder() -> Path | None:
     """Where libraries are kept, made for this user alone; None without one, or if others may write there."""
-    root = os.environ.get("XDG_CACHE_HOME") or ""
     try:
-        folder = (Path(root) if os.path.isabs(root) else Path("~/.cache").expanduser()) / "arbitor" / "native"
+        folder = cache_folder() / "native"
         if why_untrusted(folder) is not None:
             return None
         for place in (*reversed(folder.parents), folder):

@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from arbitor.ops import native
 from arbitor.ops.backend import uses_triton
-from arbitor.ops.random_bits import reference
+from arbitor.ops.random_bits import cpu, reference
 from arbitor.ops.random_bits.reference import stream_keys
 from arbitor.ops.registry import register
 
@@ -54,13 +53,7 @@ def _dispatch(keys: Tensor, count: int) -> Tensor:
         from arbitor.ops.random_bits import triton
 
         return triton.random_bits(keys, count)
-    if (compiled := native.passes((keys, torch.int32))) is not None and keys.shape[-1] == 2:
-        words = keys.new_empty((*keys.shape[:-1], count))
-        compiled.random_bits(
-            keys.data_ptr(), words.data_ptr(), keys.numel() // 2, count, torch.get_num_threads()
-        )
-        return words
-    return reference.random_bits(keys, count)
+    return (cpu if keys.is_cpu else reference).random_bits(keys, count)
 
 
 _random_bits = register(

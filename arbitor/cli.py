@@ -174,7 +174,7 @@ def train(
     rule
         Direction of the votes.
     lr
-        Peak learning rate in trits per step; default by state.
+        Peak learning rate in trits per step; default by state and steps.
     accum_threshold
         Accumulator value at which a trit flips; default by state.
     e_accum_threshold
@@ -645,6 +645,10 @@ def main(tokens: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe had enough
         _drop_stdout()
         return 0
+    except SystemExit as stop:
+        if isinstance(stop.__context__, BrokenPipeError):  # rich makes this of it
+            return 0
+        raise
     except Exception as error:
         if debug:
             traceback.print_exc()

@@ -22,6 +22,7 @@ from arbitor.ops.compilers import cores
 from arbitor.ops.int8_matmul import cpu
 from arbitor.ops.trit_codec import trit_pack, trit_unpack
 from arbitor.ternary import TernaryLinear, VoteOptimizer
+from arbitor.train.crowding import busy_advice
 from arbitor.train.device import Device, backend, deterministic, resolve_device, uses_kernels
 from arbitor.train.display import format_bytes
 from arbitor.train.report import print_rows
@@ -182,25 +183,6 @@ def check_training_step(device: Device) -> None:
         raise RuntimeError("a training step changed nothing")
     if not losses[-1] < losses[0]:
         raise RuntimeError(f"the loss went from {losses[0]:.3f} to {losses[-1]:.3f}")
-
-
-def busy_advice(load: float, threads: int, cores: int) -> str:
-    """What to do on a machine whose other programs leave too few cores for the threads; empty if they do not.
-
-    Args:
-        load: processes that ran or waited to run, a mean over the last minute.
-        threads: that torch computes on.
-        cores: logical cores that this process may use.
-    """
-    free = cores - load
-    # Half a core of slack: what started this check leaves some load of its own.
-    if threads <= 1 or threads <= free + 0.5:
-        return ""
-    fewer = max(1, int(free + 0.5))
-    return (
-        f"other programs keep about {load:.1f} of {cores} cores busy, and {threads} threads that wait for "
-        f"each other make training many times slower; set OMP_NUM_THREADS={fewer}"
-    )
 
 
 def _load() -> float | None:

@@ -2,6 +2,7 @@
 
 import datetime
 import subprocess
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
@@ -30,6 +31,17 @@ def slug(device: torch.device) -> str:
     """The device in a file's name: "cpu", "h100", "h200", or the whole name of another GPU."""
     words = device_name(device).lower().replace("nvidia", "").split()
     return next((word for word in words if word in ("h100", "h200")), "-".join(words))
+
+
+def plotted(path: Path, draw: Callable[[], None]) -> str:
+    """Draw with matplotlib, if it is there; a line for the user that says where, or why there is nothing."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError as error:
+        return f"no plot: {error.name} is not installed; pip install matplotlib"
+    matplotlib.use("Agg")
+    draw()
+    return f"plot: {path}"
 
 
 def triton_version() -> str:

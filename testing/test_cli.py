@@ -345,9 +345,10 @@ def test_a_full_stdout_is_one_line(workplace, buffered):
         assert done.stderr == "arbitor: error: cannot write to stdout: No space left on device\n"
 
 
-def test_a_pipe_without_a_reader_ends_a_verb_quietly(workplace, unread_pipe):
-    done = run_with(unread_pipe, "eval", "done", "--data", "data.txt")
-    assert done.stderr == ""
+@pytest.mark.parametrize("verb", [["eval", "done", "--data", "data.txt"], ["audit", "done"], ["--help"]])
+def test_a_pipe_without_a_reader_ends_a_verb_quietly(workplace, unread_pipe, verb):
+    done = run_with(unread_pipe, *verb)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("where", ["full", "unread"])

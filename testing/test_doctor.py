@@ -69,23 +69,6 @@ def test_the_self_test_notices_a_codec_that_is_wrong(monkeypatch):
         doctor.check_codec(doctor.resolve_device("cpu"))
 
 
-@pytest.mark.parametrize(
-    ("load", "threads", "cores", "fewer"),
-    [
-        (0.0, 2, 2, None),
-        (0.4, 2, 2, None),
-        (1.0, 2, 2, 1),
-        (5.0, 2, 2, 1),
-        (1.0, 1, 2, None),
-        (4.0, 16, 16, 12),
-    ],
-)
-def test_a_busy_machine_is_advised(load, threads, cores, fewer):
-    advice = doctor.busy_advice(load, threads, cores)
-    assert advice.endswith("" if fewer is None else f"; set OMP_NUM_THREADS={fewer}")
-    assert bool(advice) is (fewer is not None)
-
-
 @pytest.mark.parametrize(("load", "warned"), [(0.0, False), (99.0, True)])
 def test_the_warning_is_printed(console, monkeypatch, load, warned):
     monkeypatch.setattr(doctor, "_load", lambda: load)

@@ -19,6 +19,7 @@ from arbitor.finetune.config import FinetuneConfig
 from arbitor.finetune.material import HeldOut, Material, in_bits, told
 from arbitor.finetune.methods import Method
 from arbitor.model import ARBModel
+from arbitor.train.crowding import Crowding
 from arbitor.train.device import Device, gradient_products
 from arbitor.train.display import Display, Pace, Reading, format_bytes, format_seconds
 from arbitor.train.metrics import STEP_KEYS, MetricsLog, evaluation_keys, seconds_so_far
@@ -111,6 +112,7 @@ class Finetune:
         self._evaluated_step: int | None = None
         self._saved_step: int | None = None
         self._pace = Pace()
+        self._crowding = Crowding(device)
 
     def restore(self, folder: Path) -> None:
         """Go on from a checkpoint.
@@ -240,6 +242,8 @@ class Finetune:
             self.display.note(
                 f"step {self.step}: dropped, the loss or a gradient was not finite ({self.dropped} so far)"
             )
+        if advice := self._crowding.advice():
+            self.display.note(f"step {self.step}: {advice}")
         rate, memory = learnt.count / seconds, self.device.memory()
         flips = self.method.flip_rate()
         values = (self.step, self._answer_bytes, loss, bits, lr, rate, memory, flips)

@@ -27,7 +27,7 @@ import torch
 from arbitor.cache import cache_folder
 from arbitor.errors import UserError
 from arbitor.ops.precompile import compiled_ahead
-from arbitor.ops.trust import why_untrusted
+from arbitor.ops.trust import make_private, why_untrusted
 
 VARIABLE = "ARB_THRESHOLDS"
 FORMAT = 1
@@ -123,7 +123,7 @@ def write(file: Path, key: str, values: Mapping[str, int]) -> None:
         UserError: the file cannot be written, or others could write to where it lies.
     """
     try:
-        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private(file.parent)
         if reason := why_untrusted(file):
             raise UserError(
                 f"{file} would not be trusted: {reason}; set {VARIABLE} to a file of your own in a folder "

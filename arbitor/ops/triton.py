@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from arbitor.errors import UserError
-from arbitor.ops.trust import why_untrusted
+from arbitor.ops.trust import make_private, why_untrusted
 
 CODE_SCALE = tl.constexpr(126.99)
 # Programs that a grid may have along its second and third dimension.
@@ -126,7 +126,7 @@ def refuse_shared_cache(folder: Path) -> None:
         UserError: it cannot be made, or others could have put code there that would run as this user.
     """
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private(folder)
     except OSError as error:
         raise UserError(
             f"cannot make {folder}, for compiled kernels: {error.strerror}; set TRITON_CACHE_DIR to a folder "

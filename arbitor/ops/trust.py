@@ -1,10 +1,22 @@
-"""Whether others could have written to a file or folder that is about to be believed or loaded."""
+"""Folders for this user alone, and whether others could have written to what is about to be believed."""
 
 import os
 import stat
 from pathlib import Path
 
+PRIVATE = 0o700
 NOBODY = 65534  # owns root's folders (/, /home) as seen from within a container that has users of its own
+
+
+def make_private(folder: Path) -> None:
+    """Make a folder and those above it that do not exist, for this user alone whatever the umask says.
+
+    Raises:
+        OSError: one of them cannot be made.
+    """
+    for place in (*reversed(folder.parents), folder):
+        if not place.is_dir():
+            place.mkdir(mode=PRIVATE, exist_ok=True)
 
 
 def why_untrusted(path: Path) -> str | None:

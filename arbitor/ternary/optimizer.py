@@ -89,8 +89,9 @@ class VoteOptimizer(torch.optim.Optimizer):
     Args:
         model: holds TernaryScaleTensor, Int8Embedding and Int8Vector modules, and counters; everything else
             is left alone.
-        lr: trits per step; None takes the state's own (full 0.05, compact 0.07, lean 0.15). Rule `sign` uses
-            it for the byte tables only.
+        lr: trits per step; None takes the state's own (full 0.05, compact 0.07, lean 0.15), the peak for some
+            500 steps; longer runs want less, by the root of the length. Rule `sign` uses it for the byte
+            tables only.
         rule: direction of the vote: spectral, sinkhorn, row or sign.
         state: full (int8 momentum), compact (4-bit) or lean (none), or other constants than theirs. With rule
             `sign` matrices have no momentum in any of them.

@@ -20,12 +20,13 @@ from arbitor.evaluate import Evaluation
 from arbitor.model import ARBModel
 from arbitor.ternary import VoteOptimizer
 from arbitor.train.checkpoint import Checkpoint, save_checkpoint
+from arbitor.train.crowding import Crowding
 from arbitor.train.device import Device, gradient_products, keep_freed_memory
 from arbitor.train.display import Display, Pace, Reading
 from arbitor.train.growth import graft_state, graft_weights
 from arbitor.train.metrics import FIGURES, STEP_KEYS, MetricsLog, evaluation_keys, seconds_so_far
 from arbitor.train.recorded import RecordedSteps, can_record
-from arbitor.train.schedule import learning_rate
+from arbitor.train.schedule import default_peak, learning_rate
 from arbitor.train.signals import Interrupted, SignalGuard
 from arbitor.train.task import Corpus, task_of
 
@@ -87,7 +88,7 @@ class Trainer:
             self.model = checkpoint.build_model(device.device)
         self.optimizer = VoteOptimizer(
             self.model,
-            train.lr,
+            default_peak(train) if train.lr is None else train.lr,
             train.rule,
             train.state,
             train.seed,
@@ -302,6 +303,7 @@ class Run:
         self._dropped = trainer.optimizer.dropped_steps
         self._diverged = False
         self._pace = Pace()
+        self._crowding = Crowding(trainer.device)
 
     def run_steps(self) -> Outcome:
         """Train until the last step, a signal, or too many dropped steps; `latest` is saved in each case.
@@ -382,6 +384,8 @@ class Run:
         self._unread, self._unread_seconds = [], 0.0
         for line in getattr(trainer.task, "news", list)():
             self.display.note(f"step {trainer.step}: {line}")
+        if advice := self._crowding.advice():
+            self.display.note(f"step {trainer.step}: {advice}")
         lines = []
         for step, loss in zip(unread, losses, strict=True):
             # Only the last step's flips and parts can still be asked for.

@@ -24,7 +24,7 @@ from arbitor.data.video import ClipGeometry, open_videos
 from arbitor.errors import UserError
 from arbitor.flags import flag_of, naming_flags
 from arbitor.ops import compilers
-from arbitor.ternary.optimizer import SIGN_LR, SIGN_THRESHOLD, STATES
+from arbitor.ternary.optimizer import SIGN_THRESHOLD, STATES
 from arbitor.train import report, runs, swap
 from arbitor.train.ahead import compile_for_run
 from arbitor.train.checkpoint import Checkpoint, load_checkpoint
@@ -42,6 +42,7 @@ from arbitor.train.loop import MAX_DROPPED_IN_A_ROW, Run, Trainer
 from arbitor.train.metrics import FIGURES, HELD_OUT, MetricsLog, refuse_busy
 from arbitor.train.mix import MixTask
 from arbitor.train.plot import plot_loss
+from arbitor.train.schedule import default_peak
 from arbitor.train.signals import Interrupted, SignalGuard, unwinding
 from arbitor.train.task import HELD_OUT_BYTES, Corpus
 from arbitor.train.tensorfile import NewerError
@@ -250,11 +251,9 @@ def _new_config(settings: Mapping[str, Any], preset: str | None, config_file: st
 def _settled(config: RunConfig) -> RunConfig:
     """The configuration with the defaults of its state written out, so that a later version resumes alike."""
     train = config.train
-    kind = STATES[train.state]
-    sign = train.rule == "sign"
-    lr = (SIGN_LR if sign else kind.lr) if train.lr is None else train.lr
-    threshold = (SIGN_THRESHOLD if sign else kind.threshold) if train.accum_threshold is None else None
-    return override(config, lr=lr, accum_threshold=threshold or train.accum_threshold)
+    lr = default_peak(train) if train.lr is None else train.lr
+    usual = SIGN_THRESHOLD if train.rule == "sign" else STATES[train.state].threshold
+    return override(config, lr=lr, accum_threshold=train.accum_threshold or usual)
 
 
 def _open(config: RunConfig, settings: Mapping[str, Any]) -> Corpus:

@@ -19,7 +19,7 @@ from benchmarks.ablation.runner import run_all, visible_gpus
 from benchmarks.ablation.sizes import SIZES
 from benchmarks.ablation.training import COLUMNS, KEY, TIMED_COLUMNS, TIMED_KEY, Job, Run
 from benchmarks.ablation.variants import chosen, config_of, variants_of
-from benchmarks.common import RESULTS, commit
+from benchmarks.common import RESULTS, commit, plotted
 from benchmarks.counts import counts
 from benchmarks.learning.corpus import Texts, load_texts
 from benchmarks.learning.sizes import Size
@@ -162,14 +162,8 @@ def _plan(size: Size, names: str | None, missing: Sequence[Run], rows: Sequence[
 def _plot(rows: Sequence[Row], size: Size, path: Path) -> None:
     devices = ", ".join(sorted({row["device"] for row in rows}))
     active = int(rows[0]["active_trit_weights"]) / 1e6
-    try:
-        summary.plot(
-            rows, variants_of(size.model), path, f"{size.name}: {active:.1f} M active trits, {devices}"
-        )
-    except ModuleNotFoundError as error:
-        print(f"no plot: {error.name} is not installed; pip install matplotlib")
-    else:
-        print(f"plot: {path}")
+    title = f"{size.name}: {active:.1f} M active trits, {devices}"
+    print(plotted(path, lambda: summary.plot(rows, variants_of(size.model), path, title)))
 
 
 def _seeds(text: str) -> list[int]:

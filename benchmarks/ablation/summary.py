@@ -95,9 +95,6 @@ def bytes_per_second(row: Row) -> float:
 
 def plot(rows: Sequence[Row], variants: Mapping[str, Variant], path: Path, title: str) -> None:
     """Bits per byte of every variant (mean and every seed) of the largest group; needs matplotlib."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib import pyplot
 
     found = standings(max(groups(rows).values(), key=len), variants)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from arbitor.errors import UserError
 from arbitor.train.device import resolve_device
-from benchmarks.common import RESULTS, commit
+from benchmarks.common import RESULTS, commit, plotted
 from benchmarks.learning import scale_votes, summary
 from benchmarks.learning.contestants import ALL_CONTESTANTS, ATTEMPTS, CONTESTANTS, Contestant, Run
 from benchmarks.learning.corpus import keep_to_one_text, load_texts
@@ -132,12 +132,7 @@ def _plot(rows: Sequence[Row], size: Size, path: Path) -> None:
     seen = max(int(row["bytes_seen"]) for row in rows)
     devices = ", ".join(sorted({row["device"] for row in rows}))
     title = f"{int(rows[0]['trunk_weights']) / 1e6:.1f} M trunk weights, {seen / 1e6:.1f} MB seen, {devices}"
-    try:
-        summary.plot(rows, path, title)
-    except ModuleNotFoundError as error:
-        print(f"no plot: {error.name} is not installed; pip install matplotlib")
-    else:
-        print(f"plot: {path}")
+    print(plotted(path, lambda: summary.plot(rows, path, title)))
 
 
 def _contestants(names: Sequence[str], attempts: bool) -> list[Contestant]:

@@ -80,9 +80,6 @@ def report(rows: Sequence[Row]) -> str:
 
 def plot(rows: Sequence[Row], path: Path, title: str) -> None:
     """Bits per byte (mean and every seed) against bytes kept per weight, as a PNG; needs matplotlib."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5), dpi=120, layout="constrained")

@@ -9,7 +9,7 @@ from pathlib import Path
 from arbitor.config import STATES
 from arbitor.errors import UserError
 from arbitor.train.device import resolve_device
-from benchmarks.common import RESULTS, commit, slug
+from benchmarks.common import RESULTS, commit, plotted, slug
 from benchmarks.learning.table import Table
 from benchmarks.speed import parity
 from benchmarks.speed import table as speed
@@ -58,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"benchmarks.memory: no figures, since the layers are wrong: {error}", file=sys.stderr)
         return 1
     print(f"written to {table.path}")
-    print(plot(table.rows(), FIGURES, table.path.with_suffix(".png")))
+    picture = table.path.with_suffix(".png")
+    print(plotted(picture, lambda: plot(table.rows(), FIGURES, picture)))
     return 0
 
 

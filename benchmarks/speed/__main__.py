@@ -7,7 +7,7 @@ from pathlib import Path
 
 from arbitor.errors import UserError
 from arbitor.train.device import resolve_device
-from benchmarks.common import RESULTS, commit, slug
+from benchmarks.common import RESULTS, commit, plotted, slug
 from benchmarks.learning.table import Table
 from benchmarks.speed import goals, parity
 from benchmarks.speed.plot import plot
@@ -42,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"benchmarks.speed: no figures, since the layers are wrong: {error}", file=sys.stderr)
         return 1
     print(f"written to {table.path}")
-    print(plot(table.rows(), {"bytes_per_second": "bytes/s of training"}, table.path.with_suffix(".png")))
+    picture = table.path.with_suffix(".png")
+    print(plotted(picture, lambda: plot(table.rows(), {"bytes_per_second": "bytes/s of training"}, picture)))
     return 0
 
 

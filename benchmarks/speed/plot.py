@@ -9,22 +9,14 @@ TRITS = ("#1b7837", "#a6dba0")
 TWINS = ("#555555", "#bbbbbb")
 
 
-def plot(rows: Sequence[Row], figures: Mapping[str, str], path: Path) -> str:
+def plot(rows: Sequence[Row], figures: Mapping[str, str], path: Path) -> None:
     """A bar for each row and figure, those of one preset, batch and context side by side.
 
     Args:
         rows: of one device.
         figures: columns to draw, at most two, and what to call them.
         path: of the PNG file.
-
-    Returns:
-        A line for the user: where the picture is, or why there is none.
     """
-    try:
-        import matplotlib
-    except ModuleNotFoundError as error:
-        return f"no plot: {error.name} is not installed; pip install matplotlib"
-    matplotlib.use("Agg")
     from matplotlib import pyplot
 
     rows = sorted(rows, key=_setting, reverse=True)
@@ -49,7 +41,6 @@ def plot(rows: Sequence[Row], figures: Mapping[str, str], path: Path) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Software": None})
     pyplot.close(figure)
-    return f"plot: {path}"
 
 
 def _rounded(value: float) -> str:

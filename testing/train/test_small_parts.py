@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from arbitor.config import TrainConfig
 from arbitor.errors import UserError
 from arbitor.train import device as device_module
 from arbitor.train.device import (
@@ -25,7 +26,7 @@ from arbitor.train.device import (
 from arbitor.train.display import Display, format_bytes, format_seconds, printable
 from arbitor.train.metrics import MetricsLog, read_metrics, seconds_so_far
 from arbitor.train.plot import _round_step, plot_loss
-from arbitor.train.schedule import learning_rate
+from arbitor.train.schedule import default_peak, learning_rate
 
 
 def test_the_schedule_warms_up_over_five_percent_and_ends_at_zero():
@@ -36,6 +37,22 @@ def test_the_schedule_warms_up_over_five_percent_and_ends_at_zero():
     assert rates[105] == pytest.approx(0.025)  # the middle of the cosine
     assert 0 < rates[-1] < 1e-4 * 0.05
     assert learning_rate(200, 200, 0.05) == pytest.approx(0, abs=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("settings", "rate"),
+    [
+        ({"steps": 1}, 0.05),
+        ({"steps": 480}, 0.05),
+        ({"steps": 1920}, 0.025),
+        ({"steps": 48_000}, 0.005),
+        ({"steps": 1920, "state": "compact"}, 0.035),
+        ({"steps": 1920, "state": "lean"}, 0.075),
+        ({"steps": 1920, "state": "lean", "rule": "sign"}, 0.025),  # of the tables
+    ],
+)
+def test_the_usual_peak_falls_with_the_root_of_the_length(settings, rate):
+    assert default_peak(TrainConfig(**settings)) == pytest.approx(rate)
 
 
 @pytest.mark.parametrize("warmup", [0.0, 0.05, 0.5, 1.0])

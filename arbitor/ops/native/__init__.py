@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from arbitor.cache import cache_folder
 from arbitor.ops.backend import requested_backend
-from arbitor.ops.trust import why_untrusted
+from arbitor.ops.trust import make_private, why_untrusted
 
 SOURCE = Path(__file__).with_name("passes.c")
 # Contraction would round two operations at once where a machine can; the others let loops be vectorised.
@@ -263,9 +263,7 @@ def _folder() -> Path | None:
         folder = cache_folder() / "native"
         if why_untrusted(folder) is not None:
             return None
-        for place in (*reversed(folder.parents), folder):
-            if not place.is_dir():
-                place.mkdir(mode=0o700, exist_ok=True)
+        make_private(folder)
     except (OSError, RuntimeError):  # the latter: no home
         return None
     return folder if why_untrusted(folder) is None and os.access(folder, os.W_OK | os.X_OK) else None

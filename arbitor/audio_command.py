@@ -107,7 +107,7 @@ def audio(
     state
         What training keeps: full 2.3, compact 1.8 or lean 1.2 bytes a weight.
     lr
-        Peak learning rate in trits per step; default by state and steps.
+        Peak learning rate in trits per step; default by state.
     seed
         Seed of weights, data order and rounding.
     device

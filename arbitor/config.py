@@ -382,7 +382,7 @@ class TrainConfig:
         steps: Optimizer steps.
         batch: Windows per micro-batch.
         accum: Micro-batches per optimizer step.
-        lr: Peak learning rate in trits per step; unset, that of the state, less in runs of over 480 steps.
+        lr: Peak learning rate in trits per step; unset, that of the state, less for over 480 steps of text.
         state: What training keeps: lean (1.2 bytes a weight), compact (1.8) or full (2.3).
         rule: Direction of the votes: spectral, sinkhorn, row or sign.
         seed: Seed of initialisation, data order and stochastic rounding.

@@ -156,7 +156,7 @@ def pretrain(
     rule
         Direction of the votes.
     lr
-        Peak learning rate in trits per step; default by state and steps.
+        Peak learning rate in trits per step; default by state.
     accum_threshold
         Accumulator value at which a trit flips; default by state.
     e_accum_threshold

@@ -119,7 +119,7 @@ def diffusion(
     state
         What training keeps: full 2.3, compact 1.8 or lean 1.2 bytes a weight.
     lr
-        Peak learning rate in trits per step; default by state and steps, half of that for the flow.
+        Peak learning rate in trits per step; default by state, half of that for the flow.
     seed
         Seed of weights, data order, noise and rounding.
     device
@@ -190,18 +190,17 @@ def _defaults(settings: dict[str, Any], base: str | None, preset: str | None) ->
     from arbitor.config import preset as preset_config
     from arbitor.ternary.optimizer import STATES
     from arbitor.train import runs
-    from arbitor.train.schedule import longer_run
 
     if base is None:
         start = preset_config(preset or "tiny")
     else:
         start = load_config(runs.find_checkpoint(base) / runs.CONFIG_FILE)
     flow = settings["video_task"] == "flow"
-    usual: dict[str, Any] = {"steps": FLOW_STEPS if flow else CODEC_STEPS}
-    rate = longer_run(
-        STATES[settings.get("state", start.train.state)].lr, settings.get("steps", usual["steps"])
-    )
-    usual["lr"] = rate * FLOW_RATE if flow else rate
+    rate = STATES[settings.get("state", start.train.state)].lr
+    usual: dict[str, Any] = {
+        "steps": FLOW_STEPS if flow else CODEC_STEPS,
+        "lr": rate * FLOW_RATE if flow else rate,
+    }
     if base is None or not start.model.video_size:
         from arbitor.config import VIDEO_SIZE
         from arbitor.train.learnt import refusal_of_base

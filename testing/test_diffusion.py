@@ -228,9 +228,3 @@ def test_bad_arguments_are_one_line_and_leave_nothing(arguments, why, tmp_path, 
     assert error.startswith("arbitor: error: ")
     assert why in error
     assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").iterdir())
-
-
-@pytest.mark.parametrize(("task", "rate"), [("codec", 0.025), ("flow", 0.0125)])
-def test_long_trainings_have_a_lower_rate(task, rate):
-    settings = video_command._defaults({"video_task": task, "steps": 1920}, None, None)
-    assert settings["lr"] == pytest.approx(rate)

@@ -191,8 +191,8 @@ class Finetune:
             self.method.save(self.folder / name, state, keep_previous=keep_previous)
         except OSError as error:
             raise UserError(
-                f"cannot save {self.folder / name}: {error.strerror or error}; the checkpoint before it "
-                "stays as it was"
+                f"cannot save {self.folder / name}: {error.strerror or error}; what was saved before stays "
+                "as it was"
             ) from error
 
     def save_latest(self) -> None:

@@ -28,7 +28,6 @@ from arbitor.ternary import VoteOptimizer
 from arbitor.ternary.optimizer import STATES
 from arbitor.train import swap
 from arbitor.train.checkpoint import MODEL_FILE, Checkpoint, load_checkpoint, save_checkpoint
-from arbitor.train.schedule import longer_run
 from arbitor.train.tensorfile import (
     FORMAT,
     DamagedError,
@@ -196,8 +195,8 @@ class VoteMethod:
 
     def __init__(self, model: ARBModel, config: FinetuneConfig, base: Checkpoint) -> None:
         self.model = model
-        usual = FULL_LR_SHARE * longer_run(STATES[config.state].lr, config.steps)
-        self.peak_lr = usual if config.lr is None else config.lr
+        kind = STATES[config.state]
+        self.peak_lr = FULL_LR_SHARE * kind.lr if config.lr is None else config.lr
         self.optimizer = VoteOptimizer(model, self.peak_lr, "spectral", config.state, config.seed)
         self.continued = _take_over(self.optimizer, base)
         self.run_config: RunConfig = override(

@@ -26,7 +26,7 @@ from arbitor.train.display import Display, Pace, Reading
 from arbitor.train.growth import graft_state, graft_weights
 from arbitor.train.metrics import FIGURES, STEP_KEYS, MetricsLog, evaluation_keys, seconds_so_far
 from arbitor.train.recorded import RecordedSteps, can_record
-from arbitor.train.schedule import default_peak, learning_rate
+from arbitor.train.schedule import learning_rate
 from arbitor.train.signals import Interrupted, SignalGuard
 from arbitor.train.task import Corpus, task_of
 
@@ -88,7 +88,7 @@ class Trainer:
             self.model = checkpoint.build_model(device.device)
         self.optimizer = VoteOptimizer(
             self.model,
-            default_peak(train) if train.lr is None else train.lr,
+            train.lr,
             train.rule,
             train.state,
             train.seed,
@@ -233,7 +233,7 @@ class Trainer:
             )
         except OSError as error:
             raise UserError(
-                f"cannot save {folder}: {error.strerror or error}; the checkpoint before it stays as it was"
+                f"cannot save {folder}: {error.strerror or error}; what was saved before stays as it was"
             ) from error
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -318,7 +318,7 @@ class Run:
                     self._evaluate()
                 except Interrupted:
                     break
-            if self._is_due(train.save_interval):
+            if self._is_due(train.save_interval) and not trainer.done:
                 self._save_or_go_on(self._save_latest)
             if trainer.done or self._diverged or self.guard.received is not None:
                 break
@@ -330,7 +330,7 @@ class Run:
         diverged = self._diverged
         if diverged:
             trainer.dropped_in_a_row = 0  # whoever resumes gets as many tries again
-        self._save_latest()
+        self.save_or_end(self._save_latest)
         finished = trainer.done and self.guard.received is None and not diverged
         return Outcome(finished=finished, diverged=diverged)
 
@@ -343,6 +343,20 @@ class Run:
         """Write the checkpoint `name`, unless the run keeps none."""
         if self.trainer.config.train.save:
             self.trainer.save(self.folder / name, keep_previous=keep_previous)
+
+    def save_or_end(self, save: Callable[[], None]) -> None:
+        """Save at the end of training.
+
+        Raises:
+            UserError: the disk did not take it; says how to go on.
+        """
+        try:
+            save()
+        except UserError as error:
+            name = self.folder.name
+            again = any((self.folder / kept).is_dir() for kept in ("latest", "best"))
+            what = f"go on with --resume --run {name}" if again else f"start anew with --reset --run {name}"
+            raise UserError(f"{error}; make room, then {what}") from error
 
     def _is_due(self, interval: int) -> bool:
         step = self.trainer.step
@@ -487,7 +501,8 @@ class Run:
         try:
             save()
         except UserError as error:
-            self.display.note(f"warning: step {self.trainer.step}: {error}; training goes on")
+            further = "" if self.trainer.done else "; training goes on"
+            self.display.note(f"warning: step {self.trainer.step}: {error}{further}")
             return False
         return True
 

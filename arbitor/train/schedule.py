@@ -2,25 +2,24 @@
 
 import math
 
-from arbitor.config import TrainConfig
+from arbitor.config import RunConfig
 from arbitor.ternary.optimizer import SIGN_LR, STATES
 
 STATES_STEPS = 480  # length of the runs that the states' own rates suit
 
 
-def default_peak(train: TrainConfig) -> float:
+def default_peak(config: RunConfig) -> float:
     """Peak learning rate, in trits per step, of a run that was given none.
 
     Votes are of one size whatever the gradient's, so what their noise moves grows with the rate and the
-    root of the steps; a longer run wants less of it. Measured: docs/experiments.md, "the rate falls with the
-    length of a run".
+    root of the steps; a longer run of text wants less of it. How far that carries, and that nothing is known
+    of other data, stands in docs/experiments.md, "the rate falls with the length of a run".
     """
-    return longer_run(SIGN_LR if train.rule == "sign" else STATES[train.state].lr, train.steps)
-
-
-def longer_run(rate: float, steps: int) -> float:
-    """The peak for `steps` steps where `rate` suits `STATES_STEPS`: it falls with the root of the length."""
-    return rate if steps <= STATES_STEPS else rate * math.sqrt(STATES_STEPS / steps)
+    train = config.train
+    if train.rule == "sign":
+        return SIGN_LR  # of the tables
+    rate, longer = STATES[train.state].lr, train.steps > STATES_STEPS
+    return rate * math.sqrt(STATES_STEPS / train.steps) if longer and config.learns == ("text",) else rate
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float = 0.05) -> float:

@@ -251,7 +251,7 @@ def _new_config(settings: Mapping[str, Any], preset: str | None, config_file: st
 def _settled(config: RunConfig) -> RunConfig:
     """The configuration with the defaults of its state written out, so that a later version resumes alike."""
     train = config.train
-    lr = default_peak(train) if train.lr is None else train.lr
+    lr = default_peak(config) if train.lr is None else train.lr
     usual = SIGN_THRESHOLD if train.rule == "sign" else STATES[train.state].threshold
     return override(config, lr=lr, accum_threshold=train.accum_threshold or usual)
 
@@ -468,7 +468,7 @@ def _finish(run: Run) -> tuple[dict[str, Any], bytes, bytes]:
         with _naming_folder(run.folder):
             (run.folder / "samples").mkdir(exist_ok=True)
         run.undisturbed(lambda: write(trainer.model, run.folder / "samples"))
-    run.save("final")
+    run.save_or_end(lambda: run.save("final"))
     summary = report.summarise(trainer, result, run.seconds)
     return summary, prompt, sample
 

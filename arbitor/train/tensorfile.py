@@ -8,6 +8,7 @@ A tensor's checksum covers its name, dtype, shape and bytes; `checksum` covers t
 import hashlib
 import json
 import os
+import re
 import stat
 from collections.abc import Mapping
 from pathlib import Path
@@ -106,11 +107,17 @@ def write_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor], **header
     try:
         save_file(on_cpu, path, metadata={"arbitor": dump_document(document)})
     except SafetensorError as error:
-        raise OSError(str(error)) from error
+        raise _os_error(str(error)) from error
     mask = os.umask(0)  # the only way to read it
     os.umask(mask)
     path.chmod(0o666 & ~mask)  # as any other file of a run; safetensors makes it for its owner alone
     return _document_digest(document)
+
+
+def _os_error(text: str) -> OSError:
+    """What safetensors says of a file that it could not write, by the number that the system gave."""
+    number = re.search(r"\(os error (\d+)\)", text)
+    return OSError(text) if number is None else OSError(int(number[1]), os.strerror(int(number[1])))
 
 
 def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

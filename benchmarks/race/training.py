@@ -38,7 +38,7 @@ class Result:
         steps: that were taken.
         bytes_seen: bytes trained on.
         seconds_per_step: training alone, without what compiles and without evaluation.
-        share_of_peak: 6 operations an active weight and byte, over the measured bf16 peak of the device.
+        share_of_peak: 6 operations an active weight and byte, over the measured `matmul_peak` of the device.
         peak_bytes: what torch allocated at most on a GPU, what the process held at most on the CPU.
         bytes_per_weight: kept between two steps for a trunk weight.
         trunk_weights: logical weights of all matrices.

@@ -1,4 +1,4 @@
-"""Times, and the limits of the device that figures are shares of: copy bandwidth and bf16 matmul peak."""
+"""Times, and the limits of the device that figures are shares of: copy bandwidth and matmul peak."""
 
 import statistics
 import time
@@ -10,6 +10,7 @@ from arbitor.train.device import Device
 
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}
 PEAK_SIZE = {"cuda": 8192, "cpu": 1024}
+PEAK_DTYPE = {"cuda": torch.bfloat16, "cpu": torch.float32}  # many CPUs do bf16 a hundred times slower
 
 
 def seconds_of(
@@ -37,7 +38,7 @@ def copy_bandwidth(device: Device) -> float:
 
 
 def matmul_peak(device: Device) -> float:
-    """Operations a second of a large square matrix product in bf16."""
-    size = PEAK_SIZE[device.device.type]
-    a, b = (torch.randn(size, size, device=device.device, dtype=torch.bfloat16) for _ in range(2))
+    """Operations a second of a large square matrix product: in bf16 on a GPU, in fp32 on the CPU."""
+    size, dtype = PEAK_SIZE[device.device.type], PEAK_DTYPE[device.device.type]
+    a, b = (torch.randn(size, size, device=device.device, dtype=dtype) for _ in range(2))
     return 2 * size**3 / seconds_of(lambda: a @ b, device, calls=3)

@@ -89,7 +89,7 @@ class Timing:
         peak_bytes: what torch allocated at most on a GPU, what the process held at most on the CPU.
         kept_bytes: weights and everything that is kept between steps.
         weights: trained weights of all kinds.
-        share_of_peak: 6 operations an active weight and byte, over the measured bf16 peak of the device.
+        share_of_peak: 6 operations an active weight and byte, over the measured `matmul_peak` of the device.
         iterations: of the core, mean over positions of the last forward; 0 without a core.
     """
 

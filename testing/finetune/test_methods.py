@@ -62,11 +62,6 @@ def test_votes_take_the_rate(make_model, batch, tmp_path):
     assert not all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize(("steps", "rate"), [(400, 0.03), (1920, 0.015)])
-def test_votes_of_long_finetunes_have_a_lower_rate(make_model, tmp_path, steps, rate):
-    assert vote_method(make_model(), tmp_path, steps=steps).peak_lr == pytest.approx(rate)
-
-
 @pytest.mark.parametrize("factor", [1e-6, 1e6])
 def test_gradients_are_clipped_to_norm_one(make_model, batch, factor):
     model = make_model()

@@ -1,6 +1,7 @@
 """Checkpoints: equal bytes for equal state; damage is noticed and named; nothing unchecked is trusted."""
 
 import ast
+import errno
 import json
 import os
 import shutil
@@ -288,8 +289,9 @@ def test_a_disk_that_takes_no_more_keeps_the_checkpoint_before(make_trainer, tmp
 
 def test_a_write_error_inside_a_tensor_file_is_an_os_error(make_trainer, tmp_path):
     trainer = make_trainer(1)
-    with pytest.raises(OSError, match="No such file"):
+    with pytest.raises(OSError, match="No such file") as caught:
         write_tensors(tmp_path / "nowhere" / "model.safetensors", "model", trainer.model.state_dict())
+    assert (caught.value.errno, caught.value.strerror) == (errno.ENOENT, "No such file or directory")
 
 
 def test_a_kill_between_any_two_calls_of_a_save_leaves_a_checkpoint(make_trainer, tmp_path, kill_at_call):

@@ -252,7 +252,7 @@ def test_a_full_disk_in_between_costs_a_checkpoint_and_not_the_run(workplace, se
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
     assert told == [
         f"warning: step 8: cannot save runs/full/{name}: No space left on device; "
-        "the checkpoint before it stays as it was; training goes on"
+        "what was saved before stays as it was; training goes on"
         for name in ("best", "latest")
     ]
     for name in ("best", "latest", "final"):
@@ -275,11 +275,20 @@ def test_what_could_not_be_saved_is_not_the_best(workplace, settings, monkeypatc
 @pytest.mark.parametrize("save", [5, 6, 7])
 def test_a_last_checkpoint_that_cannot_be_saved_is_an_error(workplace, settings, monkeypatch, save):
     fail_at(monkeypatch, *range(save, 20))
-    with pytest.raises(UserError, match=r"^cannot save runs/full/\w+: No space left on device"):
+    told = r"^cannot save runs/full/\w+: No space left on device; .*; make room, then go on with --resume"
+    with pytest.raises(UserError, match=told):
         start_training(settings, run="full")
     assert load_checkpoint(RUNS / "full" / "latest").state["step"] == (12 if save == 7 else 8)
     assert not (RUNS / "full" / "summary.json").exists()
     monkeypatch.undo()
+
+
+def test_a_run_without_any_checkpoint_is_started_anew(workplace, settings, monkeypatch, capsys):
+    fail_at(monkeypatch, *range(1, 20))
+    with pytest.raises(UserError, match=r"; make room, then start anew with --reset --run full$"):
+        start_training(settings, run="full")
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert [line.endswith("; training goes on") for line in told] == 4 * [True] + [False]  # best of step 12
 
 
 def test_metrics_that_the_disk_does_not_take_are_written_later(workplace, settings, monkeypatch, capsys):

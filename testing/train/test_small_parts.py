@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from arbitor.config import TrainConfig
+from arbitor.config import preset
 from arbitor.errors import UserError
 from arbitor.train import device as device_module
 from arbitor.train.device import (
@@ -48,11 +48,16 @@ def test_the_schedule_warms_up_over_five_percent_and_ends_at_zero():
         ({"steps": 48_000}, 0.005),
         ({"steps": 1920, "state": "compact"}, 0.035),
         ({"steps": 1920, "state": "lean"}, 0.075),
-        ({"steps": 1920, "state": "lean", "rule": "sign"}, 0.025),  # of the tables
+        ({"steps": 1920, "state": "lean", "rule": "sign"}, 0.05),  # of the tables
+        ({"steps": 1920, "audio_rate": 8000, "audio_task": "listen"}, 0.05),
+        ({"steps": 1920, "video_size": 8, "video_task": "flow"}, 0.05),
+        ({"steps": 1920, "image_size": 16}, 0.05),
+        ({"steps": 1920, "text_weight": 1.0}, 0.025),
+        ({"steps": 1920, "text_weight": 1.0, "image_weight": 1.0, "image_size": 16}, 0.05),
     ],
 )
-def test_the_usual_peak_falls_with_the_root_of_the_length(settings, rate):
-    assert default_peak(TrainConfig(**settings)) == pytest.approx(rate)
+def test_the_usual_peak_of_text_falls_with_the_root_of_the_length(settings, rate):
+    assert default_peak(preset("tiny", **settings)) == pytest.approx(rate)
 
 
 @pytest.mark.parametrize("warmup", [0.0, 0.05, 0.5, 1.0])

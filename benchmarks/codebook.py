@@ -24,6 +24,7 @@ from arbitor.model.norm import rms_norm
 from arbitor.model.vq import CODEBOOK_DIM
 from arbitor.ternary import TernaryVQCodebook
 from arbitor.train.device import Device, resolve_device
+from benchmarks.common import device_name
 from benchmarks.learning.table import Table
 
 RESULTS = Path(__file__).parent / "results"
@@ -85,7 +86,7 @@ def measure(rows: int, parts: int, queries: int, device: Device) -> dict[str, st
         "recall": f"{float(recall):.4f}",
         "us_per_query": f"{_seconds(book, x_MC, device) / queries * 1e6:.1f}",
         "us_per_query_alone": f"{_seconds(book, x_MC[:1], device) * 1e6:.1f}",
-        "device": torch.cuda.get_device_name(device.device) if device.is_cuda else "cpu",
+        "device": device_name(device.device),
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
     }

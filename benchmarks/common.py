@@ -1,6 +1,8 @@
 """What every comparison notes beside its figures: where, with what, when, from which commit."""
 
+import contextlib
 import datetime
+import platform
 import subprocess
 from collections.abc import Callable
 from importlib import metadata
@@ -23,12 +25,23 @@ def commit() -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """Name of the GPU, or "cpu"."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    """Name of the GPU, or "cpu: " with its name and the widest vectors that torch uses there."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        names = [
+            line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")
+        ]
+        model = names[0] if names else model
+    return f"cpu: {model}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def slug(device: torch.device) -> str:
     """The device in a file's name: "cpu", "h100", "h200", or the whole name of another GPU."""
+    if device.type == "cpu":
+        return "cpu"
     words = device_name(device).lower().replace("nvidia", "").split()
     return next((word for word in words if word in ("h100", "h200")), "-".join(words))
 

@@ -24,8 +24,7 @@ class CoreUse:
 
     def seconds(self) -> float:
         """Since then; 0 where the system does not tell."""
-        now = _times()
-        return 0.0 if self._began is None or now is None else now[0] - self._began[0]
+        return 0.0 if self._began is None else time.monotonic() - self._began[0]
 
     def of_others(self) -> float:
         """Mean number of cores that other programs kept busy; 0 where the system does not tell."""
@@ -47,11 +46,12 @@ class Crowding:
         self._use: CoreUse | None = None if device.is_cuda else CoreUse()
 
     def advice(self) -> str:
-        """A line about it, once, some seconds after the beginning; else, and where all is well, empty."""
+        """A line about it, once, when some seconds of watching say so; else empty."""
         if self._use is None or self._use.seconds() < SECONDS_TO_JUDGE:
             return ""
-        load, self._use = self._use.of_others(), None
-        return busy_advice(load, torch.get_num_threads(), cores())
+        line = busy_advice(self._use.of_others(), torch.get_num_threads(), cores())
+        self._use = None if line else CoreUse()  # watch on
+        return line
 
 
 def busy_advice(load: float, threads: int, cores: int) -> str:

@@ -15,6 +15,7 @@ from arbitor.evaluate import bits_per_byte
 from arbitor.train.recorded import RecordedStep, can_record
 from arbitor.train.schedule import learning_rate
 from arbitor.train.task import Task
+from benchmarks.common import device_name
 from benchmarks.learning.contestants import Run, Trainee, build
 from benchmarks.learning.sizes import Size
 
@@ -177,7 +178,7 @@ def measure(
         "bytes_per_weight": format(trainee.trunk_bytes() / weights, ".4f"),
         "held_out_bits_per_byte": format(min(best, final), ".5f"),
         "seconds": format(seconds, ".1f"),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": device_name(device),
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
     }

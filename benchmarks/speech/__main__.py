@@ -197,8 +197,9 @@ def build_pipeline(run: Run, config: ModelConfig, device: torch.device) -> Train
     vectors = replace_convolutions(model)
     make_twin(model, DenseLinear)
     matrices = [m.weight for m in model.modules() if isinstance(m, DenseLinear | FloatTable)]
-    parameters = [*matrices, *vectors]
-    return Trainee(model, [AdamW(parameters, lr=run.lr, betas=BETAS, weight_decay=WEIGHT_DECAY)], parameters)
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]  # vectors are biases
+    optimizer = AdamW(groups, lr=run.lr, betas=BETAS, weight_decay=WEIGHT_DECAY)
+    return Trainee(model, [optimizer], [*matrices, *vectors])
 
 
 def read_back(

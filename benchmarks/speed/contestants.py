@@ -5,10 +5,12 @@ Shape letters: B windows, L bytes of a window.
 
 import contextlib
 import gc
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 
 import numpy as np
@@ -29,7 +31,8 @@ from benchmarks.speed.clock import matmul_peak
 
 TEXT_BYTES = 4_000_000
 DENSE_LR = 1e-3
-CONTESTANTS = ("trits", "dense-autocast", "dense-bf16", "dense-fp32", "torchao")
+CONTESTANTS = ("trits", "dense-autocast", "dense-bf16", "dense-fp32", "dense-compiled", "torchao")
+SLOW_BF16 = 4  # times that a product takes in bf16 of what it takes in fp32: no peer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,7 +115,28 @@ def why_absent(contestant: str, setting: Setting) -> str | None:
         return f"the twin has no dense experts, which {setting.preset} needs"
     if contestant == "dense-fp32" and on_gpu:
         return "a GPU's peers are bf16"
+    if contestant == "dense-compiled" and on_gpu:
+        return "a GPU's peers are compiled all of them"
+    if contestant == "dense-compiled" and shutil.which("g++") is None:
+        return "torch.compile needs g++ on a CPU"
+    if contestant == "dense-bf16" and not on_gpu and _bf16_over_fp32() > SLOW_BF16:
+        return f"a product takes over {SLOW_BF16} times as long in bf16 as in fp32 here"
     return None
+
+
+@cache
+def _bf16_over_fp32(size: int = 256) -> float:
+    """Time of a product on the CPU, the quickest of three, in bf16 over that in fp32."""
+    seconds = []
+    for dtype in (torch.bfloat16, torch.float32):
+        a = torch.ones(size, size, dtype=dtype)
+        taken = []
+        for _ in range(3):
+            began = time.perf_counter()
+            a @ a
+            taken.append(time.perf_counter() - began)
+        seconds.append(min(taken))
+    return seconds[0] / seconds[1]
 
 
 def measure(contestant: str, setting: Setting) -> Timing:
@@ -176,7 +200,9 @@ def _trits(_: str, setting: Setting) -> Iterator[Made]:
 
 @contextlib.contextmanager
 def _dense(contestant: str, setting: Setting) -> Iterator[Made]:
-    """The float twin: bf16 weights, or fp32 ones (on a GPU under bf16 autocast); compiled on a GPU.
+    """The float twin: bf16 weights, or fp32 ones (on a GPU under bf16 autocast).
+
+    It is compiled on a GPU, and on a CPU as `dense-compiled`, with fp32 weights.
 
     torchao's training in few bits: bf16 weights, rounded stochastically, and moments of 8 bits.
     """
@@ -190,7 +216,7 @@ def _dense(contestant: str, setting: Setting) -> Iterator[Made]:
     if contestant in ("dense-bf16", "torchao"):
         model.to(torch.bfloat16)
     optimizer = _adamw(model, in_few_bits=contestant == "torchao")
-    loss_of = torch.compile(model) if device.is_cuda else model
+    loss_of = torch.compile(model) if device.is_cuda or contestant == "dense-compiled" else model
     sampler = Sampler(_corpus().train, setting.batch, setting.ctx, 0)
 
     def take_step() -> None:

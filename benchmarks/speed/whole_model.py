@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import math
 import os
 import subprocess
 import sys
@@ -62,18 +63,21 @@ def training_step(
 
 
 def on_the_cpu(device: Device, preset: str = "tiny", steps: int = 20) -> Mapping[str, float]:
-    """C1: `tiny` against plain fp32 and bf16, the import, and the default job."""
+    """C1: `tiny` against plain fp32 and bf16, the import, and the default job; beside it a compiled twin."""
     config = preset_config(preset)
     setting = Setting(
         preset=preset, batch=config.train.batch, ctx=config.model.ctx, state="full", device="cpu", steps=steps
     )
     times: dict[str, list[float]] = {}
     for _ in range(ROUNDS_ON_CPU):  # in turn, so that what else the machine does meets all alike
-        for name in ("trits", "dense-fp32", "dense-bf16"):
-            times.setdefault(name, []).append(in_own_process(name, setting).ms_per_step)
+        for name in ("trits", "dense-fp32", "dense-bf16", "dense-compiled"):
+            if why_absent(name, setting) is None:
+                times.setdefault(name, []).append(in_own_process(name, setting).ms_per_step)
     rates = {name: 1e3 * setting.bytes_per_step / min(taken) for name, taken in times.items()}
+    compiled = rates.pop("dense-compiled", math.nan)
     return {
         "speed over the faster dense twin": _over_the_faster(rates),
+        "speed over a compiled fp32 twin": rates["trits"] / compiled,
         "import arbitor": min(_import_seconds() for _ in range(3)),
         "default job": _default_job_seconds(),
     }

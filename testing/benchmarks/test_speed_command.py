@@ -35,22 +35,39 @@ TIMING = Timing(
 
 
 def test_a_row_of_each_contestant_in_a_process_of_its_own(tmp_path, capsys):
-    arguments = [*SMALL, "--results", str(tmp_path), "--contestants", "trits", "dense-bf16", "torchao"]
+    arguments = [*SMALL, "--results", str(tmp_path), "--contestants", "trits", "dense-fp32", "torchao"]
     assert speed.main(arguments) == 0
     rows = {
         row["contestant"]: row for row in Table(tmp_path / "speed-cpu.csv", table.COLUMNS, table.KEY).rows()
     }
-    assert list(rows) == ["trits", "dense-bf16"]
+    assert list(rows) == ["trits", "dense-fp32"]
     for row in rows.values():
         seconds = float(row["ms_per_step"]) / 1e3
         assert float(row["bytes_per_second"]) == pytest.approx(2 * 16 / seconds, rel=0.01)
         assert int(row["peak_bytes"]) > 50e6  # of a whole process with torch
         assert 0 < float(row["share_of_peak"]) < 1
-    assert (rows["trits"]["state"], rows["dense-bf16"]["state"]) == ("full", "")
+    assert (rows["trits"]["state"], rows["dense-fp32"]["state"]) == ("full", "")
     printed = capsys.readouterr().out
     assert "torchao: skipped, " in printed
     assert f"plot: {tmp_path / 'speed-cpu.png'}" in printed
     assert (tmp_path / "speed-cpu.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_peers_that_would_be_none_are_left_out(monkeypatch):
+    setting = Setting(preset="tiny", batch=1, ctx=8, state="full", device="cpu")
+    monkeypatch.setattr(contestants.shutil, "which", lambda _: None)
+    assert "needs g++" in contestants.why_absent("dense-compiled", setting)
+    monkeypatch.setattr(contestants.shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert contestants.why_absent("dense-compiled", setting) is None
+    for ratio, absent in ((0.5, False), (3.9, False), (50.0, True)):
+        monkeypatch.setattr(contestants, "_bf16_over_fp32", lambda ratio=ratio: ratio)
+        assert (contestants.why_absent("dense-bf16", setting) is not None) is absent
+
+
+def test_the_name_of_a_cpu_says_which_it_is():
+    name = common.device_name(torch.device("cpu"))
+    assert name.startswith("cpu: ")
+    assert name.endswith(torch.backends.cpu.get_cpu_capability())
 
 
 def fake(monkeypatch):
@@ -74,6 +91,8 @@ def test_no_plot_without_matplotlib(monkeypatch, tmp_path):
 
 def test_memory_has_a_row_for_every_state(monkeypatch, tmp_path):
     asked = fake(monkeypatch)
+    there = ("trits", "dense-bf16", "dense-fp32")
+    monkeypatch.setattr(contestants, "why_absent", lambda name, _: None if name in there else "no")
     assert memory.main([*SMALL, "--results", str(tmp_path)]) == 0
     assert (tmp_path / "memory-cpu.png").stat().st_size > 1000
     assert sorted(asked) == [
@@ -188,4 +207,4 @@ def test_files_are_named_after_the_device(monkeypatch):
     names = {"NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h200", "Some GPU 9": "some-gpu-9"}
     for name, slug in names.items():
         monkeypatch.setattr(common, "device_name", lambda _, name=name: name)
-        assert common.slug(resolve_device("cpu").device) == slug
+        assert common.slug(torch.device("cuda")) == slug

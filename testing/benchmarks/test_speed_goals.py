@@ -1,6 +1,7 @@
 """Goals: predicted before they are measured, recorded with their targets, each function on a CPU's scale."""
 
 import csv
+import math
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,7 @@ def test_without_a_prediction_nothing_is_measured(tmp_path, monkeypatch, capsys)
     arguments = ["--device", "cpu", "--goal", "C1", "--predictions", str(empty), "--results", str(tmp_path)]
     assert command.main(arguments) == 2
     err = capsys.readouterr().err
-    assert "predict before you measure: no figure for C1/speed over the faster dense twin; C1/import" in err
+    assert "predict before you measure: no figure for C1/speed over the faster dense twin; C1/" in err
     assert err.count("\n") == 1
 
 
@@ -138,6 +139,27 @@ def test_an_expert_that_changes_without_tokens_is_counted():
 
     idle = whole_model._changed_without_tokens(model, optimizer, step)
     assert 0 < idle < 8
+
+
+@pytest.mark.parametrize("compiler", [True, False])
+def test_on_a_cpu_the_compiled_twin_stands_beside_the_ratio(monkeypatch, compiler):
+    ms = {"trits": 10.0, "dense-fp32": 12.0, "dense-bf16": 15.0, "dense-compiled": 9.0}
+
+    def in_own_process(name, _setting):
+        return Timing(ms[name], peak_bytes=1, kept_bytes=1, weights=1, share_of_peak=0.1, iterations=0.0)
+
+    def why_absent(name, _setting):
+        return None if compiler or name != "dense-compiled" else "no compiler"
+
+    monkeypatch.setattr(whole_model, "in_own_process", in_own_process)
+    monkeypatch.setattr(whole_model, "why_absent", why_absent)
+    monkeypatch.setattr(whole_model, "_import_seconds", lambda: 0.25)
+    monkeypatch.setattr(whole_model, "_default_job_seconds", lambda: 60.0)
+    figures = whole_model.on_the_cpu(CPU)
+    assert figures.keys() == GOALS["C1"].clauses.keys()
+    assert figures["speed over the faster dense twin"] == pytest.approx(1.2)
+    compiled = figures["speed over a compiled fp32 twin"]
+    assert compiled == pytest.approx(0.9) if compiler else math.isnan(compiled)
 
 
 def test_the_ratio_is_to_the_faster_peer(monkeypatch):

@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 
 from arbitor.train import crowding
-from arbitor.train.crowding import CoreUse, busy_advice
+from arbitor.train.crowding import CoreUse, Crowding, busy_advice
+from arbitor.train.device import resolve_device
 from arbitor.train.session import start_training
 
 STAT = """cpu  600 60 6000 99 99 99 99 99 99 99
@@ -57,16 +59,33 @@ def test_a_system_that_does_not_tell_keeps_nobody_busy(monkeypatch, tmp_path):
 
 
 @pytest.mark.skipif(not crowding.CPU_TIMES.exists(), reason="the system does not tell")
-def test_a_program_that_computes_is_seen():
+def test_the_system_s_own_file_is_understood():
     core = min(os.sched_getaffinity(0))
-    work = f"import os, time\nos.sched_setaffinity(0, {{{core}}})\nprint(flush=True)\nwhile True: pass"
+    tick = 1 / os.sysconf("SC_CLK_TCK")
+
+    def busy():
+        return tick * crowding._busy_ticks(crowding.CPU_TIMES.read_text(), {core})
+
+    work = f"import os\nos.sched_setaffinity(0, {{{core}}})\nprint(flush=True)\nwhile True: pass"
     with subprocess.Popen([sys.executable, "-c", work], stdout=subprocess.PIPE) as other:
         other.stdout.readline()
-        use = CoreUse()
-        while use.seconds() < 0.5:
-            sum(range(1000))
+        began, before = time.monotonic(), busy()
+        time.sleep(0.5)
+        wall, used = time.monotonic() - began, busy() - before
         other.kill()
-    assert use.of_others() > 0.3
+    assert 0.8 * wall - 3 * tick < used < 1.1 * wall + 3 * tick  # all of the core, and no idle time on top
+
+
+def test_it_goes_on_watching_until_it_has_spoken(monkeypatch):
+    monkeypatch.setattr(crowding, "SECONDS_TO_JUDGE", 0.0)
+    monkeypatch.setattr(crowding, "cores", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    loads = iter([0.1, 0.2, 1.5, 1.5])
+    monkeypatch.setattr(CoreUse, "of_others", lambda self: next(loads))
+    crowding_of = Crowding(resolve_device("cpu"))
+    lines = [crowding_of.advice() for _ in range(5)]
+    assert [bool(line) for line in lines] == [False, False, True, False, False]
+    assert "about 1.5 of 2 cores busy" in lines[2]
 
 
 @pytest.mark.parametrize(("threads", "notes"), [(2, 1), (1, 0)])

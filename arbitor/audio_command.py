@@ -13,6 +13,15 @@ from arbitor.flags import flag_of
 
 DEFAULT_STEPS = 300
 TRIES = ("reconstruct", "hear", "say")
+# By setting, where they are not those of `arbitor train`.
+FLAGS = {
+    "audio_rate": "--rate",
+    "audio_samples": "--ctx",
+    "audio_codes": "--codes",
+    "audio_trits": "--trits",
+    "audio_dim": "--codec-dim",
+    "audio_layers": "--codec-layers",
+}
 
 
 def audio(
@@ -136,6 +145,8 @@ def audio(
         return try_run(
             run, next(iter(tries)), next(iter(tries.values())), out, temperature, seed, device or "auto"
         )
+    if rate == 0:
+        raise UserError("--rate 0: a sound has 2000 samples a second or more")
     given = {
         "data": data,
         "held_out": held_out,
@@ -166,7 +177,9 @@ def audio(
         settings = _defaults(settings, base)
     from arbitor.train.session import start_training
 
-    return start_training(settings, preset=preset, run=run, resume=resume, reset=reset, base=base)
+    return start_training(
+        settings, preset=preset, run=run, resume=resume, reset=reset, base=base, flags=FLAGS
+    )
 
 
 def _defaults(settings: dict[str, Any], base: str | None) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import torch
 from arbitor.data.clips import clip
 from arbitor.data.waves import read_recording, write_recording
 from arbitor.errors import UserError
+from arbitor.flags import naming_flags
 from arbitor.model import ARBModel
 from arbitor.speech import codec_of, hear, say
 from arbitor.train.display import printable
@@ -50,7 +51,8 @@ def try_run(
 
 
 def _spoken(model: ARBModel, text: str, temperature: float, seed: int | None) -> np.ndarray:
-    (wave,) = say(model, [text.encode("utf-8", "surrogateescape")], temperature=temperature, seed=seed)
+    with naming_flags(("temperature", "seed")):
+        (wave,) = say(model, [text.encode("utf-8", "surrogateescape")], temperature=temperature, seed=seed)
     if not len(wave):
         raise UserError(
             "the model ended its sound before the first code, and nothing was written: another --seed or "

@@ -258,7 +258,7 @@ def train(
     if enable_audio:
         if enable_vision:
             raise UserError("--enable-audio and --enable-vision: a run learns from recordings or images")
-        settings |= _audio_settings(data, run, resume)
+        settings |= _audio_settings(data, preset, config, run, resume)
     from arbitor.train.session import start_training
 
     return start_training(
@@ -290,18 +290,29 @@ def _part_settings(
     return parts.settings(base)
 
 
-def _audio_settings(data: list[str] | None, run: str | None, resume: bool) -> dict[str, Any]:
+def _audio_settings(
+    data: list[str] | None, preset: str | None, config_file: str | None, run: str | None, resume: bool
+) -> dict[str, Any]:
     """What --enable-audio sets: listening; nothing in a resumed run that has it."""
+    from arbitor.config import load_config, written_settings
     from arbitor.data.audio import default_rate
+    from arbitor.flags import base_config, put_usual
 
+    rate = 0
+    named: Sequence[str] = data or ()
+    written: dict[str, Any] = {}
     if resume:
-        from arbitor.config import load_config
         from arbitor.train import runs
 
         if load_config(runs.existing_run(run) / runs.CONFIG_FILE).model.audio_rate:
             return {}
-    rate = default_rate(data or ())
-    return {"audio_rate": rate, "audio_samples": rate, "audio_task": "listen"}
+    elif config_file is not None:
+        base = base_config(preset, config_file)
+        rate, named, written = base.model.audio_rate, data or base.data.data, written_settings(config_file)
+    rate = rate or default_rate(named)
+    settings: dict[str, Any] = {"audio_task": "listen"}
+    put_usual(settings, {"audio_rate": rate, "audio_samples": rate}, written, "audio_rate")
+    return settings
 
 
 def _print_notes(lines: Sequence[str]) -> None:

@@ -725,6 +725,12 @@ def load_config(path: str | Path, base: RunConfig | None = None) -> RunConfig:
         raise UserError(f"{path}: {error}") from error
 
 
+def written_settings(path: str | Path) -> dict[str, Any]:
+    """The settings that a TOML file which `load_config` takes writes, by name."""
+    tables = read_toml(path)
+    return {name: value for section in SECTIONS for name, value in tables.get(section, {}).items()}
+
+
 def dump_toml(config: RunConfig) -> str:
     """`config` as TOML text; `load_config` of it gives an equal `RunConfig`. Unset settings are left out."""
     lines = [f"preset = {_toml_value(config.preset)}", f"version = {_toml_value(config.version)}"]

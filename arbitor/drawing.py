@@ -3,13 +3,14 @@
 Shape letters: B texts, L ids, F frames, C channels, S pixels a side, D dim.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from arbitor.errors import UserError
-from arbitor.generate import new_generator
+from arbitor.generate import check_seed, new_generator
 from arbitor.model import ARBModel
 from arbitor.model.sequencer import WINDOW
 from arbitor.model.vocab import EOS, PAD
@@ -81,6 +82,9 @@ def draw(
     """
     if not texts:
         raise UserError("there is nothing to draw: give a text")
+    if not math.isfinite(guidance):
+        raise UserError(f"guidance is {guidance}; it must be a finite number (1 is off)")
+    check_seed(seed)
     codec, head = autoencoder_of(model), video_head_of(model)
     # On the CPU, so that a seed means the same noise everywhere.
     noise = torch.randn((len(texts), *codec.latent_shape), generator=new_generator(seed))

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from arbitor.config import IMAGE_SIZE, MEMORY_ROWS, ModelConfig, load_config
+from arbitor.config import IMAGE_SIZE, MEMORY_ROWS, ModelConfig, RunConfig, load_config
 from arbitor.config import preset as preset_config
 from arbitor.errors import UserError
 
@@ -34,22 +34,33 @@ _OTHER_FLAGS = {
 }  # not spelt as the setting
 
 
-def flag_of(name: str, value: Any = None) -> str:
-    """The flag that sets `name`, where there is one for true and one for false to `value`."""
-    flag = _OTHER_FLAGS.get(name, f"--{name.replace('_', '-')}")
+def flag_of(name: str, value: Any = None, flags: Mapping[str, str] | None = None) -> str:
+    """The flag that sets `name`, where there is one for true and one for false to `value`.
+
+    Args:
+        name: of the setting.
+        value: what it is set to.
+        flags: a command's own, by setting.
+    """
+    flag = {**_OTHER_FLAGS, **(flags or {})}.get(name, f"--{name.replace('_', '-')}")
     return flag.replace("--no-", "--") if value is True else flag
 
 
 @contextlib.contextmanager
-def naming_flags(names: Collection[str]) -> Iterator[None]:
-    """Errors about one of these settings, which begin with its name, begin with its flag instead."""
+def naming_flags(names: Collection[str], flags: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Errors about one of these settings, which begin with its name, begin with its flag instead.
+
+    Args:
+        names: of the settings.
+        flags: a command's own, by setting; see `flag_of`.
+    """
     try:
         yield
     except UserError as error:
         name, _, rest = str(error).partition(" ")
         if name not in names:
             raise
-        raise UserError(f"{flag_of(name)} {rest}") from error
+        raise UserError(f"{flag_of(name, flags=flags)} {rest}") from error
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,8 +164,30 @@ class PartFlags:
                     )
 
 
+def put_usual(
+    settings: dict[str, Any], usual: Mapping[str, Any], written: Mapping[str, Any], size: str
+) -> None:
+    """Add what is usual of a part of the model, where neither flags nor the config file say anything.
+
+    Args:
+        settings: those given by flags; they are added to.
+        usual: settings of the part.
+        written: the settings of the config file.
+        size: the setting that is 0 without the part; a file that writes so says nothing about the part.
+    """
+    says = () if written.get(size) == 0 else written
+    for name, value in usual.items():
+        if name not in says:
+            settings.setdefault(name, value)
+
+
 def base_model(preset: str | None, config_file: str | None) -> ModelConfig:
-    """The architecture of a new run before any flag.
+    """The architecture of a new run before any flag; see `base_config`."""
+    return base_config(preset, config_file).model
+
+
+def base_config(preset: str | None, config_file: str | None) -> RunConfig:
+    """The settings of a new run before any flag.
 
     Raises:
         UserError: an unknown preset, or a file that cannot be used.
@@ -162,4 +195,4 @@ def base_model(preset: str | None, config_file: str | None) -> ModelConfig:
     base = None if preset is None else preset_config(preset)
     if config_file is not None:
         base = load_config(config_file, base)
-    return (base or preset_config("tiny")).model
+    return base or preset_config("tiny")

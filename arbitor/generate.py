@@ -201,10 +201,15 @@ def check_sampling(max_bytes: int, temperature: float, top_k: int, top_p: float,
     if max_bytes < 0:
         raise UserError(f"max_bytes is {max_bytes}; it must be 0 or more")
     if not 0 <= temperature < math.inf:
-        raise UserError(f"temperature is {temperature}; it must be 0 (most probable byte) or a number above")
+        raise UserError(f"temperature is {temperature}; it must be 0 (the most probable) or a number above")
     if top_k < 0:
         raise UserError(f"top_k is {top_k}; it must be 0 (off) or more")
     if not 0 < top_p <= 1:
         raise UserError(f"top_p is {top_p}; it must be above 0 and at most 1 (off)")
+    check_seed(seed)
+
+
+def check_seed(seed: int | None) -> None:
+    """Raise UserError for a seed of `new_generator` outside its range."""
     if seed is not None and not 0 <= seed < 2**63:
         raise UserError(f"seed is {seed}; it must be from 0 to 2^63 - 1")

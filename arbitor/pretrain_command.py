@@ -1,5 +1,6 @@
 """`arbitor pretrain`, the command behind `training/pretrain.py`: what is heavy is imported inside it."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -7,9 +8,16 @@ from cyclopts import Parameter
 
 from arbitor import cli
 from arbitor.cli import DATA, LOGGING, RUN, TRAINING, whole
-from arbitor.config import MIXED, RunConfig, load_config
+from arbitor.config import MIXED, RunConfig, load_config, written_settings
 from arbitor.errors import UserError
+from arbitor.flags import PartFlags, base_config, flag_of, put_usual
 
+# Media, with the settings of a model that has no part for them.
+WITHOUT: dict[str, dict[str, Any]] = {
+    "image": {"image_size": 0, "image_encoder": ""},
+    "audio": {"audio_rate": 0},
+    "video": {"video_size": 0},
+}
 DEFAULT_WEIGHTS = {"text": 4.0, "code": 4.0, "image": 1.0, "audio": 1.0, "video": 1.0}
 CAPTION_IDS = 64  # of captions of one's own videos; the names of digits are shorter
 
@@ -212,11 +220,11 @@ def pretrain(
         "log_interval": log_interval,
         "encoder": image_encoder,
     }
-    from arbitor.flags import PartFlags, base_model, flag_of
-
     settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     before = _before(run, resume, base)
-    weights = _weights(settings, before)
+    start = base_config(preset, config) if before is None else before
+    written = {} if before is not None or config is None else written_settings(config)
+    weights = _weights(settings, _usual_weights(before, resume, written))
     sizes = {"image_size": image_size, "image_patch": image_patch, "image_channels": image_channels}
     image: dict[str, Any] = {name: value for name, value in sizes.items() if value is not None}
     if image_encoder is not None:
@@ -241,14 +249,13 @@ def pretrain(
         max_moe_iters=max_moe_iters,
     )
     if before is None:
-        model = base_model(preset, config)
-        cli._print_notes(parts.notes(model))
-    else:
-        model = before.model
-        if resume:
-            parts.refuse_contradiction(model, "the run's config.toml")
-    settings |= parts.settings(model)
-    grows = _sidecars(settings, weights, before, image, audio_seconds, video)
+        cli._print_notes(parts.notes(start.model))
+    elif resume:
+        parts.refuse_contradiction(start.model, "the run's config.toml")
+    settings |= parts.settings(start.model)
+    grows = _sidecars(settings, weights, start, written, before is None, image, audio_seconds, video)
+    if resume and not grows:
+        _refuse_no_growth(run, start, audio_seconds, settings)
     if before is None or base is not None or grows:
         settings |= {f"{name}_weight": weight for name, weight in weights.items()}
         settings.setdefault("output_router", True)
@@ -278,18 +285,51 @@ def _before(run: str | None, resume: bool, base: str | None) -> RunConfig | None
     return load_config(folder / runs.CONFIG_FILE)
 
 
-def _weights(settings: Mapping[str, Any], before: RunConfig | None) -> dict[str, float]:
-    """The weight of every modality: those given, over those of the run before, over the usual ones.
+def _refuse_no_growth(
+    run: str | None, config: RunConfig, audio_seconds: float | None, settings: Mapping[str, Any]
+) -> None:
+    """Raise UserError if a run that is resumed as it is has no mix, or other sounds than those asked for."""
+    if not config.mix.active:
+        from arbitor.train import runs
+
+        name = runs.existing_run(run).name
+        raise UserError(
+            f"the run {name!r} is not mixed, and no weight asks for a part that it has not: give one, such "
+            f"as --image-weight 1, or go on with it by: arbitor train --resume --run {shlex.quote(name)}"
+        )
+    model = config.model
+    if audio_seconds is not None and settings["audio_samples"] != model.audio_samples:
+        raise UserError(
+            f"--audio-seconds {audio_seconds:g} contradicts the run's "
+            f"{model.audio_samples / model.audio_rate:g}; leave it out to resume, or start a new run"
+        )
+
+
+def _usual_weights(before: RunConfig | None, resume: bool, written: Mapping[str, Any]) -> dict[str, float]:
+    """The weight of every modality without a flag.
+
+    Args:
+        before: the run that is gone on with or grown from, or None.
+        resume: it is gone on with; one that is not mixed grows by the media that are asked for alone.
+        written: settings of the config file. Weights that are all 0 are those of a run that is not mixed.
+    """
+    if before is not None and before.mix.active:
+        return {name: before.mix.weight(name) for name in MIXED}
+    if resume:
+        return DEFAULT_WEIGHTS | dict.fromkeys(WITHOUT, 0.0)
+    given = {name: float(written[key]) for name in MIXED if (key := f"{name}_weight") in written}
+    return DEFAULT_WEIGHTS | (given if len(given) < len(MIXED) or any(given.values()) else {})
+
+
+def _weights(settings: Mapping[str, Any], usual: Mapping[str, float]) -> dict[str, float]:
+    """The weight of every modality: those given, over the usual ones.
 
     Raises:
         UserError: one that is negative or no number, or all are 0.
     """
     weights = {}
     for name in MIXED:
-        usual = DEFAULT_WEIGHTS.get(name, 0.0)
-        if before is not None and before.mix.active:
-            usual = before.mix.weight(name)
-        weights[name] = float(settings.get(f"{name}_weight", usual))
+        weights[name] = float(settings.get(f"{name}_weight", usual[name]))
         if not 0.0 <= weights[name] < float("inf"):
             raise UserError(f"--{name}-weight must be 0 or a number above, got {weights[name]:g}")
     if not any(weights.values()):
@@ -310,18 +350,29 @@ def _weights(settings: Mapping[str, Any], before: RunConfig | None) -> dict[str,
 def _sidecars(
     settings: dict[str, Any],
     weights: Mapping[str, float],
-    before: RunConfig | None,
+    start: RunConfig,
+    written: Mapping[str, Any],
+    new: bool,
     image: Mapping[str, Any],
     audio_seconds: float | None,
     video: Mapping[str, Any],
 ) -> bool:
     """Put the fields of the sidecars that the weights ask for into `settings`; whether one is new.
 
+    Args:
+        settings: given by flags, without those of the media; added to.
+        weights: of all modalities.
+        start: of the run before, or preset and config file of a new one.
+        written: settings of the config file.
+        new: there is no run before.
+        image, audio_seconds, video: what was given by flags.
+
     Raises:
         UserError: data that cannot be used.
     """
     grows = False
     usual: dict[str, Any] = {}
+    model, mix = start.model, start.mix
     if source := image.get("image_encoder"):
         from arbitor.sidecars.encoder import geometry_of, read_architecture
 
@@ -329,34 +380,37 @@ def _sidecars(
         image = {**image, "image_encoder": architecture}
         usual = geometry_of(architecture)
     settings.update(image)
-    if weights["image"] and not (before is not None and before.model.image_size):
+    if weights["image"] and not model.image_size:
         from arbitor.config import IMAGE_SIZE
         from arbitor.data.images import default_geometry
 
         grows = True
-        usual = usual or default_geometry(settings.get("image_data", ()))
-        for name, value in {"image_size": IMAGE_SIZE, **usual}.items():
-            settings.setdefault(name, value)
-    rate = before.model.audio_rate if before is not None else 0
-    if weights["audio"] and not rate:
+        usual = usual or default_geometry(settings.get("image_data", mix.image_data))
+        put_usual(settings, {"image_size": IMAGE_SIZE, **usual}, written, "image_size")
+    rate = model.audio_rate
+    if weights["audio"] and (new or not rate):
         from arbitor.data.audio import default_rate
 
         grows = True
-        data = settings.get("audio_data", ())
-        rate = default_rate(data)
-        settings["audio_rate"] = settings["audio_samples"] = rate
+        rate = rate or default_rate(settings.get("audio_data", mix.audio_data))
+        put_usual(settings, {"audio_rate": rate, "audio_samples": rate}, written, "audio_rate")
     if audio_seconds is not None:
         if not 0.05 <= audio_seconds <= 3600:
             raise UserError(f"--audio-seconds must be between 0.05 and 3600, got {audio_seconds:g}")
         settings["audio_samples"] = round(audio_seconds * rate)
     settings.update(video)
-    if weights["video"] and not (before is not None and before.model.video_size):
+    if weights["video"] and (new or not model.video_size):
         from arbitor.config import VIDEO_SIZE
 
         grows = True
-        settings.setdefault("video_size", VIDEO_SIZE)
-        if settings.get("video_data"):
-            settings["video_ids"] = CAPTION_IDS
+        usual = {"video_size": VIDEO_SIZE}
+        if settings.get("video_data", mix.video_data):
+            usual["video_ids"] = CAPTION_IDS
+        put_usual(settings, usual, written, "video_size")
+    if new:  # what is not drawn is not built, whatever sizes the file says
+        for name, without in WITHOUT.items():
+            if not weights[name]:
+                settings.update(without)
     return grows
 
 

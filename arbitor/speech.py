@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from arbitor.errors import UserError
-from arbitor.generate import greedy_texts, new_generator
+from arbitor.generate import check_sampling, greedy_texts, new_generator
 from arbitor.model import ARBModel
 from arbitor.model.heads import TalkerHead
 from arbitor.model.ledger import KVLedger
@@ -63,8 +63,9 @@ def say(
         B waveforms, fp32 [N] at the codec's rate; perhaps empty.
 
     Raises:
-        UserError: the model has no audio sidecar, or there is no text.
+        UserError: the model has no audio sidecar, there is no text, or an argument outside its range.
     """
+    check_sampling(0, temperature, top_k, 1.0, seed)
     if not texts or not all(texts):
         raise UserError("there is nothing to say: give a text of one byte or more")
     codec, head = codec_of(model), model.heads["audio"]

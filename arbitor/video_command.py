@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from arbitor import cli
 from arbitor.cli import DATA, LOGGING, RUN, TRAINING, whole
 from arbitor.errors import UserError
-from arbitor.flags import flag_of
+from arbitor.flags import flag_of, naming_flags
 
 CODEC_STEPS = 300
 CODEC_STEPS_PER_FLOW_STEP = 10  # at most, so that a short try of both parts is short
@@ -18,6 +18,17 @@ FLOW_STEPS = 400
 BATCH = 32
 FLOW_RATE = 0.5  # of the usual peak learning rate of a state
 CAPTION_IDS = 64  # of one's own captions; the names of digits are shorter
+# By setting, where they are not those of `arbitor train`.
+FLAGS = {
+    "video_size": "--size",
+    "video_frames": "--frames",
+    "video_channels": "--channels",
+    "video_ids": "--caption-ids",
+    "video_dim": "--dim",
+    "video_layers": "--layers",
+    "video_patch": "--patch",
+    "video_stride": "--stride",
+}
 
 
 def diffusion(
@@ -140,6 +151,8 @@ def diffusion(
             raise UserError("--sample draws with a trained run: give it without training")
         return _sample(run, sample, count, out, steps=sample_steps, sampler=sampler, guidance=guidance,
                        seed=seed, device=device or "auto")  # fmt: skip
+    if size == 0:
+        raise UserError("--size 0: a clip has one pixel or more")
     given = {
         "data": data,
         "held_out": held_out,
@@ -171,13 +184,13 @@ def diffusion(
     from arbitor.train.session import start_training
 
     if resume:
-        return start_training(settings, preset=preset, run=run, resume=True, reset=reset)
+        return start_training(settings, preset=preset, run=run, resume=True, reset=reset, flags=FLAGS)
     if task is None and base is None:
         if no_save:
             raise UserError("--no-save: the flow begins with the autoencoder's checkpoint; leave it out")
         return _train_both(settings, preset, run, reset, codec_steps)
     settings = _defaults({"video_task": "flow", **settings}, base, preset)
-    return start_training(settings, preset=preset, run=run, reset=reset, base=base)
+    return start_training(settings, preset=preset, run=run, reset=reset, base=base, flags=FLAGS)
 
 
 def _defaults(settings: dict[str, Any], base: str | None, preset: str | None) -> dict[str, Any]:
@@ -244,7 +257,7 @@ def _train_both(
     if codec_steps is not None:
         ahead["steps"] = codec_steps
     ahead = _defaults({"video_task": "codec", **ahead}, None, preset)
-    code = start_training(ahead, preset=preset, run=codec, reset=reset, show_next=False)
+    code = start_training(ahead, preset=preset, run=codec, reset=reset, show_next=False, flags=FLAGS)
     if code not in (0, FAILED):  # a signal, after which the autoencoder's own run can be gone on with
         done = f" and {runs.run_path(run)} is deleted" if runs.run_path(run).exists() else ""
         print(
@@ -257,7 +270,7 @@ def _train_both(
     if reset and runs.run_path(run).exists():
         runs.remove_run(runs.run_path(run))
     behind = _defaults({"video_task": "flow", **settings}, codec, None)
-    return start_training(behind, run=run, base=codec)
+    return start_training(behind, run=run, base=codec, flags=FLAGS)
 
 
 def _flow_command(settings: dict[str, Any], run: str, codec: str) -> str:
@@ -296,7 +309,8 @@ def _sample(
     model = source.open(device)
     autoencoder_of(model)
     texts = [text.encode("utf-8", "surrogateescape") for text in captions for _ in range(count)]
-    clips = draw(model, texts, **settings).numpy()
+    with naming_flags(("guidance", "seed")):
+        clips = draw(model, texts, **settings).numpy()
     write_clips(out, clips)
     print(f"{out}: {len(clips)} clips of {clips.shape[1]} frames, from {source}")
     return 0

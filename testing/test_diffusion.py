@@ -178,9 +178,16 @@ def test_clips_are_drawn_with_a_run(tmp_path, capsys):
         (["--count", "0"], "at least 1"),
         (["--sample-steps", "0"], "at least one step"),
         (["--task", "flow"], "without training"),
+        (["--guidance", "nan"], "error: --guidance is nan; it must be a finite number"),
+        (["--guidance", "inf"], "error: --guidance is inf"),
+        (["--seed", "99999999999999999999"], "error: --seed is 99999999999999999999; it must be from 0"),
+        (["--seed", "-1"], "error: --seed is -1"),
     ):
-        assert main([*draw, *wrong]) == 2
+        assert main([*draw[:3], *wrong]) == 2
         assert why in capsys.readouterr().err
+        assert not (tmp_path / "out.gif").exists()
+    assert main(["--resume", "--run", "f", "--size", "16"]) == 2
+    assert "--size 16 contradicts the run's video_size = 8" in capsys.readouterr().err
 
 
 def test_a_text_run_grows_into_one_that_draws(tmp_path, capsys):
@@ -216,7 +223,11 @@ def test_a_text_run_grows_into_one_that_draws(tmp_path, capsys):
         (["--no-save"], "checkpoint"),
         (["--reset"], "name it with --run"),
         (["--task", "codec", "--codec-steps", "3"], "leave it out"),
-        (["--caption-ids", "2"], "--video-ids must be"),
+        (["--caption-ids", "2"], "error: --caption-ids must be"),
+        (["--size", "15"], "error: --size 15 is no multiple of video_patch 4"),
+        (["--frames", "7"], "error: --frames 7 is no multiple"),
+        (["--task", "codec", "--layers", "0"], "error: --layers must be"),
+        (["--size", "0"], "--size 0: a clip has one pixel or more"),
         (["--batch", "0"], "batch"),
         (["--steps", "0"], "got 0"),
         (["--steps", "-1"], "got -1"),

@@ -6,7 +6,7 @@ import pytest
 
 from arbitor.config import MEMORY_ROWS, ModelConfig, preset
 from arbitor.errors import UserError
-from arbitor.flags import PartFlags, base_model, flag_of, naming_flags
+from arbitor.flags import PartFlags, base_model, flag_of, naming_flags, put_usual
 
 WHOLE = preset("arb-small").model
 BARE = preset("tiny").model
@@ -72,6 +72,29 @@ def test_errors_about_a_flag_name_it_and_others_stay():
         with pytest.raises(UserError) as error, naming_flags(["ctx", "eval_steps", "save", "max_bytes"]):
             raise UserError(message)
         assert str(error.value) == named
+
+
+def test_a_command_names_its_own_flags():
+    own = {"audio_samples": "--ctx"}
+    assert flag_of("audio_samples", flags=own) == "--ctx"
+    assert flag_of("save", flags=own) == "--no-save"
+    assert flag_of("audio_samples") == "--audio-samples"
+    with pytest.raises(UserError, match=r"^--ctx must be more"), naming_flags(own, own):
+        raise UserError("audio_samples must be more")
+
+
+def test_what_is_usual_gives_way_to_flags_and_file():
+    usual = {"image_size": 8, "image_patch": 4, "image_channels": 1}
+    for given, written, expected in (
+        ({}, {}, usual),
+        ({"image_size": 16}, {}, {**usual, "image_size": 16}),
+        ({}, {"image_size": 32, "image_patch": 8}, {"image_channels": 1}),
+        ({"image_channels": 3}, {"image_patch": 8}, {"image_size": 8, "image_channels": 3}),
+        ({}, {"image_size": 0, "image_patch": 16}, usual),  # that of a run without images
+    ):
+        settings = dict(given)
+        put_usual(settings, usual, written, "image_size")
+        assert settings == expected
 
 
 def test_notes_say_what_is_not_expected():

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from arbitor.cli import main as arbitor_main
+from arbitor.config import MIXED, load_config
+from arbitor.data.mixed import open_mix
 from arbitor.drawing import draw
 from arbitor.pretrain_command import main
 from arbitor.ternary.audit import audit_checkpoint
@@ -163,6 +165,100 @@ def test_a_text_run_grows_by_all_media_and_names_them(capsys):
     assert state_of("text")["step"] == 2  # as it was
 
 
+def test_a_config_file_says_weights_and_sizes_of_media(workplace):
+    own = "image_size = 12\nimage_patch = 6\nimage_channels = 3\naudio_rate = 2000\naudio_samples = 300\n"
+    own += "video_size = 8\nvideo_frames = 2\nvideo_ids = 12\n"
+    mix = "[mix]\ntext_weight = 2\ncode_weight = 0.0\nvideo_weight = 3\n"
+    (workplace / "own.toml").write_text(TOML + own + mix)
+    given = ["--config", "own.toml", "--text-data", "text.txt", *FEW, "--steps", "1"]
+    assert main([*given, "--run", "own"]) == 0
+    config = load_config("runs/own/config.toml")
+    assert [config.mix.weight(name) for name in MIXED] == [2, 0, 1, 1, 3]
+    model = config.model
+    assert (model.image_size, model.image_patch, model.image_channels) == (12, 6, 3)
+    assert (model.audio_rate, model.audio_samples) == (2000, 300)
+    assert (model.video_size, model.video_frames, model.video_ids) == (8, 2, 12)
+    flags = ["--video-weight", "0", "--image-size", "6", "--audio-seconds", "0.1"]
+    assert main([*given, *flags, "--run", "flags"]) == 0
+    config = load_config("runs/flags/config.toml")
+    assert [config.mix.weight(name) for name in MIXED] == [2, 0, 1, 1, 0]
+    assert (config.model.image_size, config.model.image_patch) == (6, 6)
+    assert (config.model.audio_rate, config.model.audio_samples) == (2000, 200)
+    assert config.model.video_size == 0  # what is not drawn is not built
+    # The settings of a whole run are a config file as well.
+    few = ["--steps", "1", "--device", "cpu"]
+    assert main(["--config", "runs/flags/config.toml", *few, "--run", "again"]) == 0
+    again = load_config("runs/again/config.toml")
+    assert (again.model, again.mix) == (config.model, config.mix)
+
+
+def test_the_settings_of_a_run_that_is_not_mixed_say_nothing_of_the_mix(workplace):
+    train = ["train", "--config", "small.toml", "--data", "text.txt", "--steps", "1", "--batch", "4"]
+    assert arbitor_main([*train, "--device", "cpu", "--run", "plain"]) == 0
+    assert main(["--config", "runs/plain/config.toml", *NEW[2:], *FEW, *MEDIA, "--run", "mixed"]) == 0
+    config = load_config("runs/mixed/config.toml")
+    assert [config.mix.weight(name) for name in MIXED] == [4, 4, 1, 1, 1]
+    assert (config.model.image_size, config.model.image_patch, config.model.audio_rate) == (8, 4, 8000)
+
+
+def test_a_mixed_run_that_grows_keeps_what_it_held_out(workplace):
+    lines = [json.dumps({"body": f"a sentence of number {n}. "}) for n in range(300)]
+    (workplace / "text.jsonl").write_text("\n".join(lines))
+    given = ["--config", "small.toml", "--text-data", "text.jsonl", "--field", "body", "--held-out", "0.3"]
+    assert main([*given, *FEW, *TEXT_ONLY, "--steps", "1", "--run", "text"]) == 0
+    assert main(["--resume", "--run", "text", "--image-weight", "1", "--steps", "1"]) == 0
+    grown = load_config("runs/tiny-1/config.toml")
+    assert (grown.mix.text_data, grown.data.held_out, grown.data.field) == (("text.jsonl",), "0.3", "body")
+    corpora = [open_mix(load_config(f"runs/{run}/config.toml")) for run in ("text", "tiny-1")]
+    before, after = (corpus.parts["text"].held_out.as_array().tobytes() for corpus in corpora)
+    assert before == after
+    grow = ["--resume", "--run", "text", "--image-weight", "1", "--steps", "1"]
+    assert main([*grow, "--held-out", "0.2"]) == 0
+    assert load_config("runs/tiny-2/config.toml").data.held_out == "0.2"
+    # A run of other data begins anew.
+    train = ["train", *("--data" if word == "--text-data" else word for word in given), "--steps", "1"]
+    assert arbitor_main([*train, "--batch", "4", "--device", "cpu", "--run", "plain"]) == 0
+    assert main(["--base", "plain", "--steps", "1", *TEXT_ONLY, "--run", "x"]) == 0
+    config = load_config("runs/x/config.toml")
+    assert (config.data.held_out, config.data.field) == (None, "text")
+
+
+def test_a_run_that_is_not_mixed_grows_by_what_is_asked_for_alone(workplace, capsys):
+    train = ["train", "--config", "small.toml", "--data", "text.txt", "--steps", "1", "--batch", "4"]
+    assert arbitor_main([*train, "--device", "cpu", "--run", "plain"]) == 0
+    for given in ([], ["--text-weight", "1"], ["--steps", "9"]):
+        capsys.readouterr()
+        assert main(["--resume", "--run", "plain", *given]) == 2
+        assert capsys.readouterr().err == (
+            "arbitor: error: the run 'plain' is not mixed, and no weight asks for a part that it has not: "
+            "give one, such as --image-weight 1, or go on with it by: arbitor train --resume --run plain\n"
+        )
+        assert [path.name for path in (workplace / "runs").iterdir()] == ["plain"]
+    data = ["--text-data", "text.txt", "--code-data", "code.txt"]
+    assert main(["--resume", "--run", "plain", "--image-weight", "2", *data, "--steps", "1"]) == 0
+    config = load_config("runs/tiny-1/config.toml")
+    assert [config.mix.weight(name) for name in MIXED] == [4, 4, 2, 0, 0]
+    assert (config.model.audio_rate, config.model.video_size) == (0, 0)
+
+
+def test_the_field_is_that_of_captions_as_well(workplace, capsys):
+    from PIL import Image
+
+    folder = workplace / "photos"
+    folder.mkdir()
+    for number in range(10):
+        Image.new("L", (8, 8), 20 * number).save(folder / f"{number}.png")
+    lines = [{"image": f"{n}.png", "text": "this", "body": f"the other {n}"} for n in range(10)]
+    (folder / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    weights = ["--text-weight", "0", *TEXT_ONLY[:2], *TEXT_ONLY[4:], "--image-size", "16"]
+    given = ["--config", "small.toml", "--image-data", "photos", *FEW, *weights, "--steps", "1"]
+    assert main([*given, "--field", "body", "--run", "r"]) == 0
+    held_out = open_mix(load_config("runs/r/config.toml")).parts["image"].held_out
+    assert held_out.captions == [b"the other 9"]
+    assert main([*given, "--field", "nothing"]) == 2
+    assert "no text in the field 'nothing'" in capsys.readouterr().err
+
+
 def test_a_run_of_arbitor_train_is_a_base_and_its_codec_stays(tmp_path):
     from arbitor.audio_command import main as audio_main
 
@@ -280,6 +376,9 @@ def test_other_weights_than_those_of_a_run_contradict_it(capsys):
     assert "--text-weight 2.0 contradicts the run's text_weight = 4.0" in capsys.readouterr().err
     assert main(["--resume", "--run", "r", "--preserve-state"]) == 2
     assert "--preserve-state contradicts" in capsys.readouterr().err
+    assert main(["--resume", "--run", "r", "--audio-seconds", "0.2"]) == 2
+    assert "--audio-seconds 0.2 contradicts the run's 0.1; leave it out" in capsys.readouterr().err
+    assert main(["--resume", "--run", "r", "--audio-seconds", "0.1"]) == 0
 
 
 def test_data_that_changed_is_refused_by_name(workplace, capsys):

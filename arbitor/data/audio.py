@@ -182,6 +182,9 @@ class _Found:
         except UnusableError as error:
             self.skipped[str(error)] += 1
             return
+        if not label.strip():  # `_three.wav`
+            self.skipped["without a label"] += 1
+            return
         self.waves.append(codes_of(wave))
         self.labels.append(label)
         self.speakers.append(speaker)

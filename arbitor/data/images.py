@@ -42,7 +42,7 @@ from arbitor.data.media import (
     text_beside,
     why_no_file,
 )
-from arbitor.data.sources import reason
+from arbitor.data.sources import expanded, reason
 from arbitor.data.store import MappedBytes, Store
 from arbitor.data.stream import ByteStream
 from arbitor.errors import UserError, extra_command
@@ -202,14 +202,14 @@ def default_geometry(data: Sequence[str]) -> dict[str, int]:
     """Fields of `ModelConfig` that suit the data: small ones for the digits and for small IDX files.
 
     Raises:
-        UserError: an IDX file that cannot be read.
+        UserError: an IDX file that cannot be read, or the home of nobody.
     """
     if not data:
         return {"image_size": DIGITS_SIDE, "image_patch": 4, "image_channels": 1}
     for item in data:
         if is_hub(item):
             continue
-        for path in _idx_images(Path(item).expanduser()):
+        for path in _idx_images(expanded(item)):
             height, width = _idx_header(path)[1:]
             patch = 4 if max(height, width) <= 64 else 16
             side = -(-max(height, width) // patch) * patch

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from arbitor.config import did_you_mean
-from arbitor.data.sources import names_in, reason, without_runs
+from arbitor.data.sources import expanded, names_in, reason, without_runs
 from arbitor.errors import UserError
 
 _LINES = (".jsonl", ".jsonl.gz")
@@ -24,10 +24,7 @@ def existing(item: str) -> Path:
     Raises:
         UserError: nothing is there.
     """
-    try:
-        path = Path(item).expanduser()
-    except RuntimeError as error:  # ~somebody
-        raise UserError(f"no such file or folder: {item!r}") from error
+    path = expanded(item)
     if not os.path.lexists(path):
         raise UserError(f"no such file or folder: {item!r}{did_you_mean(path.name, names_in(path.parent))}")
     return path

@@ -107,7 +107,10 @@ def _open_image(config: RunConfig, share: Fraction | None) -> Any:
     if not model.image_size:
         raise UserError("image_weight is set for a model without the image sidecar; set image_size as well")
     geometry = Geometry(size=model.image_size, channels=model.image_channels)
-    return open_training_images(config.mix.image_data, _spelled(share), geometry)
+    data, field = config.mix.image_data, config.data.field
+    # "text" is the usual field of texts; of captions, two names are usual. A data set of the hub has its own.
+    named = None if field == "text" or any(map(is_hub, data)) else field
+    return open_training_images(data, _spelled(share), geometry, named)
 
 
 def _open_audio(config: RunConfig, share: Fraction | None) -> Any:

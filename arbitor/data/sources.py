@@ -135,8 +135,20 @@ def reason(error: Exception) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
 
 
+def expanded(item: str) -> Path:
+    """The path of a name that may begin with `~`.
+
+    Raises:
+        UserError: there is no such user.
+    """
+    try:
+        return Path(item).expanduser()
+    except RuntimeError as error:  # ~somebody
+        raise UserError(f"no such file or folder: {item!r}") from error
+
+
 def _expand(item: str, skipped: Skipped) -> Iterator[Source]:
-    path = Path(item).expanduser()
+    path = expanded(item)
     if not os.path.lexists(path) and glob.has_magic(item):
         matches = sorted(glob.glob(str(path), recursive=True))
         if not matches:

@@ -77,7 +77,7 @@ class Trainer:
         self.growth: list[str] = []
         if checkpoint is None:
             self.model = ARBModel(config=config.model, device=device.device)
-            if config.model.image_encoder and config.data.encoder:
+            if config.model.image_encoder and config.data.encoder and not _has_encoder(base):
                 self.model.take_encoder(config.data.encoder)
             if base is not None:
                 self.growth += graft_weights(self.model, base)
@@ -524,6 +524,11 @@ def _mean(losses: Sequence[Tensor]) -> Tensor:
     """That of some scalars, each divided ahead of the sum, as the step's loss is."""
     first, *others = (loss / len(losses) for loss in losses)
     return sum(others, first)
+
+
+def _has_encoder(base: Checkpoint | None) -> bool:
+    """Whether a base brings the tensors of a frozen image encoder."""
+    return base is not None and any(name.startswith("sidecars.image.encoder.") for name in base.weights)
 
 
 def _refuse_other_model(checkpoint: Checkpoint, config: RunConfig) -> None:

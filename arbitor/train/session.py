@@ -61,6 +61,7 @@ def start_training(
     base: str | None = None,
     show_next: bool = True,
     console: Console | None = None,
+    flags: Mapping[str, str] | None = None,
 ) -> int:
     """Train a run, new or resumed, to its end or to a signal.
 
@@ -82,6 +83,7 @@ def start_training(
             `settings` add are drawn.
         show_next: end a new run with the command that tries it; False where the caller goes on by itself.
         console: where progress goes; None is stdout.
+        flags: of the command, by setting, where they are not those of `arbitor train`.
 
     Returns:
         Exit code: 0 finished, 1 too many steps dropped in a row, 130 or 143 after SIGINT or SIGTERM.
@@ -104,9 +106,9 @@ def start_training(
         config = load_config(folder / runs.CONFIG_FILE)
         if added_sidecars(config.model, settings):
             _refuse_other_settings(folder.name, preset, config_file)
-            return _grow(_newest_checkpoint(folder, console), settings, None, console)
+            return _grow(_newest_checkpoint(folder, console), settings, None, console, flags)
         device = resolve_device(settings.get("device") or config.train.device)
-        _refuse_contradiction(folder, config, device, settings, preset, config_file)
+        _refuse_contradiction(folder, config, device, settings, preset, config_file, flags)
         longer = override(config, steps=max(settings.get("steps", 0), config.train.steps))
         if runs.is_finished(folder) and longer == config:
             console.print(_finished_line(folder), markup=False, soft_wrap=True)
@@ -122,8 +124,8 @@ def start_training(
             raise UserError(
                 f"--reset would delete {run!r} ahead of a run that starts from another: delete it first"
             )
-        return _grow(load_checkpoint(runs.find_checkpoint(base)), settings, run, console)
-    config = _settled(_new_config(settings, preset, config_file))
+        return _grow(load_checkpoint(runs.find_checkpoint(base)), settings, run, console, flags)
+    config = _settled(_new_config(settings, preset, config_file, flags))
     if run is not None and not reset:
         runs.refuse_existing(run)
     device = resolve_device(config.train.device)
@@ -140,20 +142,27 @@ def _refuse_other_settings(base: str, preset: str | None, config_file: str | Non
         raise UserError(f"{given}: a run that grows has the settings of {base!r}; leave it out")
 
 
-def _grow(base: Checkpoint, settings: Mapping[str, Any], run: str | None, console: Console) -> int:
+def _grow(
+    base: Checkpoint,
+    settings: Mapping[str, Any],
+    run: str | None,
+    console: Console,
+    flags: Mapping[str, str] | None,
+) -> int:
     """Train a new run that starts from another one's checkpoint, with the parts that `settings` add."""
     config = base.config
-    with naming_flags(settings):
-        # Other data than that of the base: its settings do not mean anything for other media.
-        others: dict[str, Any] = {
-            "data": (),
-            "held_out": None,
-            "field": "text",
-            "audio_task": "",
-            "video_task": "",
-            "learnt_before": config.learnt,
-        }
-        others |= {f"{name}_weight": 0.0 for name in MIXED}
+    others: dict[str, Any] = {
+        "data": (),
+        "audio_task": "",
+        "video_task": "",
+        "learnt_before": config.learnt,
+    }
+    others |= {f"{name}_weight": 0.0 for name in MIXED}
+    if not (config.mix.active and any(settings.get(f"{name}_weight") for name in MIXED)):
+        # Other data than that of the base: its settings do not mean anything for other media. A mixed run
+        # that starts from a mixed one keeps its data, and shall not be measured on what was learnt from.
+        others |= {"held_out": None, "field": "text"}
+    with naming_flags(settings, flags):
         grown = override(config, **{**others, **settings})
     device = resolve_device(grown.train.device)
     corpus = _open(grown, settings)
@@ -239,11 +248,13 @@ def _is_longer(config: RunConfig, trained: RunConfig) -> bool:
     return as_now == config and trained.train.steps <= steps
 
 
-def _new_config(settings: Mapping[str, Any], preset: str | None, config_file: str | None) -> RunConfig:
+def _new_config(
+    settings: Mapping[str, Any], preset: str | None, config_file: str | None, flags: Mapping[str, str] | None
+) -> RunConfig:
     base = None if preset is None else preset_config(preset)
     if config_file is not None:
         base = load_config(config_file, base)
-    with naming_flags(settings):
+    with naming_flags(settings, flags):
         # The file may be that of a run which started from another one; this one starts from none.
         return override(base or preset_config("tiny"), **{**settings, "learnt_before": ()})
 
@@ -287,6 +298,7 @@ def _refuse_contradiction(
     settings: Mapping[str, Any],
     preset: str | None,
     config_file: str | None,
+    flags: Mapping[str, str] | None,
 ) -> None:
     """Raise UserError if something given differs from what the run was made with."""
     where = f"{folder / runs.CONFIG_FILE}; leave it out to resume, or start a new run"
@@ -296,7 +308,7 @@ def _refuse_contradiction(
     if config_file is not None and override(load_config(config_file, config), learnt_before=before) != config:
         raise UserError(f"--config {config_file} contradicts the run's settings in {where}")
     for name, value in settings.items():
-        with naming_flags((name,)):
+        with naming_flags((name,), flags):
             given = override(config, **{name: value})
         if given == config or (name == "steps" and value > config.train.steps):
             continue
@@ -304,7 +316,9 @@ def _refuse_contradiction(
             continue
         sections = (config.model, config.train, config.data, config.mix)
         own = next(getattr(section, name) for section in sections if hasattr(section, name))
-        flag = flag_of(name, value) if isinstance(value, bool) else f"{flag_of(name)} {_shown(value)}"
+        flag = flag_of(name, value, flags)
+        if not isinstance(value, bool):
+            flag += f" {_shown(value)}"
         more = " (it can only be raised)" if name == "steps" else ""
         raise UserError(f"{flag} contradicts the run's {name} = {_shown(own)}{more} in {where}")
 
@@ -451,7 +465,7 @@ def _naming_folder(folder: Path) -> Iterator[None]:
 
 
 def _finish(run: Run) -> tuple[dict[str, Any], bytes, bytes]:
-    """Evaluate and sample the final weights, save `final`; summary, prompt and sample."""
+    """Evaluate the final weights, save them as `final` and sample; summary, prompt and sample."""
     trainer = run.trainer
     most = trainer.last_windows * trainer.config.model.ctx
     size = min(trainer.task.held_out_bytes, HELD_OUT_BYTES, most)
@@ -463,12 +477,15 @@ def _finish(run: Run) -> tuple[dict[str, Any], bytes, bytes]:
             f"training diverged: the logits of the last step are not finite; {run.folder / 'best'} may be of "
             "use, or start a new run with a lower --lr or --scale-lr"
         )
+    run.save_or_end(lambda: run.save("final"))
     prompt, sample = run.undisturbed(lambda: report.sample_of(trainer))
     if (write := getattr(trainer.task, "write_samples", None)) is not None:
         with _naming_folder(run.folder):
             (run.folder / "samples").mkdir(exist_ok=True)
-        run.undisturbed(lambda: write(trainer.model, run.folder / "samples"))
-    run.save_or_end(lambda: run.save("final"))
+        try:
+            run.undisturbed(lambda: write(trainer.model, run.folder / "samples"))
+        except UserError as error:  # the run is finished all the same
+            run.display.note(f"warning: not all samples are written: {error}")
     summary = report.summarise(trainer, result, run.seconds)
     return summary, prompt, sample
 

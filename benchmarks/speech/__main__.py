@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.optim import AdamW
@@ -197,7 +198,7 @@ def build_pipeline(run: Run, config: ModelConfig, device: torch.device) -> Train
     vectors = replace_convolutions(model)
     make_twin(model, DenseLinear)
     matrices = [m.weight for m in model.modules() if isinstance(m, DenseLinear | FloatTable)]
-    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]  # vectors are biases
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]  # biases
     optimizer = AdamW(groups, lr=run.lr, betas=BETAS, weight_decay=WEIGHT_DECAY)
     return Trainee(model, [optimizer], [*matrices, *vectors])
 

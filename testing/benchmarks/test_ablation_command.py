@@ -83,6 +83,7 @@ def fake_runner(bits, failing=()):
     return run_all
 
 
+@pytest.mark.long
 def test_runs_in_processes_of_their_own_and_is_not_run_twice(run):
     arguments = ("--variants", "base,all", "--seeds", "3")
     code, captured, table = run(*arguments)

@@ -74,6 +74,7 @@ def test_features_and_labels_of_clips():
     assert ClipClassifier(6, 3, 20)(torch.zeros(2, 6, 3, 20, 20)).shape == (2, FEATURES)
 
 
+@pytest.mark.long
 def test_the_command_measures_and_goes_on_where_it_was_stopped(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("benchmarks.flow.__main__.GAUSSIAN_CLIPS", 2048)
     pytest.importorskip("sklearn", reason="scikit-learn (extra `video`) is not installed")

@@ -109,6 +109,7 @@ def test_all_contestants_have_the_same_trunk():
     assert len({build(run_of(name), MICRO.model, CPU).trunk_weights() for name in CONTESTANTS}) == 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", CONTESTANTS)
 def test_seeds_decide_everything(name):
     def loss(seed):

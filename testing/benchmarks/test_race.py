@@ -27,25 +27,25 @@ def rows(path):
 
 
 def test_each_contestant_leaves_a_row_and_a_curve(text, tmp_path, capsys):
-    arguments = [*SMALL, "--steps", "20", "--data", text, "--results", str(tmp_path), "--commit", "abc"]
+    who = ["--contestants", "trits-full", "dense-adamw"]
+    arguments = [*SMALL, *who, "--steps", "20", "--data", text, "--results", str(tmp_path), "--commit", "abc"]
     assert main(arguments) == 0
-    trits, dense, muon = found = rows(tmp_path / "race-cpu.csv")
-    assert [row["contestant"] for row in found] == ["trits-full", "dense-adamw", "dense-muon"]
-    for row in found:
+    trits, dense = rows(tmp_path / "race-cpu.csv")
+    assert [trits["contestant"], dense["contestant"]] == ["trits-full", "dense-adamw"]
+    for row in (trits, dense):
         assert (row["steps"], row["bytes_seen"], row["commit"]) == ("20", "640", "abc")
         assert 1 < float(row["held_out_bits_per_byte"]) < 9
         seconds = int(row["bytes_seen"]) / float(row["bytes_per_second"])
         assert float(row["seconds"]) == pytest.approx(seconds, abs=0.05 + 0.001 * seconds)  # one decimal
     assert trits["trunk_weights"] == dense["trunk_weights"]
-    assert trits["text"] == dense["text"] == muon["text"]
+    assert trits["text"] == dense["text"]
     assert float(dense["bytes_per_weight"]) == pytest.approx(12, abs=0.01)
-    assert 8 <= float(muon["bytes_per_weight"]) < 9
     assert float(trits["bytes_per_weight"]) < 2.4
     curve = rows(tmp_path / "race-cpu-curve.csv")
     assert tuple(curve[0]) == CURVE_COLUMNS
-    assert [row["step"] for row in curve] == [str(step) for step in range(2, 20, 2)] * 3
+    assert [row["step"] for row in curve] == [str(step) for step in range(2, 20, 2)] * 2
     assert main(arguments) == 0  # again: rows are replaced
-    assert len(rows(tmp_path / "race-cpu.csv")) == 3
+    assert len(rows(tmp_path / "race-cpu.csv")) == 2
     assert torch.get_float32_matmul_precision() == "highest"  # as before
     assert len(rows(tmp_path / "race-cpu-curve.csv")) == len(curve)
 

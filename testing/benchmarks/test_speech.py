@@ -74,6 +74,7 @@ def arguments(words, tmp_path, monkeypatch):
     ]  # fmt: skip
 
 
+@pytest.mark.long
 def test_the_command_writes_rows_and_goes_on_where_it_stopped(arguments, tmp_path, capsys):
     assert main(arguments) == 0
     told = capsys.readouterr().out

@@ -34,6 +34,7 @@ TIMING = Timing(
 )
 
 
+@pytest.mark.long
 def test_a_row_of_each_contestant_in_a_process_of_its_own(tmp_path, capsys):
     arguments = [*SMALL, "--results", str(tmp_path), "--contestants", "trits", "dense-fp32", "torchao"]
     assert speed.main(arguments) == 0

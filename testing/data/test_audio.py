@@ -9,6 +9,7 @@ from arbitor.data.audio import SYNTHETIC_LABELS, default_rate, label_of, open_au
 from arbitor.data.images import WORDS
 from arbitor.data.waves import write_recording
 from arbitor.errors import UserError
+from testing.fake_hub import install, rows_of
 
 soundfile = pytest.importorskip("soundfile", reason="needs soundfile (the extra audio)")
 
@@ -96,6 +97,33 @@ def test_what_cannot_be_used_is_counted_by_reason(folder):
     assert corpus.description.endswith(
         "; skipped 1 cut short, 1 damaged, 2 empty, 1 hidden, 1 with samples that are no numbers"
     )
+
+
+def test_recordings_without_a_label_are_counted(folder, tmp_path, monkeypatch):
+    for name in ("_three", "-x", "named"):
+        write_recording(folder / f"{name}.wav", tone(60), 8000)
+    write_recording(folder / "_beside.wav", tone(61), 8000)
+    (folder / "_beside.txt").write_text("beside")
+    archive = tmp_path / "words.tar"
+    with tarfile.open(archive, "w") as file:
+        file.add(folder, "words")
+    lines = [{"audio": f"words/{name}.wav", "text": "\ufeff"} for name in ("_three", "named")]
+    lines += [{"audio": f"words/{name}.wav", "text": "said"} for name in ("-x", "_beside")]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    rows = rows_of(4)
+    rows[2]["text"] = "  "
+    install(monkeypatch, rows)
+    for data, usable, skipped in (
+        (str(folder), 12, 2),
+        (str(archive), 12, 2),
+        (str(tmp_path / "list.jsonl"), 3, 1),
+        ("hf:some/media", 3, 1),
+    ):
+        corpus = open_audio([data], "1", 8000)
+        labels = [*corpus.train.labels, *corpus.held_out.labels]
+        assert len(labels) == usable
+        assert all(labels)
+        assert corpus.description.endswith(f"; skipped {skipped} without a label")
 
 
 def test_a_speaker_is_held_out(folder):

@@ -83,6 +83,7 @@ def finetune(kind, *flags):
     return main(["finetune", "base", *KINDS[kind][1], *FEW, "--held-out", "8", *flags])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("full", [(), ("--full",)], ids=["adapters", "votes"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_held_out_loss_falls_and_the_base_stays(workplace, capsys, kind, full):
@@ -144,6 +145,7 @@ def test_adapters_stand_where_the_data_reaches(workplace, kind, reached):
     assert parts == reached
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("flags", [["--dropout", "0.3"], ["--full"]], ids=["adapters", "votes"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_resumed_finetune_equals_an_uninterrupted_one(workplace, monkeypatch, kind, flags):

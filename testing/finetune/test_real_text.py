@@ -34,6 +34,7 @@ def instructions(lines: list[str]) -> str:
     return "".join(json.dumps(record) + "\n" for record in records)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("flags", [[], ["--full"]], ids=["adapter", "full"])
 def test_held_out_answers_improve_by_a_third(data_folder, tmp_path, monkeypatch, flags):
     monkeypatch.chdir(tmp_path)

@@ -110,6 +110,7 @@ def test_peft_computes_the_same(finetune):
         torch.testing.assert_close(theirs(ids).logits, ours(ids).logits)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("flags", [["--dropout", "0.3"], ["--full"]], ids=["adapter", "full"])
 @pytest.mark.parametrize("at", [1, 4, 5])
 def test_a_resumed_finetune_equals_an_uninterrupted_one(finetune, workplace, flags, at):

@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("triton", reason="needs Triton, which the extra `test` installs on Linux")
 
 
+@pytest.mark.long
 def test_every_kernel_compiles(repository, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "testing.ops.compile_kernels"],

@@ -725,6 +725,7 @@ def test_experts_equal_the_reference(workspace, input_norm, squared, monkeypatch
     assert (dx - expected_dx).abs().max() <= (bound + rounding) * expected_dx.abs().max()
 
 
+@pytest.mark.long
 def test_a_feed_forward_part_equals_the_reference(monkeypatch):
     from arbitor.config import preset
     from arbitor.model.ffn import FeedForward
@@ -747,6 +748,7 @@ def test_a_feed_forward_part_equals_the_reference(monkeypatch):
         assert error <= 2**-23 * 4 * ffn.up.out_features**0.5
 
 
+@pytest.mark.long
 def test_a_model_trains_as_on_the_reference(triton_backend, monkeypatch):
     losses = []
     for backend in ("triton", "torch"):
@@ -760,6 +762,7 @@ def test_a_model_trains_as_on_the_reference(triton_backend, monkeypatch):
     assert losses[0][2] != losses[0][0]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("state", "tscale"), [("full", "ROW"), ("compact", "T32"), ("lean", "ROW")])
 def test_matrices_in_few_passes_move_as_in_many(state, tscale, triton_backend, monkeypatch):
     from arbitor.ternary import TernaryLinear

@@ -277,6 +277,7 @@ def test_the_compiler_is_hashed_once_and_beside_other_work(repository, tmp_path)
     assert run(["-c", HASH], repository, tmp_path) == ["1 True"]
 
 
+@pytest.mark.long
 def test_fifty_batches_and_contexts_need_no_kernel_that_a_warm_up_did_not(repository, tmp_path):
     lines = [json.loads(line) for line in run(["-m", "testing.ops.launches"], repository, tmp_path)]
     assert len(lines) == 7

@@ -226,6 +226,7 @@ def momentum_of(optimizer):
     return optimizer.kind.momentum_bits, optimizer.kind.beta, 0.95
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("rule", ["spectral", "row"])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("ends", [[2, 2, 5, 6, 8], [11, 11, 30, 30, 40]], ids=["few", "more"])

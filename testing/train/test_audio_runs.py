@@ -246,7 +246,13 @@ def test_without_soundfile_the_missing_reader_is_named_not_the_files(tmp_path, c
         (["--say", "x", "--hear", "y"], "give one of them"),
         (["--reconstruct", "x", "--task", "speak"], "without training"),
         (["--base", "none"], "there is no run"),
-        (["--rate", "12345"], "multiple of 200"),
+        (["--rate", "12345"], "error: --rate must be 0 or a multiple of 200"),
+        (["--rate", "0"], "--rate 0: a sound has 2000 samples a second or more"),
+        (["--ctx", "0"], "error: --ctx must be"),
+        (["--codec-dim", "0"], "error: --codec-dim must be"),
+        (["--codec-layers", "0"], "error: --codec-layers must be"),
+        (["--codes", "0"], "error: --codes must be"),
+        (["--trits", "0"], "error: --trits must be"),
         (["--task", "sing"], "sing"),
         (["--no-equalise"], "--no-equalise is about what is heard: give it with --task listen, not codec"),
         (["--task", "speak", "--equalise"], "--equalise is about what is heard"),
@@ -282,6 +288,80 @@ def test_enable_audio_of_the_train_verb_listens_and_grows_a_text_run(tmp_path, c
     assert (tmp_path / "runs/tiny-1/summary.json").is_file()
     assert cli.main(["train", "--resume", "--run", "tiny-1", "--enable-audio", "--steps", "3"]) == 0
     assert cli.main(["train", "--enable-audio", "--enable-vision"]) == 2
+
+
+def test_enable_audio_keeps_what_the_config_file_says(tmp_path):
+    from arbitor import cli
+    from arbitor.config import load_config
+
+    small = "ctx = 32\ndim = 32\nnum_prelude_layers = 1\naudio_dim = 16\naudio_layers = 1\n"
+    train = ["train", "--enable-audio", "--steps", "1", "--batch", "2", "--device", "cpu"]
+    for run, own, wanted in (
+        ("both", "audio_rate = 2000\naudio_samples = 700\n", (2000, 700)),
+        ("rate", "audio_rate = 2000\n", (2000, 2000)),
+        ("samples", "audio_samples = 700\n", (8000, 700)),
+        ("none", "audio_rate = 0\naudio_samples = 700\n", (8000, 8000)),  # that of a run without sounds
+    ):
+        (tmp_path / "own.toml").write_text(f"[model]\n{small}{own}[data]\naudio_task = 'codec'\n")
+        assert cli.main([*train, "--config", "own.toml", "--run", run]) == 0
+        config = load_config(tmp_path / f"runs/{run}/config.toml")
+        assert (config.model.audio_rate, config.model.audio_samples) == wanted
+        assert config.data.audio_task == "listen"
+
+
+def test_a_recording_without_a_label_ends_no_run_that_speaks(tmp_path, capsys):
+    for name in ("_three", "1_x", "2_x", "3_x", "4_x", "5_x"):
+        write_recording(tmp_path / f"{name}.wav", np.zeros(1500, np.float32), 2000)
+    assert main(["--task", "speak", "--data", str(tmp_path), *SMALL, "--run", "s"]) == 0
+    assert "skipped 1 without a label" in capsys.readouterr().out
+    assert len(list((tmp_path / "runs/s/samples").iterdir())) == 4  # one of five is held out
+
+
+def test_a_sample_that_fails_leaves_a_finished_run(tmp_path, capsys, monkeypatch):
+    from arbitor.errors import UserError
+    from arbitor.train.checkpoint import load_checkpoint
+
+    def fail(*_, **__):
+        raise UserError("no sound today")
+
+    monkeypatch.setattr("arbitor.train.audio_tasks.say", fail)
+    assert main(["--task", "speak", *SMALL, "--run", "s"]) == 0
+    assert "warning: not all samples are written: no sound today" in " ".join(capsys.readouterr().out.split())
+    assert load_checkpoint(tmp_path / "runs/s/final").state["step"] == 3
+    assert (tmp_path / "runs/s/summary.json").is_file()
+
+
+def test_what_is_said_by_bad_settings_is_not_written(tmp_path, capsys):
+    assert main(["--task", "speak", *SMALL, "--run", "s"]) == 0
+    for wrong, why in (
+        (
+            ["--temperature", "-1"],
+            "--temperature is -1.0; it must be 0 (the most probable) or",
+        ),
+        (["--temperature", "nan"], "--temperature is nan"),
+        (["--temperature", "inf"], "--temperature is inf"),
+        (["--seed", "99999999999999999999"], "--seed is 99999999999999999999; it must be from 0 to 2^63 - 1"),
+        (["--seed", "-1"], "--seed is -1"),
+    ):
+        capsys.readouterr()
+        assert main(["--say", "one", "--out", "out.wav", *wrong]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"arbitor: error: {why}")
+        assert error.count("\n") == 1
+        assert not (tmp_path / "out.wav").exists()
+
+
+def test_a_resumed_run_is_contradicted_by_the_flags_of_the_command(tmp_path, capsys):
+    assert main([*SMALL, "--run", "c"]) == 0
+    for flag, value, setting in (
+        ("--ctx", "8000", "audio_samples = 1000"),
+        ("--rate", "8000", "audio_rate = 2000"),
+        ("--codec-dim", "32", "audio_dim = 16"),
+    ):
+        capsys.readouterr()
+        assert main(["--resume", "--run", "c", flag, value]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"arbitor: error: {flag} {value} contradicts the run's {setting} in ")
 
 
 def test_bad_recordings_do_not_stop_a_run(tmp_path, capsys):

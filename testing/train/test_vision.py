@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from arbitor.cli import main
-from arbitor.config import load_config
+from arbitor.config import ENCODER_FIELDS, load_config
 from arbitor.data.images import Geometry, open_images
 from arbitor.errors import UserError
 from arbitor.ternary.audit import audit_checkpoint
@@ -160,6 +160,37 @@ def test_growth_keeps_what_the_text_model_knew(make_trainer, vision, cpu, make_c
     larger = make_config(**{**vision, "ffn_dim": 128})
     with pytest.raises(UserError, match=r"cannot grow into this model: prelude.0.ffn"):
         Trainer(larger, corpus, cpu, base=load_checkpoint(tmp_path / "latest"))
+
+
+def test_the_folder_of_an_encoder_is_not_needed_to_grow(vision, monkeypatch):
+    class Encoder(torch.nn.Module):
+        """Stands for `FrozenEncoder`, which needs transformers."""
+
+        width = 16
+
+        def __init__(self, architecture, device=None):
+            super().__init__()
+            self.register_buffer("codes", torch.zeros(1, dtype=torch.int8, device=device))
+
+        def forward(self, pixels):
+            return torch.ones(len(pixels), 4, self.width) * self.codes
+
+    def take(model, source):
+        if source != "there":
+            raise UserError(f"{source} is gone")
+        model.sidecars["image"].encoder.codes.fill_(7)
+
+    monkeypatch.setattr("arbitor.sidecars.encoder.FrozenEncoder", Encoder)
+    monkeypatch.setattr("arbitor.model.ARBModel.take_encoder", take)
+    architecture = json.dumps({**dict.fromkeys(ENCODER_FIELDS, 1), "patch_size": 4})
+    frozen = {"image_encoder": architecture, "encoder": "there"}
+    assert start_training({**vision, **frozen, "steps": 1}, run="sees") == 0
+    monkeypatch.setattr("arbitor.model.ARBModel.take_encoder", lambda *_: pytest.fail("is not needed"))
+    assert start_training({"data": ["images"], "steps": 1}, base="sees", run="grown") == 0
+    grown = load_checkpoint(Path("runs/grown/latest"))
+    assert grown.weights["sidecars.image.encoder.codes"].tolist() == [7]
+    with pytest.raises(pytest.fail.Exception):
+        start_training({**vision, **frozen, "steps": 1}, run="anew")
 
 
 def test_flags(folder, capsys):

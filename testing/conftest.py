@@ -32,7 +32,7 @@ settings.load_profile("arbitor")
 # only so many cases of a test are run, and none of those that are marked `long`; `--every` asks for all.
 CASES = 6
 SAMPLED = ("testing/ops/", "testing/ternary/", "testing/model/")
-SLOW_SECONDS = 0.015  # for a hundred thousand additions in Python; a core of today takes 0.003 to 0.006
+SLOW_SECONDS = 0.0045  # for a hundred thousand additions in Python; a core of today takes 0.002 to 0.003
 CHOICE = "ARBITOR_TESTS"  # "every" or "sample"; made once, for the processes that share the tests
 
 

@@ -98,6 +98,7 @@ def _defaults_without_a_base(settings, base, preset, whole=video_command._defaul
     return whole(settings, None, preset)  # the autoencoder was not trained
 
 
+@pytest.mark.long
 def test_an_interrupted_autoencoder_says_how_to_come_to_the_flow(capsys, monkeypatch):
     from arbitor.cli import main as arbitor
     from arbitor.train.loop import Run

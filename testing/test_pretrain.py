@@ -107,6 +107,7 @@ def test_only_the_sidecars_of_what_is_drawn_are_built(capsys):
         assert any(name.startswith("router.") for name in names)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("more", [[], ["--accum", "2"], ["--preserve-state"]])
 def test_a_run_that_is_stopped_at_every_step_equals_one_that_is_not(more, monkeypatch):
     from arbitor.train.loop import Run

@@ -47,6 +47,7 @@ def gradients(linear, x, dy, uses=1, **options):
     return y.detach(), x.grad, captured
 
 
+@pytest.mark.long
 @each_count
 @pytest.mark.parametrize("tscale", ["ROW", "T32"])
 @pytest.mark.parametrize("input_norm", [True, False])
@@ -69,6 +70,7 @@ def test_equals_the_linear_of_those_rows(count, tscale, input_norm, squared):
         assert dw is None or not dw.any()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("uses", [1, 3])
 @pytest.mark.parametrize("count", [0, 30, 50])
 def test_many_rows_leave_a_gradient_that_is_formed(uses, count):

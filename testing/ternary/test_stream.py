@@ -42,6 +42,7 @@ def everything(part, optimizer, tokens, used=None, device=DEVICE):
     return result
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("num_linears", [1, 2])
 @pytest.mark.parametrize("tscale", ["ROW", "T8"])
 @pytest.mark.parametrize("tokens", [1, 9, 70])

@@ -30,7 +30,7 @@ settings.load_profile("arbitor")
 # Tests of operations, layers and parts go through products of shapes, formats and dtypes. All of them and the
 # long ones take ten minutes on two cores of today, an hour where two cores are one of ten years ago. There
 # only so many cases of a test are run, and none of those that are marked `long`; `--every` asks for all.
-CASES = 6
+CASES = 4
 SAMPLED = ("testing/ops/", "testing/ternary/", "testing/model/")
 SLOW_SECONDS = 0.0045  # for a hundred thousand additions in Python; a core of today takes 0.002 to 0.003
 CHOICE = "ARBITOR_TESTS"  # "every" or "sample"; made once, for the processes that share the tests

@@ -38,6 +38,7 @@ def files(run):
     return {name: open(f"{folder}/{name}", "rb").read() for name in names}
 
 
+@pytest.mark.long
 def test_without_a_task_the_autoencoder_is_trained_and_then_the_flow(tmp_path, capsys):
     assert main([*SMALL, "--codec-steps", "2", "--run", "clips"]) == 0
     runs = tmp_path / "runs"

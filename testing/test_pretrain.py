@@ -390,6 +390,7 @@ def test_data_that_changed_is_refused_by_name(workplace, capsys):
     assert "code: the training data is not what it was" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_a_step_on_embedded_data_takes_no_minute(workplace):
     before = os.times()
     done = subprocess.run(

@@ -26,6 +26,7 @@ def rows(path):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.long
 def test_each_contestant_leaves_a_row_and_a_curve(text, tmp_path, capsys):
     who = ["--contestants", "trits-full", "dense-adamw"]
     arguments = [*SMALL, *who, "--steps", "20", "--data", text, "--results", str(tmp_path), "--commit", "abc"]

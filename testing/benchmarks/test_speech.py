@@ -165,6 +165,7 @@ def test_bad_data_is_exit_code_two(tmp_path, capsys):
     assert "no such file or folder" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_the_recogniser_tells_synthesised_sounds_apart():
     corpus = open_audio([], None, 8000)
     recogniser = train_recogniser(corpus.train, 8000, 60, torch.device("cpu"))

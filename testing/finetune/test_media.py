@@ -266,6 +266,7 @@ def test_a_resume_needs_the_same_data_and_settings(workplace, capsys, monkeypatc
     assert "the recordings are not what they were" in capsys.readouterr().err
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("recipe", "kind"), [("audio", "recordings"), ("diffusion", "clips")])
 def test_a_recipe_on_embedded_data_takes_no_minute(workplace, repository, recipe, kind):
     before = os.times()

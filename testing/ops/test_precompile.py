@@ -223,6 +223,7 @@ def test_what_processes_cannot_compile_is_said_by_triton_and_ends_them(repositor
     assert run(["-c", FORKED + REFUSED], repository, tmp_path) == ["True"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("which", ["all", "workers"])
 def test_without_its_processes_this_one_compiles(repository, tmp_path, which):
     script = f"{FORKED}WHICH = {which!r}\n{KILLED}"

@@ -51,6 +51,7 @@ def files(run):
     return {name: open(f"runs/{run}/latest/{name}", "rb").read() for name in names}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_stream_that_breaks_off_ends_the_run_with_all_saved(name, tmp_path, monkeypatch, capsys):
     command, given = COMMANDS[name]

@@ -86,6 +86,8 @@ def _forward_fake(
     out_dtype: torch.dtype,
     squared: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if not x.device == packed.device == exponent.device:  # meta weights bring a tensor of the CPU here, too
+        raise RuntimeError(f"x is on {x.device}, packed on {packed.device} and exponent on {exponent.device}")
     return activations.linear_outputs(x, packed.shape[-2], quantize, out_dtype)
 
 

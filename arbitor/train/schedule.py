@@ -18,8 +18,10 @@ def default_peak(config: RunConfig) -> float:
     train = config.train
     if train.rule == "sign":
         return SIGN_LR  # of the tables
-    rate, longer = STATES[train.state].lr, train.steps > STATES_STEPS
-    return rate * math.sqrt(STATES_STEPS / train.steps) if longer and config.learns == ("text",) else rate
+    rate = STATES[train.state].lr
+    if train.steps <= STATES_STEPS or config.learns != ("text",):
+        return rate
+    return rate * math.sqrt(STATES_STEPS / train.steps)
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float = 0.05) -> float:

@@ -15,7 +15,11 @@ from benchmarks.speed import parity
 from benchmarks.speed import table as speed
 from benchmarks.speed.plot import plot
 
-COLUMNS = (*speed.COLUMNS, "weights", "kept_bytes", "kept_per_weight", "peak_per_weight")
+OF_SPEED = ("bytes_per_second", "ms_per_step", "share_of_peak")  # says nothing after so few steps
+COLUMNS = (
+    *(name for name in speed.COLUMNS if name not in OF_SPEED),
+    *("weights", "kept_bytes", "kept_per_weight", "peak_per_weight"),
+)
 FIGURES = {
     "peak_per_weight": "bytes a weight at the peak of a step",
     "kept_per_weight": "kept between two steps",
@@ -64,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _row(row: dict[str, str], timing: speed.Timing) -> dict[str, str]:
-    return row | {
+    return {name: figure for name, figure in row.items() if name not in OF_SPEED} | {
         "weights": str(timing.weights),
         "kept_bytes": str(timing.kept_bytes),
         "kept_per_weight": format(timing.kept_bytes / timing.weights, ".4f"),

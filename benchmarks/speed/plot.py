@@ -20,7 +20,7 @@ def plot(rows: Sequence[Row], figures: Mapping[str, str], path: Path) -> None:
     from matplotlib import pyplot
 
     rows = sorted(rows, key=_setting, reverse=True)
-    figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.4 * len(rows)), dpi=120, layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(8, 1.4 + 0.4 * len(rows)), dpi=120, layout="constrained")
     height = 0.8 / len(figures)
     for number, (column, label) in enumerate(figures.items()):
         places = [place - number * height for place in range(len(rows))]
@@ -35,7 +35,7 @@ def plot(rows: Sequence[Row], figures: Mapping[str, str], path: Path) -> None:
     axes.grid(axis="x", alpha=0.25)
     axes.set_title(", ".join(sorted({row["device"] for row in rows})), fontsize=10)
     if len(figures) > 1:
-        axes.legend(loc="lower right")
+        figure.legend(loc="outside lower center", ncols=len(figures))
     else:
         axes.set_xlabel(next(iter(figures.values())))
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -101,13 +101,20 @@ def describe(device: Device) -> dict[str, str]:
     shown = "" if load is None else f"; load {load:.1f} over the last minute"
     rows["threads"] = f"{torch.get_num_threads()} on {cores()} logical cores{shown}"
     if not device.is_cuda:
-        rows["products"] = (
-            "of int8, which are faster here" if cpu.pays() else "of floats, which are faster here"
-        )
+        rows["products"] = _products()
         rows["passes"] = describe_passes()
     rows["memory"] = _memory()
     rows["disk"] = _disk(Path.cwd())
     return rows
+
+
+def _products() -> str:
+    """How the codes of tokens are multiplied with trits on a CPU."""
+    if cpu.library_pays():
+        return "of int8 by torch, which are the fastest here"
+    if cpu.compiled_pays():
+        return "of codes and trits by the compiled passes, which are the fastest here"
+    return "of floats, which are the fastest here"
 
 
 def measure_thresholds(device: Device) -> None:

@@ -1,5 +1,7 @@
 """The integer product of a CPU, which `testing/ops/test_kernels.py` has for GPUs."""
 
+import time
+
 import pytest
 import torch
 
@@ -29,5 +31,17 @@ def test_strides_of_a_dimension_of_one_element_do_not_matter():
     assert cpu.sums(codes, weight).tolist() == [[-60] * 5]
 
 
-def test_the_measurement_gives_one_answer():
-    assert cpu.pays() is cpu.pays()
+def test_a_product_that_is_slower_than_that_of_floats_does_not_pay():
+    calls = []
+    assert not cpu._quicker_than_floats(lambda: calls.append(time.sleep(0.2)))
+    assert len(calls) == 2  # and is given up soon
+    assert cpu._quicker_than_floats(lambda: None)
+
+
+@pytest.mark.parametrize("by_library", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_weights_that_are_no_trits_need_the_product_of_the_library(by_library, compiled, monkeypatch):
+    monkeypatch.setattr(cpu, "library_pays", lambda: by_library)
+    monkeypatch.setattr(cpu, "compiled_pays", lambda: compiled)
+    assert cpu.pays() is (by_library or compiled)
+    assert cpu.pays(95) is by_library

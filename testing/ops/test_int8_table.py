@@ -21,7 +21,7 @@ EXPONENTS = range(-62, 32)
 @pytest.fixture(params=[True, False], ids=["integers", "floats"], autouse=True)
 def product(request, monkeypatch):
     """Which product a CPU takes for the forward; both must do everything here."""
-    monkeypatch.setattr(cpu, "pays", lambda: request.param)
+    monkeypatch.setattr(cpu, "pays", lambda *_: request.param)
 
 
 def table(rows=9, dim=33, seed=0):

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from arbitor.ops import native
 from arbitor.ops.activations import cpu as activations
 from arbitor.ops.int8_matmul import cpu as int8_matmul
+from arbitor.ops.int8_matmul import reference
 from arbitor.ops.momentum import cpu as momentum
 from arbitor.ops.native import check
 from arbitor.ops.random_bits import random_bits
@@ -123,6 +124,46 @@ def test_decoding_and_products(library, rows, columns):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         work = lambda: (int8_matmul.int8_matmul(codes, trits, per_token, scale, dtype),)  # noqa: B023, E731
         assert_equal(*both(library, work))
+
+
+@pytest.mark.parametrize("columns", [1, 3, 4, 7, 160, 251, 252, 255, 256, 257, 1031])
+@pytest.mark.parametrize("extreme", [False, True], ids=["random", "extreme"])
+def test_the_compiled_product_of_trits(library, columns, extreme):
+    generator = torch.Generator().manual_seed(columns)
+    for tokens, rows in [(1, 1), (3, 24), (4, 25), (65, 23), (130, 49), (0, 5), (5, 0)]:
+        codes = torch.randint(-127, 128, (tokens, columns), generator=generator).to(torch.int8)
+        trits = torch.randint(-1, 2, (rows, columns), generator=generator).to(torch.int8)
+        if extreme:  # sums as large as they can be, of either sign
+            codes, trits = codes.sign().mul_(127), trits.fill_(1)
+            codes[: tokens // 2], trits[rows // 2 :] = 127, -1
+        scale, row_scale = floats((tokens, 1), 2).abs(), floats((rows, 1), 3).flatten()
+        row_scale[: rows // 3] = torch.nan
+        with native.trying(library):
+            y = int8_matmul.multiplied(codes, trits, scale, row_scale)
+        if y is None:
+            pytest.skip("this machine has no AVX2")
+        assert_equal((y,), (reference.int8_matmul(codes, trits, scale, row_scale, torch.float32),))
+
+
+@pytest.mark.parametrize("value", [-128, -127, -2, 2, 3, 4, 64, 127])
+def test_what_is_no_trit_is_multiplied_all_the_same(library, value):
+    codes, weight = torch.ones((9, 33), dtype=torch.int8), torch.ones((26, 33), dtype=torch.int8)
+    weight[25, 32] = value
+    scale, row_scale = torch.ones(9, 1), torch.ones(26)
+    with native.trying(library):
+        assert int8_matmul.multiplied(codes, weight, scale, row_scale) is None
+        y = int8_matmul.int8_matmul(codes, weight, scale, row_scale, torch.float32)
+    assert (y[:, :25] == 33).all()
+    assert (y[:, 25] == 32 + value).all()
+
+
+@pytest.mark.parametrize("library_pays", [False, True])
+def test_both_products_of_integers_give_the_same(library, library_pays, monkeypatch):
+    monkeypatch.setattr(int8_matmul, "library_pays", lambda: library_pays)
+    with native.trying(library):
+        results = check.examples()["int8_matmul"]()
+    with native.trying(None):
+        assert_equal(results, check.examples()["int8_matmul"]())
 
 
 def test_a_row_with_an_illegal_byte_is_not_a_number(library):
@@ -267,7 +308,7 @@ def test_only_plain_tensors_on_a_cpu(library):
 
 @pytest.mark.parametrize("bytes_pay", [False, True])
 def test_a_model_on_another_device_is_an_error_as_with_torch(library, monkeypatch, bytes_pay):
-    monkeypatch.setattr(int8_matmul, "pays", lambda: bytes_pay)
+    monkeypatch.setattr(int8_matmul, "pays", lambda *_: bytes_pay)
     layer = TernaryLinear(160, 320).to("meta")
     with pytest.raises((RuntimeError, NotImplementedError)):
         layer(torch.ones(64, 160))

@@ -18,7 +18,7 @@ SHAPES = [(1, 1, 1), (5, 3, 7), (4, 33, 160), (9, 65, 161), (3, 17, 643), (2, 8,
 @pytest.fixture(params=[True, False], ids=["integers", "floats"], autouse=True)
 def product(request, monkeypatch):
     """Which product a CPU takes for rows of one exponent; both must do everything here."""
-    monkeypatch.setattr(cpu, "pays", lambda: request.param)
+    monkeypatch.setattr(cpu, "pays", lambda *_: request.param)
 
 
 def matrix(rows, columns, group=None, spread=3, seed=0):

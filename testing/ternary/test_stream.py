@@ -69,7 +69,7 @@ def test_kernels_give_what_single_calls_give(num_linears, tscale, tokens, used, 
 @pytest.mark.parametrize("used", [None, (1,), (0,)], ids=["all", "linear", "stream"])
 def test_a_cpu_quantises_once_and_gives_what_single_calls_give(num_linears, integers, used, monkeypatch):
     monkeypatch.setenv("ARB_TERNARY_BACKEND", "torch")
-    monkeypatch.setattr(int8_matmul, "pays", lambda: integers)
+    monkeypatch.setattr(int8_matmul, "pays", lambda *_: integers)
     part, optimizer = part_of(num_linears)
     part, quantised, quantize = part.cpu(), [], cpu.quantize
 

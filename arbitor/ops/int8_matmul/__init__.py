@@ -29,7 +29,7 @@ def integers_pay(x: Tensor, largest: int = 1) -> bool:
         largest: magnitude of an integer weight; the two products are equal only where fp32 holds all sums.
     """
     fits = min(x.shape) > 1 and x.shape[-1] * largest <= MAX_IN_FEATURES
-    return x.device.type == "cpu" and x.dtype == torch.float32 and fits and cpu.pays()
+    return x.device.type == "cpu" and x.dtype == torch.float32 and fits and cpu.pays(largest)
 
 
 def int8_matmul(

@@ -304,5 +304,6 @@ def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, None
     library.update.argtypes = [*[pointer] * 5, size, pointer, number]
-    library.update.restype = number
+    library.multiply_trits.argtypes = [*[pointer] * 6, size, size, size, number]
+    library.update.restype = library.multiply_trits.restype = number
     return library

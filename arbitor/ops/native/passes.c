@@ -12,6 +12,9 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 
 enum {
   PLANE = 32, /* packed bytes of a block */
@@ -19,7 +22,12 @@ enum {
   BLOCK = PLANE * TRITS_PER_BYTE,
   LEGAL_FACTOR = 243, /* times this, modulo 256, a byte that packing produces is below this */
   OCTAVE = 8,         /* exponents of momentum are eighths of an octave */
-  SHARED = 16384      /* elements from which a second thread pays */
+  SHARED = 16384,     /* elements from which a second thread pays */
+  PANEL = 24,         /* rows of a matrix whose sums a core's registers hold for TILE tokens */
+  TILE = 4,
+  CHUNK = 64,         /* tokens for which a panel stays in the cache */
+  QUAD = 4,           /* columns side by side in a panel */
+  QUADS = 63          /* so many and one more keep sums within 16 bits, of two products of 0 to 2 with a code each */
 };
 
 #define PRAGMA(text) _Pragma(#text)
@@ -114,6 +122,108 @@ void scale_sums(int32_t *sums, const float *row_scale, const float *scale, int64
       memcpy(row + o, &value, sizeof value);
     }
   }
+}
+
+#ifdef __AVX2__
+/*
+ * trits [O, I] as 0, 1 and 2 in panels of 24 rows, QUAD columns of one after those of another; beyond the ends stand
+ * ones. The result is 0 if anything else than a trit was there.
+ */
+static int fill_panels(const int8_t *trits, uint8_t *panels, int64_t O, int64_t I, int threads) {
+  int64_t quads = (I + QUAD - 1) / QUAD, count = (O + PANEL - 1) / PANEL;
+  uint32_t wrong = 0;
+  PRAGMA(omp parallel for schedule(static) num_threads(threads) if (O * I > SHARED) reduction(| : wrong))
+  for (int64_t o = 0; o < count * PANEL; o++) {
+    uint8_t *panel = panels + (o / PANEL * quads * PANEL + o % PANEL) * QUAD;
+    for (int64_t q = 0; q < quads; q++) {
+      int64_t first = q * QUAD;
+      uint32_t quad = 0;
+      if (o < O) memcpy(&quad, trits + o * I + first, (size_t)(I - first < QUAD ? I - first : QUAD));
+      quad = (quad ^ 0x80808080u) - 0x7F7F7F7Fu; /* each byte and 1; what is none of -1 to 1 is seen here */
+      wrong |= (quad & 0xFCFCFCFCu) | (quad & (quad >> 1) & 0x01010101u);
+      memcpy(panel + q * PANEL * QUAD, &quad, QUAD);
+    }
+  }
+  return !wrong;
+}
+
+typedef __m256i sums_of_tile[TILE][PANEL / 8];
+
+/* Adds the products of a quad of each token's codes with a panel's; the instruction takes one factor unsigned. */
+static inline void add_quad(sums_of_tile sums, const uint8_t *panel, const int8_t *const codes[TILE], int64_t first) {
+  __m256i trits[PANEL / 8];
+  for (int v = 0; v < PANEL / 8; v++) trits[v] = _mm256_loadu_si256((const __m256i *)(panel + v * 32));
+  for (int n = 0; n < TILE; n++) {
+    int32_t quad;
+    memcpy(&quad, codes[n] + first, QUAD);
+    const __m256i factor = _mm256_set1_epi32(quad);
+    for (int v = 0; v < PANEL / 8; v++)
+      sums[n][v] = _mm256_add_epi16(sums[n][v], _mm256_maddubs_epi16(trits[v], factor));
+  }
+}
+
+/* Sums [TILE, PANEL] of products of each token's codes [I] with a panel's 0, 1 and 2. */
+static inline void multiply_tile(const int8_t *const codes[TILE], const uint8_t *panel, int64_t I,
+                                 int32_t sums[TILE][PANEL]) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  const int64_t whole = I / QUAD, rest = I % QUAD;
+  int8_t last[TILE][QUAD] = {{0}};
+  const int8_t *lasts[TILE];
+  for (int n = 0; n < TILE; n++) lasts[n] = memcpy(last[n], codes[n] + whole * QUAD, (size_t)rest);
+  memset(sums, 0, TILE * sizeof sums[0]);
+  int64_t q = 0;
+  do {
+    const int64_t end = q + QUADS < whole ? q + QUADS : whole;
+    sums_of_tile parts;
+    memset(&parts, 0, sizeof parts);
+    for (; q < end; q++) add_quad(parts, panel + q * PANEL * QUAD, codes, q * QUAD);
+    if (q == whole && rest) add_quad(parts, panel + q * PANEL * QUAD, lasts, 0);
+    for (int n = 0; n < TILE; n++)
+      for (int v = 0; v < PANEL / 8; v++) {
+        __m256i *sum = (__m256i *)&sums[n][v * 8];
+        _mm256_storeu_si256(sum, _mm256_add_epi32(_mm256_loadu_si256(sum), _mm256_madd_epi16(parts[n][v], ones)));
+      }
+  } while (q < whole);
+}
+
+/* Of up to CHUNK tokens, codes [N, I] times trits [O, I] as `multiply_trits` does. */
+static void multiply_chunk(const int8_t *codes, const uint8_t *panels, const float *row_scale, const float *scale,
+                           float *y, int64_t N, int64_t I, int64_t O) {
+  const int64_t bytes = (I + QUAD - 1) / QUAD * QUAD * PANEL;
+  int32_t extra[CHUNK] = {0}, sums[TILE][PANEL]; /* what comes of trits that stand 1 too high */
+  for (int64_t n = 0; n < N; n++)
+    for (int64_t i = 0; i < I; i++) extra[n] += codes[n * I + i];
+  for (int64_t first = 0; first < O; first += PANEL, panels += bytes)
+    for (int64_t n = 0; n < N; n += TILE) {
+      const int64_t end = first + PANEL < O ? first + PANEL : O;
+      const int8_t *tokens[TILE];
+      for (int t = 0; t < TILE; t++) tokens[t] = codes + (n + t < N ? n + t : N - 1) * I;
+      multiply_tile(tokens, panels, I, sums);
+      for (int64_t t = n; t < n + TILE && t < N; t++) {
+        VECTORS
+        for (int64_t o = first; o < end; o++)
+          y[t * O + o] = (float)(sums[t - n][o - first] - extra[t]) * row_scale[o] * scale[t];
+      }
+    }
+}
+#endif
+
+/*
+ * codes [N, I] times trits [O, I], times row_scale [O], times scale [N]: y [N, O]. panels has room for I bytes, up to a
+ * multiple of 4, for each of O rows, up to one of 24. The result is 0, and y of no use, where a trit is none and on
+ * machines without AVX2.
+ */
+int multiply_trits(const int8_t *codes, const int8_t *trits, uint8_t *panels, const float *row_scale,
+                   const float *scale, float *y, int64_t N, int64_t I, int64_t O, int threads) {
+#ifdef __AVX2__
+  if (!fill_panels(trits, panels, O, I, threads)) return 0;
+  PRAGMA(omp parallel for schedule(static) num_threads(threads) if (N > CHUNK))
+  for (int64_t n = 0; n < N; n += CHUNK)
+    multiply_chunk(codes + n * I, panels, row_scale, scale + n, y + n * O, n + CHUNK < N ? CHUNK : N - n, I, O);
+  return 1;
+#else
+  return 0;
+#endif
 }
 
 /* x [N, I] times scale [N], rounded to bf16. */

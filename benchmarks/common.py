@@ -4,7 +4,7 @@ import contextlib
 import datetime
 import platform
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -44,6 +44,17 @@ def slug(device: torch.device) -> str:
         return "cpu"
     words = device_name(device).lower().replace("nvidia", "").split()
     return next((word for word in words if word in ("h100", "h200")), "-".join(words))
+
+
+@contextlib.contextmanager
+def float_products() -> Iterator[None]:
+    """Products of fp32 on a GPU's tensor cores inside, as whoever trains floats allows."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def plotted(path: Path, draw: Callable[[], None]) -> str:

@@ -3,7 +3,7 @@
 import argparse
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from arbitor.config import PRESETS, RunConfig
 from arbitor.config import preset as preset_config
 from arbitor.errors import UserError
 from arbitor.train.device import Device, deterministic, resolve_device
-from benchmarks.common import RESULTS, commit, provenance, slug
+from benchmarks.common import RESULTS, commit, float_products, provenance, slug
 from benchmarks.learning.contestants import ALL_CONTESTANTS, Run
 from benchmarks.learning.corpus import Texts, load_texts
 from benchmarks.learning.sizes import Size
@@ -38,8 +38,9 @@ COLUMNS = (
     "torch",
     "date",
 )
-CURVE_KEY = (*IDENTITY, "step")
-CURVE_COLUMNS = (*CURVE_KEY, "bytes_seen", "seconds", "held_out_bits_per_byte", "text")
+KEY = (*IDENTITY, "text")
+CURVE_KEY = (*KEY, "step")
+CURVE_COLUMNS = (*IDENTITY, "step", "bytes_seen", "seconds", "held_out_bits_per_byte", "text")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -79,18 +80,7 @@ def _manner(run: Run, device: Device) -> contextlib.AbstractContextManager[None]
     """Trits train as in `arbitor train`; floats may take whatever is fastest, as their users would."""
     if ALL_CONTESTANTS[run.contestant].linear is None:
         return deterministic(run.seed, device.device)
-    return _float_products()  # `build` seeds the weights, `raced` the data
-
-
-@contextlib.contextmanager
-def _float_products() -> Iterator[None]:
-    """Products of fp32 on a GPU's tensor cores, as whoever trains floats allows."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    return float_products()  # `build` seeds the weights, `raced` the data
 
 
 def _tell(step: int, bits_per_byte: float) -> None:
@@ -162,7 +152,6 @@ def _keep(
         **provenance(device.device, options.commit or commit()),
     }
     stem = f"race-{slug(device.device)}"
-    Table(options.results / f"{stem}.csv", COLUMNS, IDENTITY).put(row)
     curve = Table(options.results / f"{stem}-curve.csv", CURVE_COLUMNS, CURVE_KEY)
     for step, bits in result.curve.items():
         curve.put(
@@ -175,6 +164,7 @@ def _keep(
                 "text": texts.fingerprint,
             }
         )
+    Table(options.results / f"{stem}.csv", COLUMNS, KEY).put(row)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -2,9 +2,11 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from arbitor.train.device import Device
 
@@ -28,6 +30,29 @@ def seconds_of(
         device.synchronize()
         times.append((time.perf_counter() - began) / calls)
     return statistics.median(times)
+
+
+def idle_seconds(work: Callable[[], object], device: Device, calls: int) -> float:
+    """Time of a call in which a GPU does nothing, from its first kernel to its last, by torch's profiler."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(calls):
+            work()
+        device.synchronize()
+    spans = [
+        (event.time_range.start, event.time_range.end)
+        for event in profiler.events()
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation
+    ]
+    return 1e-6 * uncovered(spans) / calls
+
+
+def uncovered(spans: Sequence[tuple[float, float]]) -> float:
+    """How much between the first begin and the last end lies in none of the spans (begin, end)."""
+    gaps, reached = 0.0, None
+    for begin, end in sorted(spans):
+        gaps += max(0.0, begin - (begin if reached is None else reached))
+        reached = end if reached is None else max(reached, end)
+    return gaps
 
 
 def copy_bandwidth(device: Device) -> float:

@@ -25,13 +25,15 @@ from arbitor.model import ARBModel
 from arbitor.ternary.audit import audit
 from arbitor.train.device import deterministic, keep_freed_memory, peak_memory, resolve_device
 from arbitor.train.loop import Trainer
+from benchmarks.common import float_products
 from benchmarks.counts import counts
 from benchmarks.learning.twins import DenseLinear, make_twin
-from benchmarks.speed.clock import matmul_peak
+from benchmarks.speed.clock import idle_seconds, matmul_peak
 
 TEXT_BYTES = 4_000_000
 DENSE_LR = 1e-3
 CONTESTANTS = ("trits", "dense-autocast", "dense-bf16", "dense-fp32", "dense-compiled", "torchao")
+PROFILED = 3  # steps, after those that are timed
 SLOW_BF16 = 4  # times that a product takes in bf16 of what it takes in fp32: no peer
 
 
@@ -94,6 +96,7 @@ class Timing:
         weights: trained weights of all kinds.
         share_of_peak: 6 operations an active weight and byte, over the measured `matmul_peak` of the device.
         iterations: of the core, mean over positions of the last forward; 0 without a core.
+        idle_ms: of a step in which nothing ran on the GPU, by the profiler; 0 on the CPU.
     """
 
     ms_per_step: float
@@ -102,6 +105,7 @@ class Timing:
     weights: int
     share_of_peak: float
     iterations: float
+    idle_ms: float
 
 
 def why_absent(contestant: str, setting: Setting) -> str | None:
@@ -168,6 +172,7 @@ def measure(contestant: str, setting: Setting) -> Timing:
         whole = (time.perf_counter() - began) / setting.steps
         seconds = whole if device.is_cuda else statistics.median(times)
         kept_bytes, weights = kept()
+        idle_ms = 1e3 * idle_seconds(take_step, device, PROFILED) if device.is_cuda else 0.0
         iterations = float(model.part_metrics().get("mean_iterations", torch.zeros(())))
     operations = 6 * counts(setting.config().model).active * setting.bytes_per_step
     return Timing(
@@ -177,6 +182,7 @@ def measure(contestant: str, setting: Setting) -> Timing:
         weights=weights,
         share_of_peak=operations / seconds / peak,
         iterations=iterations,
+        idle_ms=idle_ms,
     )
 
 
@@ -221,7 +227,9 @@ def _dense(contestant: str, setting: Setting) -> Iterator[Made]:
 
     def take_step() -> None:
         for _ in range(setting.accum):
-            ids_BL = torch.from_numpy(sampler.next()).to(device.device)
+            ids_BL = torch.from_numpy(sampler.next())
+            if device.is_cuda:  # no wait for the GPU, as in the trainer
+                ids_BL = ids_BL.pin_memory().to(device.device, non_blocking=True)
             (loss_of(ids_BL, targets=ids_BL).loss / setting.accum).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -231,7 +239,8 @@ def _dense(contestant: str, setting: Setting) -> Iterator[Made]:
         tensors = [*model.parameters(), *states]
         return sum(map(_nbytes, tensors)), sum(p.numel() for p in model.parameters())
 
-    yield model, take_step, kept
+    with float_products() if device.is_cuda else contextlib.nullcontext():
+        yield model, take_step, kept
 
 
 def _adamw(model: ARBModel, *, in_few_bits: bool) -> torch.optim.Optimizer:

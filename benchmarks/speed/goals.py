@@ -85,6 +85,9 @@ GOALS = {
             "trits": Clause("bytes/s", None),
             "dense-autocast": Clause("bytes/s", None),
             "dense-bf16": Clause("bytes/s", None),
+            "of a step, GPU idle, trits": Clause("ms", None),
+            "of a step, GPU idle, dense-autocast": Clause("ms", None),
+            "of a step, GPU idle, dense-bf16": Clause("ms", None),
         },
     ),
     "G4": Goal(

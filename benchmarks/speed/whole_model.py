@@ -54,12 +54,14 @@ def training_step(
 ) -> Mapping[str, float]:
     """G3: a step of `arbitor train` against the dense twins, compiled, with fused AdamW."""
     setting = Setting(preset=preset, batch=batch, ctx=ctx, state="full", device=device.device.type)
-    rates = {
-        name: 1e3 * setting.bytes_per_step / in_own_process(name, setting).ms_per_step
+    timings = {
+        name: in_own_process(name, setting)
         for name in ("trits", "dense-autocast", "dense-bf16")
         if why_absent(name, setting) is None
     }
-    return {"speed over the faster dense twin": _over_the_faster(rates), **rates}
+    rates = {name: 1e3 * setting.bytes_per_step / timing.ms_per_step for name, timing in timings.items()}
+    idle = {f"of a step, GPU idle, {name}": timing.idle_ms for name, timing in timings.items()}
+    return {"speed over the faster dense twin": _over_the_faster(rates), **rates, **idle}
 
 
 def on_the_cpu(device: Device, preset: str = "tiny", steps: int = 20) -> Mapping[str, float]:
@@ -146,8 +148,7 @@ def many_tokens(
         ctx=config.ctx,
         state="lean",
         device=device.device.type,
-        warmup=1,
-        steps=3,
+        steps=5,
     )
     timing = in_own_process("trits", setting)
     sizes = counts(config)

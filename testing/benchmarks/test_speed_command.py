@@ -30,7 +30,13 @@ SMALL = [
     "2",
 ]
 TIMING = Timing(
-    ms_per_step=4.0, peak_bytes=3000, kept_bytes=2300, weights=1000, share_of_peak=0.25, iterations=0.0
+    ms_per_step=4.0,
+    peak_bytes=3000,
+    kept_bytes=2300,
+    weights=1000,
+    share_of_peak=0.25,
+    iterations=0.0,
+    idle_ms=0.0,
 )
 
 

@@ -16,6 +16,7 @@ from benchmarks.counts import counts
 from benchmarks.learning.table import Table
 from benchmarks.speed import __main__ as command
 from benchmarks.speed import decoding, goals, kernels, whole_model
+from benchmarks.speed.clock import uncovered
 from benchmarks.speed.contestants import Timing
 from benchmarks.speed.goals import COLUMNS, GOALS, KEY, Clause, planned
 
@@ -141,12 +142,16 @@ def test_an_expert_that_changes_without_tokens_is_counted():
     assert 0 < idle < 8
 
 
+def timing(ms_per_step, iterations=0.0):
+    return Timing(ms_per_step, 1, 1, 1, share_of_peak=0.1, iterations=iterations, idle_ms=0.5)
+
+
 @pytest.mark.parametrize("compiler", [True, False])
 def test_on_a_cpu_the_compiled_twin_stands_beside_the_ratio(monkeypatch, compiler):
     ms = {"trits": 10.0, "dense-fp32": 12.0, "dense-bf16": 15.0, "dense-compiled": 9.0}
 
     def in_own_process(name, _setting):
-        return Timing(ms[name], peak_bytes=1, kept_bytes=1, weights=1, share_of_peak=0.1, iterations=0.0)
+        return timing(ms[name])
 
     def why_absent(name, _setting):
         return None if compiler or name != "dense-compiled" else "no compiler"
@@ -166,13 +171,14 @@ def test_the_ratio_is_to_the_faster_peer(monkeypatch):
     ms = {"trits": 10.0, "dense-autocast": 15.0, "dense-bf16": 12.0}
 
     def in_own_process(name, _setting):
-        return Timing(ms[name], peak_bytes=1, kept_bytes=1, weights=1, share_of_peak=0.1, iterations=2.0)
+        return timing(ms[name], iterations=2.0)
 
     monkeypatch.setattr(whole_model, "in_own_process", in_own_process)
     monkeypatch.setattr(whole_model, "why_absent", lambda *_: None)
     figures = whole_model.training_step(CPU)
     assert figures.keys() == GOALS["G3"].clauses.keys()
     assert figures["speed over the faster dense twin"] == pytest.approx(1.2)
+    assert figures["of a step, GPU idle, trits"] == 0.5
     many = whole_model.many_tokens(CPU)
     assert many.keys() == GOALS["G5"].clauses.keys()
     assert 0.1 < many["share of bf16 peak, the core as often as iterated"] < 0.2
@@ -230,3 +236,17 @@ def test_figures_of_a_first_update_come_from_a_process():
         )
         assert 0.1 < importing < seconds < 120
         assert compiled == 0
+
+
+@pytest.mark.parametrize(
+    ("spans", "idle"),
+    [
+        ([], 0),
+        ([(3, 5)], 0),
+        ([(3, 5), (5, 9)], 0),
+        ([(7, 9), (1, 2), (4, 6)], 3),
+        ([(0, 10), (2, 3), (4, 5), (12, 13)], 2),  # some at the same time
+    ],
+)
+def test_idle_is_what_no_kernel_covers(spans, idle):
+    assert uncovered(spans) == idle

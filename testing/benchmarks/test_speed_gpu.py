@@ -1,12 +1,15 @@
 """What the speed benchmark does on a GPU only: graphs, compiled twins, parity of the GPU's layers."""
 
 import dataclasses
+import time
 
 import pytest
+import torch
 
 from arbitor.config import preset
 from arbitor.train.device import resolve_device
 from benchmarks.speed import decoding, kernels, parity, whole_model
+from benchmarks.speed.clock import idle_seconds
 from benchmarks.speed.contestants import Setting, measure
 
 pytestmark = pytest.mark.gpu
@@ -46,6 +49,18 @@ def test_steps_and_peaks(contestant):
     assert timing.ms_per_step > 0
     assert timing.peak_bytes > timing.kept_bytes
     assert 0 < timing.share_of_peak < 1
+    assert 0 <= timing.idle_ms < 1000
+
+
+def test_time_without_kernels_is_seen(gpu):
+    x = torch.ones(1000, device=gpu.device)
+
+    def work():
+        x.add_(1)
+        gpu.synchronize()
+        time.sleep(0.02)
+
+    assert 0.012 < idle_seconds(work, gpu, 5) < 0.2  # between five calls there are four waits
 
 
 def test_few_tokens_touch_only_the_experts_in_use(gpu):

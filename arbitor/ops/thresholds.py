@@ -36,6 +36,8 @@ MAX_FILE_BYTES = 1 << 20
 DEFAULTS: Mapping[str, int] = {
     # Tokens up to which a linear with one exponent a row multiplies packed trits, in place of decoded ones.
     "few_tokens": 8,  # of an H100
+    # Rows of an expert, on average, up to which its linear does; counted, not measured.
+    "few_expert_rows": 16,
 }
 
 _CALLS = 16  # in a recorded graph, each on a matrix of its own, so that weights come from memory
@@ -166,10 +168,18 @@ def few_tokens(tokens: int, device: torch.device) -> Callable[[], None]:
     return _linears(tokens, 4096, 4096, device)
 
 
+def few_expert_rows(rows: int, device: torch.device) -> Callable[[], None]:
+    """Work for `few_expert_rows`: products of so many rows with each of 8 experts of 2048 x 2048."""
+    return _experts(rows, 8, 2048, 2048, device)
+
+
 # Name, sizes to try in ascending order, and what makes work of a size. Work is timed with the threshold at
 # the size and below it, so it must call what the threshold decides on.
 Contest = tuple[str, Sequence[int], Callable[[int, torch.device], Callable[[], None]]]
-CONTESTS: Sequence[Contest] = (("few_tokens", (1, 4, 8, 16, 32, 64, 128, 256, 512), few_tokens),)
+CONTESTS: Sequence[Contest] = (
+    ("few_tokens", (1, 4, 8, 16, 32, 64, 128, 256, 512), few_tokens),
+    ("few_expert_rows", (16, 32, 64, 128, 256), few_expert_rows),  # fewer are few in any case
+)
 
 
 def measure(
@@ -222,8 +232,7 @@ def _linears(tokens: int, rows: int, columns: int, device: torch.device) -> Call
     from arbitor.ops.ternary_linear import triton
     from arbitor.ops.trit_codec import trit_pack
 
-    codes = torch.randint(-127, 128, (tokens, columns), dtype=torch.int8, device=device)
-    scale = torch.ones((tokens, 1), device=device)
+    codes, scale = _tokens(tokens, columns, device)
     exponent = torch.zeros((rows, 1), dtype=torch.int8, device=device)
     first = trit_pack(torch.randint(-1, 2, (rows, columns), dtype=torch.int8, device=device))
     matrices = [first.clone() for _ in range(_CALLS)]
@@ -233,6 +242,32 @@ def _linears(tokens: int, rows: int, columns: int, device: torch.device) -> Call
             triton.product(codes, scale, packed, exponent, columns, torch.bfloat16)
 
     return work
+
+
+def _experts(
+    rows_each: int, experts: int, rows: int, columns: int, device: torch.device
+) -> Callable[[], None]:
+    """The same with the matrices of experts that all have as many rows."""
+    from arbitor.ops.expert_linear import triton
+    from arbitor.ops.trit_codec import trit_pack
+
+    codes, scale = _tokens(rows_each * experts, columns, device)
+    offsets = torch.arange(1, experts + 1, dtype=torch.int32, device=device) * rows_each
+    exponent = torch.zeros((experts, rows, 1), dtype=torch.int8, device=device)
+    first = trit_pack(torch.randint(-1, 2, (experts, rows, columns), dtype=torch.int8, device=device))
+    matrices = [first.clone() for _ in range(_CALLS)]
+
+    def work() -> None:
+        for packed in matrices:
+            triton.product(codes, scale, offsets, packed, exponent, columns, torch.bfloat16)
+
+    return work
+
+
+def _tokens(count: int, columns: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes of tokens, and their scale."""
+    codes = torch.randint(-127, 128, (count, columns), dtype=torch.int8, device=device)
+    return codes, torch.ones((count, 1), device=device)
 
 
 def _seconds(work: Callable[[], None], device: torch.device) -> float:

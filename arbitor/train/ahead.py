@@ -148,8 +148,8 @@ def _changes(model: ARBModel, device: torch.device) -> Iterator[int]:
         uses.append((config.num_experts, config.num_active_experts))
         yield MOST_FACTORED_TOKENS // (config.num_active_experts * iterations)
     for experts, each in uses:
-        few = max(expert_linear.FEW_ROWS, expert_linear.FEW_ROWS_EACH * experts)
-        yield few // each
+        for few in (expert_linear.FEW_ROWS_EACH, thresholds.threshold("few_expert_rows", device)):
+            yield expert_linear.few_rows(experts, few) // each
         turns = _turns(functools.partial(_expert_tile, experts))
         yield from (rows // each for rows in turns)
 

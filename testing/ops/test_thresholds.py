@@ -4,6 +4,7 @@ import json
 import os
 import stat
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,9 +12,17 @@ import torch
 from arbitor.errors import UserError
 from arbitor.ops import thresholds
 from arbitor.ops.thresholds import DEFAULTS, forced, measure, read, threshold, write
+from testing.guards import guarding
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture(autouse=True)
+def guards(request):
+    """None where kernels are timed and recorded."""
+    with nullcontext() if request.node.get_closest_marker("gpu") else guarding() as guards:
+        yield guards
 
 
 @pytest.fixture
@@ -216,21 +225,26 @@ def test_contests_are_of_thresholds_and_rise():
 
 def test_both_sides_of_the_real_contests_run_different_kernels_with_equal_results(monkeypatch):
     pytest.importorskip("triton", reason="needs Triton, which the extra `test` installs on Linux")
+    from arbitor.ops.expert_linear import triton as expert_linear
     from arbitor.ops.ternary_linear import triton
 
     monkeypatch.setattr(thresholds, "_linears", small_linears)
+    monkeypatch.setattr(thresholds, "_experts", small_experts)
     called = []
-    for name in ("few_tokens", "int8_matmul", "_tile"):
-        monkeypatch.setattr(triton, name, noted(called, getattr(triton, name)))
-    for name, _, make in thresholds.CONTESTS:
+    for module, name in (
+        *((triton, name) for name in ("few_tokens", "int8_matmul", "_tile")),
+        *((expert_linear, name) for name in ("_few_tile", "_many_rows")),
+    ):
+        monkeypatch.setattr(module, name, noted(called, getattr(module, name)))
+    for name, sizes, make in thresholds.CONTESTS:
         results = []
-        for limit in (4, 3):
+        size = 4 if 4 in sizes else sizes[0]
+        for limit in (size, size - 1):
             called.clear()
-            work = make(4, CPU)
+            work = make(size, CPU)
             with forced(**{name: limit}):
-                work()
-            results.append((list(called), small_linears.result))
-        (first, y), (second, other) = results
+                results.append((work(), list(called)))
+        (y, first), (other, second) = results
         assert first != second, name
         assert torch.equal(y, other)
 
@@ -238,19 +252,28 @@ def test_both_sides_of_the_real_contests_run_different_kernels_with_equal_result
 def small_linears(tokens, rows, columns, device):
     """As `thresholds._linears`, of another size and in a dtype that the interpreter has."""
     from arbitor.ops.ternary_linear import triton
+
+    codes, scale, packed, exponent = operands(min(tokens, 4), (4, 40), device)
+    return lambda: triton.product(codes, scale, packed, exponent, 40, torch.float32)
+
+
+def small_experts(rows_each, experts, rows, columns, device):
+    """The same of `thresholds._experts`."""
+    from arbitor.ops.expert_linear import triton
+
+    codes, scale, packed, exponent = operands(rows_each * experts, (experts, 4, 40), device)
+    offsets = torch.arange(1, experts + 1, dtype=torch.int32, device=codes.device) * rows_each
+    return lambda: triton.product(codes, scale, offsets, packed, exponent, 40, torch.float32)
+
+
+def operands(tokens, shape, device):
     from arbitor.ops.trit_codec import trit_pack
 
-    torch.manual_seed(0)
-    device = "cuda" if torch.cuda.is_available() else device
-    codes = torch.randint(-127, 128, (min(tokens, 4), 40), dtype=torch.int8, device=device)
-    packed = trit_pack(torch.randint(-1, 2, (4, 40), dtype=torch.int8, device=device))
-    scale = torch.ones((len(codes), 1), device=device)
-    exponent = torch.zeros((4, 1), dtype=torch.int8, device=device)
-
-    def work():
-        small_linears.result = triton.product(codes, scale, packed, exponent, 40, torch.float32)
-
-    return work
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-127, 128, (tokens, shape[-1]), generator=generator, dtype=torch.int8)
+    packed = trit_pack(torch.randint(-1, 2, shape, generator=generator, dtype=torch.int8))
+    tensors = codes, torch.ones((tokens, 1)), packed, torch.zeros((*shape[:-1], 1), dtype=torch.int8)
+    return [tensor.to("cuda" if torch.cuda.is_available() else device) for tensor in tensors]
 
 
 def noted(called, function):

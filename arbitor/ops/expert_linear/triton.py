@@ -19,11 +19,14 @@ from arbitor.ops import activations
 from arbitor.ops.activations import triton as activation_kernels
 from arbitor.ops.expert_linear import reference
 from arbitor.ops.int8_matmul import MAX_IN_FEATURES, has_int8_kernels
+from arbitor.ops.thresholds import threshold
 from arbitor.ops.trit_codec.triton import scaled_weights
 from arbitor.ops.triton import digit, exp2_int, has_ptx, is_legal
 
 FEW_ROWS = 64  # altogether, or
-FEW_ROWS_EACH = 16  # for each expert on average, are multiplied by what is decoded on the way
+FEW_ROWS_EACH = (
+    16  # for each expert on average, are few; forward, the threshold `few_expert_rows` in its place
+)
 FEW_TOKENS = 16  # rows of a tile then, the fewest that tensor cores take
 MANY_ROWS = 4096  # output rows from which on such tiles are large
 BYTES = 64  # packed bytes of a row at a time: two blocks of 160 trits
@@ -413,9 +416,14 @@ def runs_forward(x: Tensor, offsets: Tensor, exponent: Tensor) -> bool:
     return has_few_rows(x, offsets) or _has_integer_product(x, exponent)
 
 
-def has_few_rows(x: Tensor, offsets: Tensor) -> bool:
-    """Whether decoding on the way is cheaper than decoding once."""
-    return len(x) <= max(FEW_ROWS, FEW_ROWS_EACH * len(offsets))
+def has_few_rows(x: Tensor, offsets: Tensor, each: int = FEW_ROWS_EACH) -> bool:
+    """Whether decoding on the way is cheaper than decoding once; `each`: rows of an expert that are few."""
+    return len(x) <= few_rows(len(offsets), each)
+
+
+def few_rows(experts: int, each: int) -> int:
+    """How many rows of all experts are few."""
+    return max(FEW_ROWS, each * experts)
 
 
 def _has_integer_product(x: Tensor, exponent: Tensor) -> bool:
@@ -454,14 +462,17 @@ def product(
     if not y.numel() or not columns:
         return y.zero_()
     packed, exponent = packed.contiguous(), exponent.contiguous()
-    if not has_few_rows(codes, offsets):
-        assert _has_integer_product(codes, exponent)
+    exact = _has_integer_product(codes, exponent)  # so that both ways give the same bits
+    if not has_few_rows(
+        codes, offsets, threshold("few_expert_rows", codes.device) if exact else FEW_ROWS_EACH
+    ):
+        assert exact
         _many_rows(codes, scale, offsets, packed, exponent, y)
         return y
     block_o, warps = _few_tile(rows)
     grid = (triton.cdiv(rows, block_o), _slots(tokens, experts, FEW_TOKENS))
     sizes = {"EXPERTS": _places(experts), "TOKENS": FEW_TOKENS, "ROWS": block_o, "BYTES": BYTES}
-    if _has_integer_product(codes, exponent):
+    if exact:
         _few_rows_kernel[grid](
             codes, offsets, packed, exponent, scale, y, experts, tokens, rows, columns, width, **sizes,
             PACKED=has_ptx(), num_warps=warps, num_stages=3,

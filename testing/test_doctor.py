@@ -99,11 +99,12 @@ def table(tmp_path, monkeypatch):
 
 def test_thresholds_are_shown_with_their_source(table, monkeypatch):
     shown = doctor.describe_thresholds(GPU)
-    assert shown == "few_tokens 8 (defaults; `arbitor doctor --measure` measures them on this GPU)"
-    monkeypatch.setattr(thresholds, "measure", lambda _: {"few_tokens": 128})
+    how = "`arbitor doctor --measure` measures them on this GPU"
+    assert shown == f"few_tokens 8, few_expert_rows 16 (defaults; {how})"
+    monkeypatch.setattr(thresholds, "measure", lambda _: {"few_tokens": 128, "few_expert_rows": 32})
     doctor.measure_thresholds(GPU)
     shown = doctor.describe_thresholds(GPU)
-    assert shown.startswith(f"few_tokens 128 ({table}, measured 20")
+    assert shown.startswith(f"few_tokens 128, few_expert_rows 32 ({table}, measured 20")
 
 
 def test_a_table_that_is_not_believed_is_shown_as_that(table):
@@ -111,7 +112,7 @@ def test_a_table_that_is_not_believed_is_shown_as_that(table):
     table.chmod(0o600)
     with pytest.warns(UserWarning, match="is damaged"):
         shown = doctor.describe_thresholds(GPU)
-    assert shown.startswith("few_tokens 8 (defaults: ")
+    assert shown.startswith("few_tokens 8, few_expert_rows 16 (defaults: ")
     assert "is damaged" in shown
 
 

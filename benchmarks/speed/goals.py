@@ -134,6 +134,7 @@ GOALS = {
             "speed over bf16 under CUDA graphs": Clause("ratio", 3.0),
             "trits": Clause("bytes/s", None),
             "bf16": Clause("bytes/s", None),
+            "bf16, compiled": Clause("bytes/s", None),
         },
     ),
     "C1": Goal(

@@ -110,7 +110,8 @@ def test_decoding_reads_the_same_byte_again_and_again():
     config = preset("tiny").model
     figures = decoding.decoding(CPU, config)
     assert figures.keys() == GOALS["G9"].clauses.keys()
-    assert figures["speed over bf16 under CUDA graphs"] == pytest.approx(figures["trits"] / figures["bf16"])
+    twins = max(figures["bf16"], figures["bf16, compiled"])
+    assert figures["speed over bf16 under CUDA graphs"] == figures["trits"] / twins
 
 
 def test_the_large_configuration_is_dense_and_large_enough():

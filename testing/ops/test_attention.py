@@ -14,7 +14,6 @@ Products of two such errors are covered by the factor 1 + 8 u.
 """
 
 import math
-import warnings
 
 import pytest
 import torch
@@ -23,8 +22,8 @@ from arbitor.ops import attention
 from arbitor.ops.attention import attend, can_attend, reference
 from arbitor.ops.head_norm import keys_alone
 from arbitor.ops.head_norm import reference as head_norm
+from testing.guards import DEVICE, moved
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # B, N, H, P, R, V, of widths that kernels take.
 ALIGNED = [
     (2, 70, 1, 48, 32, 80),
@@ -45,17 +44,12 @@ each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 @pytest.fixture
 def kernels(monkeypatch):
-    """The module of the kernels, which run; new memory holds NaN."""
+    """The module of the kernels, which run."""
     pytest.importorskip("triton", reason="needs Triton, which the extra `test` installs on Linux")
     from arbitor.ops.attention import triton
 
     monkeypatch.setenv("ARB_TERNARY_BACKEND", "triton")
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield triton
-    torch.use_deterministic_algorithms(False)
+    return triton
 
 
 def normal(*sizes, dtype, seed=0):
@@ -148,19 +142,19 @@ def test_ops_are_registered_as_they_behave():
 
 
 def test_kernels_take_what_they_are_for(kernels):
-    query, up, shared = (t.to(DEVICE) for t in inputs((1, 3, 2, 48, 32, 80), torch.float16))
+    query, up, shared = moved(*inputs((1, 3, 2, 48, 32, 80), torch.float16))
     assert can_attend(query, up, shared)
     assert not can_attend(query.float(), up.float(), shared.float())
     assert not can_attend(query[:, 2:], up, shared)  # as after positions of a ledger
     for shape in ((1, 3, 2, 48, 32, 81), (1, 3, 2, 44, 32, 84), (1, 3, 2, 48, 28, 80)):
-        assert not can_attend(*(t.to(DEVICE) for t in inputs(shape, torch.float16)))
+        assert not can_attend(*moved(*inputs(shape, torch.float16)))
     shifted = torch.empty(up.numel() + 4, dtype=up.dtype, device=DEVICE)[4:].view_as(up)
     assert not can_attend(query, shifted, shared)
     assert not can_attend(query, torch.cat([up, up], dim=-1), shared)
 
 
 def test_kernels_run_on_gpus_they_were_tried_on(kernels, monkeypatch):
-    given = [t.to(DEVICE) for t in inputs((1, 3, 2, 48, 32, 80), torch.float16)]
+    given = moved(*inputs((1, 3, 2, 48, 32, 80), torch.float16))
     assert can_attend(*given)
     monkeypatch.setattr(attention, "_is_tried", lambda _: False)
     assert not can_attend(*given)
@@ -168,7 +162,7 @@ def test_kernels_run_on_gpus_they_were_tried_on(kernels, monkeypatch):
 
 def test_kernels_take_windows_of_one_longer_text(kernels):
     """Whose stride of dims of size 1 is not what contiguous tensors usually have."""
-    query, up, shared = (t.to(DEVICE) for t in inputs((1, 9, 2, 16, 8, 16), DTYPES[1]))
+    query, up, shared = moved(*inputs((1, 9, 2, 16, 8, 16), DTYPES[1]))
     part = query[:, :6].contiguous(), up[:, :6], shared[:, :6].contiguous()
     assert can_attend(*part)
     for once, again in zip(results(attend, *part), results(attend, *(t.clone() for t in part)), strict=True):
@@ -183,7 +177,7 @@ def run_kernels(kernels, query, key, value, dout):
     query, key, dout = (among_nans(t) for t in (query, key, dout))
     out, lse = kernels.forward(query, key, up[..., 8:])
     gradients = kernels.backward(dout, query, key, up[..., 8:], out, lse, dup[..., 8:])
-    band = dup.untyped_storage().nbytes() // dup.element_size() - dup.numel()
+    band = dup._base.numel() - dup.numel()
     assert dup._base.isnan().sum() >= band + 8 * B * N * H, "what is not of the values is left alone"
     return [t.cpu() for t in (out, *gradients, dup[..., 8:])]
 
@@ -209,7 +203,7 @@ def test_kernels_equal_plain_softmax(shape, dtype, kernels):
 def test_kernels_within_attend(shape, kernels):
     """The norm's gradient does not stretch an error by more than the norm does."""
     P, dtype = shape[3], DTYPES[1]
-    query, up, shared = (t.to(DEVICE) for t in inputs(shape, dtype))
+    query, up, shared = moved(*inputs(shape, dtype))
     key = keys_alone(up, shared, P)
     dout = normal(*up[..., P:].shape, dtype=dtype, seed=3)
     (y, dquery, dkey, dvalue), bounds = results_and_bounds(query, key, up[..., P:], dout)
@@ -231,7 +225,7 @@ def test_kernels_within_attend(shape, kernels):
 
 
 def test_kernels_take_values_of_any_strides(kernels):
-    query, key, value = (normal(2, 70, 2, 80, dtype=DTYPES[1], seed=seed).to(DEVICE) for seed in range(3))
+    query, key, value = moved(*(normal(2, 70, 2, 80, dtype=DTYPES[1], seed=seed) for seed in range(3)))
     plain = kernels.forward(query, key, value)
     transposed = value.transpose(1, 2).contiguous().transpose(1, 2)
     odd_rows = torch.cat([value[..., :3], value], dim=-1)[..., 3:]
@@ -267,7 +261,7 @@ def test_kernels_show_what_is_not_finite(where, bad, kernels):
 
 @pytest.mark.gpu
 def test_kernels_give_equal_bits_twice(kernels):
-    given = [t.to(DEVICE) for t in inputs((2, 333, 12, 48, 32, 80), torch.bfloat16)]
+    given = moved(*inputs((2, 333, 12, 48, 32, 80), torch.bfloat16))
     for once, again in zip(results(attend, *given), results(attend, *given), strict=True):
         assert torch.equal(once, again)
 

@@ -7,7 +7,7 @@ from arbitor.config import ModelConfig
 from arbitor.model.sequencer import TextSequencer
 from arbitor.ops.byte_windows import add_and_norm, reference, windows
 from arbitor.ternary import VoteOptimizer
-from testing.ops.test_kernels import DEVICE
+from testing.guards import DEVICE, moved
 
 pytest.importorskip("triton", reason="needs Triton, which the extra `test` installs on Linux")
 
@@ -16,7 +16,7 @@ SHAPES = [(2, 7, 20), (1, 3, 1), (3, 5, 1100), (2, 2, 8), (0, 5, 4), (1, 4, 16)]
 
 
 def draw(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+    return moved(torch.randn(shape, generator=torch.Generator().manual_seed(seed)))[0]
 
 
 def with_gradients(function, inputs, seed=7):

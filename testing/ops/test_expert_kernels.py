@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from arbitor.ops.trit_codec import trit_pack
-from testing.ops.test_kernels import DEVICE, Guarded
+from testing.guards import DEVICE, moved
 
 pytest.importorskip("triton", reason="needs Triton, which the extra `test` installs on Linux")
 
@@ -64,10 +64,8 @@ def test_products_by_expert_equal_the_reference(case, few, dtype, monkeypatch):
     monkeypatch.setattr(reference, "WORKSPACE_BYTES", 1 << 12)  # several slices
     offsets, trits, packed, exponent, group, codes, scale = experts_case(case)
     expected = expected_product(offsets, trits, exponent, group, codes, scale).to(dtype)
-    guarded = Guarded()
-    given = map(guarded, (codes, scale, offsets, packed, exponent))
+    given = moved(codes, scale, offsets, packed, exponent)
     assert torch.equal(triton.product(*given, group, dtype).cpu(), expected)
-    guarded.check()
 
 
 @each_case
@@ -78,10 +76,8 @@ def test_products_with_several_exponents_a_row_equal_the_reference(case, group, 
     monkeypatch.setattr(triton, "has_few_rows", lambda *_: True)
     offsets, trits, packed, exponent, group, codes, scale = experts_case(case, group)
     expected = expected_product(offsets, trits, exponent, group, codes, scale)
-    guarded = Guarded()
-    found = triton.product(*map(guarded, (codes, scale, offsets, packed, exponent)), group, torch.float32)
+    found = triton.product(*moved(codes, scale, offsets, packed, exponent), group, torch.float32)
     assert torch.equal(found.cpu(), expected), "integers times powers of two within 24 bits"
-    guarded.check()
 
 
 @pytest.mark.parametrize("few", [True, False], ids=["few", "many"])
@@ -91,7 +87,7 @@ def test_every_tile_of_products_by_expert_equals_the_reference(few, monkeypatch)
     monkeypatch.setattr(triton, "has_few_rows", lambda *_: few)
     offsets, trits, packed, exponent, group, codes, scale = experts_case(([30, 31, 80], 90, 140, 170))
     expected = expected_product(offsets, trits, exponent, group, codes, scale)
-    given = [t.to(DEVICE) for t in (codes, scale, offsets, packed, exponent)]
+    given = moved(codes, scale, offsets, packed, exponent)
     name = "_few_tile" if few else "_many_tile"
     for sizes in ((70,), (1 << 14,)) if few else ((1, 3, 70), (1 << 14, 3, 1 << 14)):
         tile = getattr(triton, name)(*sizes)
@@ -123,15 +119,13 @@ def test_input_gradients_by_expert_are_within_rounding(case, few, group, monkeyp
         if expert >= 0:
             expected[row] = rounded[row] @ weight[expert]
             magnitude[row] = rounded[row].abs() @ weight[expert].abs()
-    guarded = Guarded()
     x, rstd = torch.randn(count, columns), torch.ones(count, 1)
-    given = map(guarded, (dy, x, rstd, offsets, packed, exponent))
+    given = moved(dy, x, rstd, offsets, packed, exponent)
     found = triton.backward(*given, group, False, False).cpu().double()
     # Terms are exact; a sum of O of them in fp32, and where the library sums in bf16 one rounding a slice.
     eps = 2.0**-24 * (2 + rows) if few or DEVICE == "cpu" else 2.0**-8
     assert ((found - expected).abs() <= eps * magnitude).all()
     assert (found[int(offsets[-1]) :] == 0).all()
-    guarded.check()
 
 
 @pytest.mark.parametrize("squared", [False, True])
@@ -140,8 +134,7 @@ def test_what_is_around_products_leaves_rows_behind_the_last_out(input_norm, squ
     from arbitor.ops.activations import triton
 
     torch.manual_seed(0)
-    offsets = torch.tensor([2, 2, 5], dtype=torch.int32, device=DEVICE)
-    x, gradient = torch.randn(2, 8, 300, device=DEVICE)
+    offsets, x, gradient = moved(torch.tensor([2, 2, 5], dtype=torch.int32), *torch.randn(2, 8, 300))
     codes, scale, rstd = triton.quantize(x[:5], input_norm, squared)
     expected = triton.norm_backward(gradient[:5], x[:5], rstd, input_norm, squared)
     x[5:] = gradient[5:] = torch.nan
@@ -167,12 +160,12 @@ def test_illegal_bytes_of_experts_show(few, group, monkeypatch):
     packed[0, 4, 3] = 1
     packed[2] = 1  # of an expert whose rows are last
     offsets[2] = 6  # and now has none
-    given = [t.to(DEVICE) for t in (codes, scale, offsets, packed, exponent)]
+    given = moved(codes, scale, offsets, packed, exponent)
     y = triton.product(*given, group, torch.float32).cpu()
     assert y[:3].isnan().any(dim=0).nonzero().flatten().tolist() == [4]
     assert y[3:].isfinite().all()
     x, rstd, dy = torch.randn(8, 161), torch.ones(8, 1), torch.randn(8, 20)
-    given = [t.to(DEVICE) for t in (dy, x, rstd, offsets, packed, exponent)]
+    given = moved(dy, x, rstd, offsets, packed, exponent)
     dx = triton.backward(*given, group, False, False).cpu()
     bad = dx.isnan()
     assert bad[3:].sum() == 0
@@ -192,7 +185,7 @@ def test_the_linear_by_expert_equals_the_reference(tokens, group, quantize, squa
     results = []
     for backend in ("torch", "triton"):
         monkeypatch.setenv("ARB_TERNARY_BACKEND", backend)
-        given = [t.to(DEVICE) for t in (x, offsets, packed, exponent)]
+        given = moved(x, offsets, packed, exponent)
         results.append(expert_linear(*given, group, False, quantize, torch.float32, squared))
     for expected, found in zip(*results, strict=True):
         if quantize:
@@ -206,8 +199,6 @@ def test_gradients_of_experts_without_rows_are_zeros():
 
     gradient = torch.full((4, 9, 70), torch.nan)
     gradient[1] = 3
-    guarded = Guarded()
-    found = triton.clear_idle(guarded(gradient), guarded(torch.tensor([0, 5, 5, 5], dtype=torch.int32)))
+    found = triton.clear_idle(*moved(gradient, torch.tensor([0, 5, 5, 5], dtype=torch.int32)))
     assert (found[1] == 3).all()
     assert (found[[0, 2, 3]] == 0).all()
-    guarded.check()

@@ -9,6 +9,7 @@ from arbitor.ops.factored_update import factored_update, reference
 from arbitor.ops.random_bits import random_bits, skip
 from arbitor.ops.state_update import state_update
 from arbitor.ops.trit_codec import trit_pack
+from testing.guards import moved
 
 CASES = [  # ends of the experts' rows, rows altogether, O, I
     ([1], 1, 1, 1),
@@ -79,18 +80,14 @@ def test_equals_state_update_of_the_product(case, ok, constants, monkeypatch):
 @pytest.mark.parametrize("constants", CONSTANTS, ids=str)
 def test_the_kernel_of_factored_updates_equals_the_reference(case, ok, constants):
     from arbitor.ops.factored_update import triton
-    from testing.ops.test_kernels import DEVICE, Guarded
 
-    guarded = Guarded()
-    packed, accumulator, left, right, offsets, keys = map(guarded, factored_case(case))
+    packed, accumulator, left, right, offsets, keys = moved(*factored_case(case))
     left[case[0][-1] :] = torch.nan
-    ok_there, step = torch.tensor(ok, device=DEVICE), torch.tensor(12.8, device=DEVICE)
-    flips = guarded(torch.tensor(0))
+    ok_there, step, flips = moved(torch.tensor(ok), torch.tensor(12.8), torch.tensor(0))
     triton.update(packed, accumulator, left, right, offsets, keys, ok_there, flips, step, *constants)
     expected = expected_update(case, ok, constants)
     for found, theirs in zip((packed, accumulator, flips), expected, strict=True):
         assert torch.equal(found.cpu(), theirs)
-    guarded.check()
 
 
 def test_opcheck():

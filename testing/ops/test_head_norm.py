@@ -5,8 +5,8 @@ import torch
 
 from arbitor.model.rotary import rotation
 from arbitor.ops.head_norm import cpu, keys_and_values, norm_and_rotate, reference, split_latent
+from testing.guards import moved
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # B, N, H, P, R, V
 SHAPES = [
     (2, 3, 4, 6, 4, 5),
@@ -123,7 +123,7 @@ def on_both(monkeypatch, function, *inputs):
     results = []
     for backend in ("torch", "triton"):
         monkeypatch.setenv("ARB_TERNARY_BACKEND", backend)
-        given = [t.detach().to(DEVICE).requires_grad_() for t in inputs]
+        given = [t.requires_grad_() for t in moved(*inputs)]
         outputs = function(*given)
         generator = torch.Generator().manual_seed(1)
         gradients = [torch.randn(y.shape, generator=generator).to(y) for y in outputs]
@@ -144,7 +144,7 @@ def assert_near(found, expected, terms):
 def test_kernels_of_queries_equal_the_reference(shape, monkeypatch):
     pytest.importorskip("triton", reason="needs Triton, which the extra `test` installs on Linux")
     x, cos, sin = queries(shape)
-    cos, sin = cos.to(DEVICE), sin.to(DEVICE)
+    cos, sin = moved(cos, sin)
     expected, found = on_both(monkeypatch, lambda x: [norm_and_rotate(x, cos, sin)], x)
     for mine, theirs in zip(found, expected, strict=True):
         assert_near(mine, theirs, x.shape[-1])
@@ -168,7 +168,7 @@ def test_kernels_of_latents_equal_the_reference(shape, monkeypatch):
     pytest.importorskip("triton", reason="needs Triton, which the extra `test` installs on Linux")
     B, N, _, P, R, _ = shape
     _, cos, sin = queries(shape)
-    cos, sin = cos.to(DEVICE), sin.to(DEVICE)
+    cos, sin = moved(cos, sin)
     down = torch.randn(B, N, P + 70 + R)
     expected, found = on_both(monkeypatch, lambda down: split_latent(down, cos, sin, P + 70), down)
     assert torch.equal(found[0], expected[0]), "a latent is passed on"
@@ -179,14 +179,14 @@ def test_kernels_of_latents_equal_the_reference(shape, monkeypatch):
 def test_kernels_take_strided_tensors_and_none(monkeypatch):
     pytest.importorskip("triton", reason="needs Triton, which the extra `test` installs on Linux")
     x, cos, sin = queries(SHAPES[0])
-    cos, sin = cos.to(DEVICE), sin.to(DEVICE)
+    cos, sin = moved(cos, sin)
     wide = torch.cat([x, x], dim=-1)
     expected, found = on_both(monkeypatch, lambda x: [norm_and_rotate(x[..., 5:15], cos, sin)], wide)
     for mine, theirs in zip(found, expected, strict=True):
         assert_near(mine, theirs, 10)
     monkeypatch.setenv("ARB_TERNARY_BACKEND", "triton")
-    assert norm_and_rotate(x[:0].to(DEVICE), cos, sin).shape == (0, *x.shape[1:])
+    assert norm_and_rotate(*moved(x[:0]), cos, sin).shape == (0, *x.shape[1:])
     up, shared = parts_of_keys(SHAPES[0])
-    key, value = keys_and_values(up[:0].to(DEVICE), shared[:0].to(DEVICE), 6)
+    key, value = keys_and_values(*moved(up[:0], shared[:0]), 6)
     assert key.shape == (0, *key.shape[1:])
     assert value.shape == (0, *value.shape[1:])

@@ -8,10 +8,10 @@ import torch
 from arbitor.ops.newton_schulz import newton_schulz, reference
 from arbitor.ternary import update
 from arbitor.ternary.rules import spectral
+from testing.guards import DEVICE, moved
 
 pytest.importorskip("triton", reason="needs Triton, which the extra `test` installs on Linux")
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # The interpreter's products of bf16 are wrong.
 DTYPE = torch.float32 if INTERPRETED else torch.bfloat16
@@ -32,7 +32,7 @@ def few_programs(monkeypatch):
 
 def gaussian(shape, scale=1.0):
     generator = torch.Generator().manual_seed(sum(shape))
-    return (torch.randn(shape, generator=generator) * scale).to(DTYPE).to(DEVICE)
+    return moved((torch.randn(shape, generator=generator) * scale).to(DTYPE))[0]
 
 
 def largest(x):
@@ -61,7 +61,8 @@ def test_kernels_equal_the_reference_whatever_the_magnitude(shape, scale):
     from arbitor.ops.newton_schulz import triton
 
     x = gaussian(shape)
-    found = triton.newton_schulz(x * scale, largest(x * scale), small(triton.SMALL_TILES[0]))
+    (scaled,) = moved(x * scale)
+    found = triton.newton_schulz(scaled, largest(scaled), small(triton.SMALL_TILES[0]))
     assert error(found, expected(x)) <= TOLERANCE
 
 
@@ -140,14 +141,14 @@ def test_gradients_beyond_bf16_move_trits_as_their_halves_do(bits, monkeypatch):
     numbers.write(1, 40.0, 0.0, 0.0)
     gradient = gaussian(shape).to(torch.float32)
     gradient *= torch.finfo(torch.float32).max / gradient.abs().max()
-    moved = []
+    outcomes = []
     for factor in (0.5, 1.0):
-        start = torch.zeros(shape, dtype=torch.int8, device=DEVICE)
+        start = torch.zeros(shape, dtype=torch.int8)
         zeros = torch.zeros(shape), torch.zeros(shape, dtype=torch.int32)
-        momentum = [part.to(DEVICE) for part in encode(*zeros, bits)] if bits else []
+        momentum = moved(*encode(*zeros, bits)) if bits else []
         batch = update.ApartBatch(
-            packed=list(trit_pack(start)),
-            accumulator=list(start.clone()),
+            packed=list(*moved(trit_pack(start))),
+            accumulator=list(*moved(start)),
             momentum=list(zip(*momentum, strict=True)),
             exponent=torch.zeros(n, rows, 1, dtype=torch.int8, device=DEVICE),
             group=columns,
@@ -157,8 +158,8 @@ def test_gradients_beyond_bf16_move_trits_as_their_halves_do(bits, monkeypatch):
         active = torch.ones(n, 1, 1, dtype=torch.bool, device=DEVICE)
         flips = update.update_apart(batch, list(gradient * factor), active, constants)
         assert flips.gt(0).all()
-        moved.append(torch.cat([flips, *(part.flatten() for part in (*batch.packed, *batch.accumulator))]))
-    assert torch.equal(*moved)
+        outcomes.append(torch.cat([flips, *(part.flatten() for part in (*batch.packed, *batch.accumulator))]))
+    assert torch.equal(*outcomes)
 
 
 def test_large_tiles_are_for_gpus_with_room_for_them(monkeypatch):

@@ -1,34 +1,23 @@
 """Triton kernels of look-ups and tables against the reference: on a GPU, elsewhere under the interpreter.
 
-They are compared bit by bit, in memory that is poisoned and has guard bands around it.
+They are compared bit by bit, in memory that shows what is written outside of a tensor or not at all
+(`testing/guards.py`).
 """
 
 import math
-import warnings
 
 import pytest
 import torch
 
 from arbitor.ops.random_bits import reference as random_reference
 from arbitor.ops.trit_codec import legal_bytes, trit_pack
-from testing.ops.test_kernels import DEVICE, Guarded, keys, moved
+from testing.guards import DEVICE, moved
+from testing.ops.test_kernels import keys
 
 pytest.importorskip("triton", reason="needs Triton, which the extra `test` installs on Linux")
 
 needs_bf16 = pytest.mark.skipif(DEVICE == "cpu", reason="Triton's interpreter has no bf16 of its own")
 float_types = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=needs_bf16)]
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """What is not written shows: new memory holds NaN or the largest integer."""
-    torch.manual_seed(0)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    torch.use_deterministic_algorithms(False)
 
 
 def draw(*shape, seed=0):
@@ -39,11 +28,9 @@ def integers(low, high, shape, dtype=torch.int64, seed=0):
     return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def guarded_and_checked(function, *tensors, **options):
-    """What a kernel makes of tensors between guard bands, on the CPU."""
-    guarded = Guarded()
-    found = function(*map(guarded, tensors), **options)
-    guarded.check()
+def of_kernels(function, *tensors, **options):
+    """What a kernel makes of tensors, on the CPU."""
+    found = function(*moved(*tensors), **options)
     return tuple(t.cpu() for t in found) if isinstance(found, tuple) else found.cpu()
 
 
@@ -64,14 +51,14 @@ def test_int8_gather_equals_the_reference(rows, dim, ids_shape):
     from arbitor.ops.int8_table import reference, triton
 
     case = *byte_table(rows, dim), integers(0, rows, ids_shape)
-    assert torch.equal(guarded_and_checked(triton.gather, *case), reference.gather(*case))
+    assert torch.equal(of_kernels(triton.gather, *case), reference.gather(*case))
 
 
 def test_rows_that_no_byte_table_has_are_nan():
     from arbitor.ops.int8_table import triton
 
     ids = torch.tensor([3, 4, -1, 0, 2**40])
-    found = guarded_and_checked(triton.gather, *byte_table(4, 10), ids)
+    found = of_kernels(triton.gather, *byte_table(4, 10), ids)
     assert found.isnan().all(dim=1).tolist() == [False, True, True, False, True]
 
 
@@ -86,10 +73,8 @@ def test_int8_update_equals_the_reference(rows, dim, step):
     expected = q.clone()
     bits = random_reference.random_bits(stream, q.numel()).view(q.shape)
     reference.update(expected, direction, step, bits, active)
-    guarded = Guarded()
-    found = guarded(q)
-    triton.update(found, guarded(direction), *moved(step), guarded(stream), *moved(active))
-    guarded.check()
+    found, *given = moved(q, direction, step, stream, active)
+    triton.update(found, *given)
     assert torch.equal(found.cpu(), expected)
 
 
@@ -100,7 +85,7 @@ def test_a_step_of_a_byte_table_equals_the_reference(monkeypatch):
     results = []
     for backend in ("torch", "triton"):
         monkeypatch.setenv("ARB_TERNARY_BACKEND", backend)
-        table, codes = q.clone().to(DEVICE), torch.zeros(13, 70, dtype=torch.int8, device=DEVICE)
+        table, codes = moved(q, torch.zeros(13, 70, dtype=torch.int8))
         exponent = torch.zeros(13, 3, dtype=torch.int16, device=DEVICE)
         for step in range(3):
             gradient, active = moved(draw(13, 70, seed=step), draw(13, seed=9 + step) > -1)
@@ -120,7 +105,7 @@ def test_random_bits_kernel_equals_the_reference(shape):
 
     stream, count = keys(shape[0]), shape[1]
     expected = random_reference.random_bits(stream, count)
-    assert torch.equal(guarded_and_checked(triton.random_bits, stream, count=count), expected)
+    assert torch.equal(of_kernels(triton.random_bits, stream, count=count), expected)
 
 
 # -- codes of trits -----------------------------------------------------------------------------------------
@@ -136,7 +121,7 @@ def test_fsq_kernel_equals_the_reference(k, leading, dtype):
     from arbitor.ops.fsq import reference, triton
 
     x = (draw(*leading, k) * 3).to(dtype)
-    for expected, found in zip(reference.quantize(x), guarded_and_checked(triton.quantize, x), strict=True):
+    for expected, found in zip(reference.quantize(x), of_kernels(triton.quantize, x), strict=True):
         assert found.dtype == expected.dtype
         assert torch.equal(found, expected)
 
@@ -147,7 +132,7 @@ def test_fsq_kernel_shows_what_is_not_finite(value):
 
     x = draw(5, 4)
     x[2, 1] = value
-    (codes, ids), expected = guarded_and_checked(triton.quantize, x), reference.quantize(x)
+    (codes, ids), expected = of_kernels(triton.quantize, x), reference.quantize(x)
     assert codes.isnan().all(dim=1).tolist() == [False, False, True, False, False]
     assert torch.equal(codes.nan_to_num(7), expected[0].nan_to_num(7))
     assert torch.equal(ids, expected[1])
@@ -160,7 +145,7 @@ def test_fsq_backward_kernel_equals_the_reference(k, leading):
 
     x, dy = draw(*leading, k), draw(*leading, k, seed=1)
     expected = reference.backward(dy.double(), x.double())
-    found = guarded_and_checked(triton.backward, dy, x)
+    found = of_kernels(triton.backward, dy, x)
     assert found.dtype == torch.float32
     # Of numbers of RMS 1: sums of k terms, and a dozen operations on either side of a difference.
     size = (dy.abs().sum(-1, keepdim=True) + 1) / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
@@ -173,7 +158,7 @@ def test_trits_of_ids_kernel_equals_the_reference(k, leading):
     from arbitor.ops.fsq import reference, triton
 
     ids = integers(0, 3**k, leading)
-    assert torch.equal(guarded_and_checked(triton.trits, ids, k=k), reference.trits(ids, k))
+    assert torch.equal(of_kernels(triton.trits, ids, k=k), reference.trits(ids, k))
 
 
 # -- learned codebooks --------------------------------------------------------------------------------------
@@ -191,7 +176,7 @@ def test_nearest_kernel_equals_the_reference(rows, width, queries, dtype):
 
     x = (draw(queries, width) * torch.exp2(integers(-20, 20, (queries, 1)))).to(dtype)
     case = x, *codebook(rows, width)
-    assert torch.equal(guarded_and_checked(triton.nearest, *case), reference.nearest(*case))
+    assert torch.equal(of_kernels(triton.nearest, *case), reference.nearest(*case))
 
 
 def test_nearest_kernel_of_the_largest_sums_equals_the_reference():
@@ -200,7 +185,7 @@ def test_nearest_kernel_of_the_largest_sums_equals_the_reference():
     signs = integers(0, 2, (5, reference.MAX_WIDTH)) * 2 - 1
     # Every product counts, so that the sums are as large as they can be.
     case = signs * (2 - 2.0**-23), trit_pack(signs.to(torch.int8)), torch.zeros(5, 1, dtype=torch.int8)
-    found = guarded_and_checked(triton.nearest, *case)
+    found = of_kernels(triton.nearest, *case)
     assert found.tolist() == reference.nearest(*case).tolist() == list(range(5))
 
 
@@ -212,7 +197,7 @@ def test_ties_of_the_nearest_kernel_go_to_the_first_row():
     values = reference.ternary_decode(packed, exponent, 12, 12, torch.float32)
     between = (values[:, None] + values).flatten(0, 1) * 0.15
     case = between, packed[order], exponent[order]
-    found = guarded_and_checked(triton.nearest, *case)
+    found = of_kernels(triton.nearest, *case)
     assert torch.equal(found, reference.nearest(*case))
     assert (found < 64).all(), "equal rows follow in every tile"
 
@@ -223,7 +208,7 @@ def test_nearest_kernel_gives_a_query_that_is_not_finite_row_0(value):
 
     x, table = draw(70, 9), codebook(100, 9)
     x[2, 1] = value
-    found = guarded_and_checked(triton.nearest, x, *table)
+    found = of_kernels(triton.nearest, x, *table)
     assert found[2] == 0
     assert torch.equal(found, reference.nearest(x, *table))
 
@@ -234,7 +219,7 @@ def test_a_row_with_an_illegal_byte_is_nobodys_nearest_in_the_kernel():
     packed, exponent = codebook(70, 32)
     x = draw(200, 32)
     packed[5, 3] = int((~legal_bytes(torch.device("cpu"))).nonzero()[0])
-    assert 5 not in guarded_and_checked(triton.nearest, x, packed, exponent)
+    assert 5 not in of_kernels(triton.nearest, x, packed, exponent)
 
 
 # -- memory -------------------------------------------------------------------------------------------------
@@ -246,7 +231,7 @@ def test_ngram_hash_kernel_equals_the_reference(ids_shape, heads, num_rows):
     from arbitor.ops.ngram_hash import reference, triton
 
     ids = integers(0, 3**15, ids_shape)
-    found = guarded_and_checked(triton.rows, ids, heads=heads, num_rows=num_rows)
+    found = of_kernels(triton.rows, ids, heads=heads, num_rows=num_rows)
     assert torch.equal(found, reference.rows(ids, heads, num_rows))
 
 
@@ -261,7 +246,7 @@ def test_gathered_trits_equal_the_reference(width, group, ids_shape, dtype):
     packed = trit_pack(integers(-1, 2, (37, width), torch.int8))
     exponent = integers(-62, 32, (37, -(-width // group)), torch.int8)
     case, rest = (packed, exponent, integers(0, 37, ids_shape)), (width, group, dtype)
-    found = guarded_and_checked(lambda *tensors: triton.gather(*tensors, *rest), *case)
+    found = of_kernels(lambda *tensors: triton.gather(*tensors, *rest), *case)
     assert torch.equal(found, reference.gather(*case, *rest))
 
 
@@ -292,7 +277,7 @@ def test_look_up_kernel_equals_the_reference(capacity, used, count, ids_shape):
     dst = integers(0, 3**15, (capacity,), torch.int32).masked_fill(src == UNUSED, 0)
     score = integers(1, 128, (capacity,), torch.int8).masked_fill(src == UNUSED, 0)
     case = src, dst, score, integers(0, 11, ids_shape)
-    found = guarded_and_checked(triton.look_up, *case, count=count)
+    found = of_kernels(triton.look_up, *case, count=count)
     for mine, expected in zip(found, reference.look_up(*case, count), strict=True):
         assert mine.dtype == expected.dtype
         assert torch.equal(mine, expected)
@@ -321,8 +306,7 @@ def test_merge_kernels_equal_the_reference(capacity, edges, pairs, nodes, rate_b
     from arbitor.ops.edge_list import reference, triton
 
     expected = edge_list(capacity, edges, nodes, seed=edges)
-    guarded = Guarded()
-    found = [guarded(tensor) for tensor in expected]
+    found = moved(*expected)
     for step in range(2):
         pair = integers(0, nodes, (2, pairs), torch.int32, seed=step)
         bits = integers(-(2**31), 2**31, (capacity + pairs,), seed=step).to(torch.int32)
@@ -331,14 +315,13 @@ def test_merge_kernels_equal_the_reference(capacity, edges, pairs, nodes, rate_b
         triton.merge(*found, *moved(*rest[:3]), rate_bits, *moved(rest[4]))
         for mine, other in zip(found, expected, strict=True):
             assert torch.equal(mine.cpu(), other)
-    guarded.check()
 
 
 def test_merge_kernels_change_nothing_unless_ok():
     from arbitor.ops.edge_list import triton
 
     before = edge_list(20, 9, 5, seed=1)
-    found = moved(*(tensor.clone() for tensor in before))
+    found = moved(*before)
     pair, bits = moved(integers(0, 5, (2, 30), torch.int32), torch.zeros(50, dtype=torch.int32))
     for ok in (False, True):
         triton.merge(*found, *pair, bits, 4, *moved(torch.tensor(ok)))
@@ -352,7 +335,7 @@ def test_merge_kernels_of_the_largest_nodes():
     big = 2**31 - 2
     expected = [torch.tensor(numbers, dtype=torch.int32) for numbers in ([big, 2**31 - 1], [3, 0])]
     expected.append(torch.tensor([90, 0], dtype=torch.int8))
-    found = moved(*(tensor.clone() for tensor in expected))
+    found = moved(*expected)
     pair = torch.tensor([[big, big, big, 0], [big, 3, big, big]], dtype=torch.int32)
     rest = *pair, torch.arange(6, dtype=torch.int32), 4, torch.tensor(True)
     reference.merge(*expected, *rest)
@@ -387,7 +370,7 @@ def test_row_sums_kernels_equal_the_reference(total, dim, rows):
     # Squared, so that some rows have far more look-ups than others.
     share = torch.rand(total, generator=torch.Generator().manual_seed(1)).square()
     ids, gradient = (share * rows).to(torch.int64) + 2**33, draw(total, dim)
-    found_ids, found = guarded_and_checked(triton.row_sums, ids, gradient)
+    found_ids, found = of_kernels(triton.row_sums, ids, gradient)
     expected_ids, expected = reference.row_sums(ids, gradient)
     assert torch.equal(found_ids, expected_ids)
     size = reference.row_sums(ids, gradient.abs())[1]
@@ -405,5 +388,5 @@ def test_row_sums_of_narrow_gradients_add_up_in_fp32():
     from arbitor.ops.row_sums import reference, triton
 
     ids, gradient = integers(0, 3, (30,)), draw(30, 5).to(torch.float16)
-    found = guarded_and_checked(triton.row_sums, ids, gradient)[1]
+    found = of_kernels(triton.row_sums, ids, gradient)[1]
     assert torch.equal(found, reference.row_sums(ids, gradient.float())[1])

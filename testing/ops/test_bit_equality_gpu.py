@@ -7,6 +7,7 @@ from arbitor.ops.momentum import momentum_fold
 from arbitor.ops.random_bits import random_bits, stream_keys
 from arbitor.ops.state_update import scale_update, state_update
 from arbitor.ops.trit_codec import ternary_decode, trit_pack, trit_unpack
+from testing.guards import moved
 
 pytestmark = pytest.mark.gpu
 
@@ -36,7 +37,8 @@ def random_case(seed):
 
 def one_step(case, device):
     """Everything a step changes or gives, computed on `device` and brought back."""
-    t = {name: value.clone().to(device) for name, value in case.items()}
+    values = moved(*case.values()) if device == "cuda" else [value.clone() for value in case.values()]
+    t = dict(zip(case, values, strict=True))
     n, o, i = t["direction"].shape
     bits = random_bits(t["keys"], o * i).view(n, o, i)
     exponent4 = t["exponent"].clone()

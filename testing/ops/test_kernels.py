@@ -502,7 +502,7 @@ def grouped_case(shape, group, octaves):
 @pytest.mark.parametrize("shape", [(1, 1, 40), (3, 20, 400), (5, 0, 33), (2, 3, 321)], ids=str)
 @pytest.mark.parametrize("group", [32, 96])
 @pytest.mark.parametrize("octaves", [6, 9])
-def test_products_with_grouped_exponents_equal_the_reference(shape, group, octaves):
+def test_products_with_grouped_exponents_equal_the_reference(shape, group, octaves, triton_backend):
     """Exactly up to MAX_SHIFT octaves, since every sum is an integer below 2^24 times a power of two."""
     from arbitor.ops.ternary_linear import triton
     from arbitor.ops.trit_codec import reference

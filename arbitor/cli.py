@@ -1,5 +1,6 @@
 """The command `arbitor`: one function a verb; what a verb needs is imported inside it, torch above all."""
 
+import errno
 import sys
 import traceback
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 USER_ERROR = 2
 BUG = 1
+NO_MEMORY = "can't allocate memory"  # what torch says of a CPU's
 INTERRUPTED = 130  # 128 plus the number of SIGINT, as shells have it
 VISION_BATCH = 64  # the captions of 16 images, the batch of texts, are few bytes to learn from
 
@@ -666,7 +668,7 @@ def main(tokens: Sequence[str] | None = None) -> int:
         message, code = _explain(error)
         if isinstance(error, OSError) and error.filename is None and not _stdout_works():
             _drop_stdout()
-            message = f"cannot write to stdout: {message}"
+            message = f"cannot write to stdout: {error.strerror}"
         print(f"arbitor: error: {message}", file=sys.stderr)
     return code if isinstance(code, int) else 0
 
@@ -685,10 +687,16 @@ def _explain(error: Exception) -> tuple[str, int]:
         return _one_line(error), USER_ERROR
     if isinstance(error, UserError):
         return _one_line(error), USER_ERROR
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename:
+        return f"{error.strerror}: make room, then give the same command again", USER_ERROR
     if isinstance(error, OSError):
         name = f"{error.filename}: " if error.filename else ""
         return f"{name}{error.strerror or error}", USER_ERROR
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or NO_MEMORY in str(error)
+    ):
         return "out of memory; a smaller --batch with a larger --accum needs less", USER_ERROR
     kind = type(error).__name__
     return f"unexpected {kind}: {_one_line(error)} (--debug shows the traceback; please report it)", BUG

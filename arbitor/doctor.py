@@ -55,7 +55,11 @@ def examine(console: Console | None = None, measure: bool = False) -> int:
         UserError: there is nothing to measure, or the measured cannot be stored.
     """
     console = console or Console(highlight=False)
-    device = resolve_device("auto")
+    try:
+        device = resolve_device("auto")
+    except UserError:
+        print_rows(console, _versions())  # at least
+        raise
     if measure:
         measure_thresholds(device)
     print_rows(console, describe(device))
@@ -81,9 +85,7 @@ def examine(console: Console | None = None, measure: bool = False) -> int:
 def describe(device: Device) -> dict[str, str]:
     """Rows of label and text about this machine."""
     rows = {
-        "arbitor": __version__,
-        "python": f"{platform.python_version()} at {sys.executable}, {platform.platform()}",
-        "packages": ", ".join(f"{name} {_version(name)}" for name in PACKAGES),
+        **_versions(),
         "device": f"{device.name}: {device.reason}",
         "back end": backend(device.device),
     }
@@ -106,6 +108,15 @@ def describe(device: Device) -> dict[str, str]:
     rows["memory"] = _memory()
     rows["disk"] = _disk(Path.cwd())
     return rows
+
+
+def _versions() -> dict[str, str]:
+    """Rows about what is installed."""
+    return {
+        "arbitor": __version__,
+        "python": f"{platform.python_version()} at {sys.executable}, {platform.platform()}",
+        "packages": ", ".join(f"{name} {_version(name)}" for name in PACKAGES),
+    }
 
 
 def _products() -> str:

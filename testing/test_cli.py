@@ -14,8 +14,10 @@ import torch
 from safetensors.torch import save_file
 
 import arbitor
+from arbitor import __main__ as command
 from arbitor.cli import main
 from arbitor.config import PRESETS, load_config, preset
+from arbitor.train.loop import Trainer
 
 TOML = """
 [model]
@@ -178,7 +180,8 @@ def test_bad_command_lines(refused):
 
 def test_bad_names_of_runs(refused):
     refused([*TRAIN, "--run", "done"], "'done' exists", "--resume", "--reset")
-    refused([*TRAIN, "--run", "../elsewhere"], "'../elsewhere'")
+    for name in ("../elsewhere", "a b", "a\nb", "''", "-a", ".a", ""):
+        refused([*TRAIN, f"--run={name}"], f"--run {name!r} is no name of a run")
     refused([*TRAIN, "--reset"], "--reset", "--run")
     refused([*TRAIN, "--run", "done", "--reset", "--resume"], "--resume", "--reset")
     refused(["train", "--resume", "--run", "don"], "did you mean 'done'?")
@@ -202,6 +205,44 @@ def test_data_without_a_value_is_not_the_embedded_data(refused, verb):
 
 def test_a_reset_with_bad_data_deletes_nothing(refused):
     refused(["train", "--run", "done", "--reset", "--data", "nowhere.txt"], "nowhere.txt")
+
+
+def test_a_reset_that_comes_to_nothing_keeps_what_was_there(refused, workplace, monkeypatch, capsys):
+    reset = [*TRAIN, "--run", "done", "--reset"]
+    refused([*reset, "--batch", "2147483648"], "--batch 2147483648")
+    take_step = Trainer.take_step
+
+    def fail(trainer):
+        if trainer.step == 2:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 byte")
+        return take_step(trainer)
+
+    monkeypatch.setattr(Trainer, "take_step", fail)
+    before = tree(workplace)
+    assert main(reset) == 2
+    assert capsys.readouterr().err.startswith("arbitor: error: out of memory; a smaller --batch")
+    assert tree(workplace) == before
+
+
+def test_what_a_killed_reset_left_is_found_again(workplace, capsys):
+    """Neither listed nor lost; gone once there is something in its place."""
+    run, former = workplace / "runs" / "done", workplace / "runs" / ".done.former"
+    run.rename(former)
+    run.mkdir()
+    shutil.copy(former / "config.toml", run)
+    assert main(["train", "--resume", "--run", "done"]) == 2
+    assert "(what --reset was replacing is in runs/.done.former)" in capsys.readouterr().err
+    assert main(["eval", "--data", "data.txt"]) == 2
+    assert main([*TRAIN, "--run", "done", "--reset", "--steps", "2"]) == 0
+    assert not former.exists()
+    assert main(["eval", "--data", "data.txt"]) == 0
+
+
+def test_a_run_without_its_settings_is_no_dead_end(refused, workplace, capsys):
+    run = workplace / "runs" / "done"
+    (run / "config.toml").unlink()
+    refused(["train", "--resume", "--run", "done"], "lost its config.toml", "runs/done/best/config.toml")
+    assert main(["eval", "done", "--data", "data.txt"]) == 0
 
 
 def test_bad_checkpoints(refused, workplace):
@@ -252,12 +293,16 @@ def test_a_gpu_that_is_not_there(refused):
     ("value", "words"),
     [("tritn", "must be one of auto, triton, torch"), ("triton", "Triton is not installed")],
 )
-def test_a_back_end_that_is_not_there(refused, monkeypatch, value, words):
+def test_a_back_end_that_is_not_there(refused, capsys, monkeypatch, value, words):
     monkeypatch.setenv("ARB_TERNARY_BACKEND", value)
     monkeypatch.setattr("arbitor.ops.backend.has_triton", lambda: False)
     smoke = ["smoke", "--preset", "tiny"]
-    for verb in (TRAIN, ["generate", "done"], ["eval", "done", "--data", "data.txt"], smoke, ["doctor"]):
+    for verb in (TRAIN, ["generate", "done"], ["eval", "done", "--data", "data.txt"], smoke):
         refused(verb, f"ARB_TERNARY_BACKEND is '{value}'", words)
+    assert main(["doctor"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out.startswith("arbitor ")  # what is installed is told all the same
+    assert captured.err.startswith(f"arbitor: error: ARB_TERNARY_BACKEND is '{value}'")
 
 
 def test_bad_sampling_settings(refused):
@@ -285,6 +330,19 @@ def test_a_bug_is_told_as_one(workplace, capsys, monkeypatch):
     captured = capsys.readouterr().err
     assert captured.startswith("arbitor: error: unexpected ZeroDivisionError")
     assert captured.count("\n") == 1
+
+
+def test_an_interrupt_of_the_imports_is_one_line(monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "arbitor.cli")
+
+    class Interrupted:
+        def find_spec(self, name, *_):
+            if name == "arbitor.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
+    assert command.run() == 130
+    assert capsys.readouterr() == ("", "arbitor: interrupted\n")
 
 
 def test_an_interrupt_ahead_of_a_run_is_one_line(workplace, capsys, monkeypatch):
@@ -567,7 +625,7 @@ def test_commands_that_messages_print_are_verbs():
     from arbitor.train import learnt
 
     tables = (learnt._TRIED, learnt._MADE, learnt._ADDED, *learnt._MADE_FROM.values())
-    for printed in [command for table in tables for command in table.values()]:
+    for printed in [line for table in tables for line in table.values()]:
         program, verb, *_ = printed.split()
         assert program == "arbitor"
         assert main([verb, "--help"]) == 0

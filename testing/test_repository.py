@@ -105,7 +105,7 @@ print("heavy:", *[name for name in ("torch", "triton", "numpy") if name in sys.m
 
 def test_the_installed_command_is_the_module(repository):
     project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
-    assert project["scripts"] == {"arbitor": "arbitor.cli:main"}
+    assert project["scripts"] == {"arbitor": "arbitor.__main__:run"}
     script = Path(sysconfig.get_path("scripts"), "arbitor")
     if not script.exists():
         pytest.skip(f"arbitor is not installed in this environment: no {script}")

@@ -111,7 +111,7 @@ def held_out_share(held_out: str) -> Fraction | None:
     if number is None:
         return None
     if not 0 < number < 1:
-        raise UserError(f"--held-out must be a path or a share between 0 and 1, got {held_out!r}")
+        raise UserError(f"--held-out must be a path or a share above 0 and below 1, got {held_out!r}")
     return exact_share(number)
 
 

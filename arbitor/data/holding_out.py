@@ -42,7 +42,8 @@ def numbered_split(count: int, held_out: str, unit: str, choices: str) -> tuple[
         return set(range(count - int(number), count)), f"the last {int(number):,}"
     if not 0 < number < 1:
         raise UserError(
-            f"--held-out must be {choices}, a share between 0 and 1 or a number of {unit}, got {held_out!r}"
+            f"--held-out must be {choices}, a share above 0 and below 1 or a number of {unit}, "
+            f"got {held_out!r}"
         )
     share = exact_share(number)
     out = {n for n in range(count) if int((n + 1) * share) > int(n * share)}

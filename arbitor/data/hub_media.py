@@ -321,7 +321,7 @@ def _rule(held_out: str | None) -> tuple[Callable[[int], bool], int, str]:
         return lambda number: number < most, most, f"the first {most:,}"
     if value is None or not 0 < value < 1:
         raise UserError(
-            f"--held-out of a data set of the hub must be a path, a share between 0 and 1 or a number of "
+            f"--held-out of a data set of the hub must be a path, a share above 0 and below 1 or a number of "
             f"examples below {OPENING:,}, got {given!r}"
         )
     share: Fraction = exact_share(value)

@@ -75,7 +75,7 @@ def _share(held_out: str | None) -> Fraction | None:
     number = spelled_number(held_out)
     if number is None or not 0 < number < 1:
         raise UserError(
-            f"--held-out must be a share between 0 and 1, of the data of every modality, got {held_out!r}"
+            f"--held-out must be a share above 0 and below 1, of the data of every modality, got {held_out!r}"
         )
     return exact_share(number)
 

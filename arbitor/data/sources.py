@@ -199,6 +199,8 @@ def _named_file(path: Path) -> Iterator[Source]:
         status = path.stat()
     except (OSError, ValueError) as error:
         if isinstance(error, FileNotFoundError):
+            if path.is_symlink():
+                raise UserError(f"{str(path)!r} is a link to what is not there") from error
             hint = did_you_mean(path.name, names_in(path.parent))
             raise UserError(f"no such file or folder: {str(path)!r}{hint}") from error
         raise UserError(f"cannot read {str(path)!r}: {reason(error)}") from error

@@ -21,11 +21,10 @@ from arbitor.errors import UserError
 from arbitor.finetune.lora import Adapter, adapter_parameters, attach, fingerprint
 from arbitor.ternary import audit
 from arbitor.ternary.audit import AuditReport
-from arbitor.train.runs import CHECKPOINTS, run_path
+from arbitor.train.runs import ADAPTER_FILE, CHECKPOINTS, run_path
 from arbitor.train.swap import locate
 from arbitor.train.tensorfile import DamagedError, read_tensors, read_text, write_tensors
 
-CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 KIND = "adapter"
 PREFIX = "base_model.model."
@@ -98,7 +97,7 @@ def write_adapter(
         "use_dora": False,
         "use_rslora": False,
     }
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / ADAPTER_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     named = {PREFIX + name: tensor for name, tensor in weights.items()}
     return {WEIGHTS_FILE: write_tensors(folder / WEIGHTS_FILE, KIND, named, base=base_fingerprint)}
 
@@ -110,7 +109,7 @@ def read_adapter(folder: Path) -> SavedAdapter:
         DamagedError: a file is missing, cut short or altered.
         UserError: it is no plain LoRA adapter.
     """
-    config = _config(folder / CONFIG_FILE)
+    config = _config(folder / ADAPTER_FILE)
     tensors, base_fingerprint = _tensors(folder / WEIGHTS_FILE)
     weights: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -187,13 +186,13 @@ def find_adapter(given: str | Path) -> Path | None:
     """
     name, path = str(given), Path(given)
     candidates = [path]
-    if path.name in (WEIGHTS_FILE, CONFIG_FILE) and path.is_file():
+    if path.name in (WEIGHTS_FILE, ADAPTER_FILE) and path.is_file():
         candidates = [path.parent]
     elif name and "/" not in name and "\\" not in name and not name.startswith(".") and "\0" not in name:
         candidates.insert(0, run_path(name))
     for candidate in candidates:
         for folder in (candidate, *(locate(candidate / checkpoint) for checkpoint in CHECKPOINTS)):
-            if (folder / CONFIG_FILE).is_file():
+            if (folder / ADAPTER_FILE).is_file():
                 return folder
     return None
 

@@ -212,6 +212,11 @@ class Finetune:
             self.method.set_training(True)
 
     @property
+    def has_saved(self) -> bool:
+        """Whether there is a checkpoint."""
+        return self._saved_step is not None
+
+    @property
     def _diverged(self) -> bool:
         return self._dropped_in_a_row >= MAX_DROPPED_IN_A_ROW
 

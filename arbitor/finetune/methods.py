@@ -13,7 +13,6 @@ from torch import Tensor
 from arbitor.config import MIXED, RunConfig, in_order, override
 from arbitor.errors import UserError
 from arbitor.finetune.adapter import (
-    CONFIG_FILE,
     KIND,
     WEIGHTS_FILE,
     load_weights,
@@ -28,6 +27,7 @@ from arbitor.ternary import VoteOptimizer
 from arbitor.ternary.optimizer import STATES
 from arbitor.train import swap
 from arbitor.train.checkpoint import MODEL_FILE, Checkpoint, load_checkpoint, save_checkpoint
+from arbitor.train.runs import ADAPTER_FILE
 from arbitor.train.tensorfile import (
     FORMAT,
     DamagedError,
@@ -149,7 +149,7 @@ class AdapterMethod:
             files[OPTIMIZER_FILE] = write_tensors(
                 temporary / OPTIMIZER_FILE, OPTIMIZER_KIND, moments, num_updates=num_updates
             )
-            files[CONFIG_FILE] = digest((temporary / CONFIG_FILE).read_bytes())
+            files[ADAPTER_FILE] = digest((temporary / ADAPTER_FILE).read_bytes())
             document = dump_document({**state, "format": FORMAT, "files": files})
             (temporary / STATE_FILE).write_text(document, encoding="utf-8")
 
@@ -304,7 +304,7 @@ def verified_state(folder: Path) -> dict[str, Any]:
         name: read_tensors(folder / name, kind)[1]["checksum"]
         for name, kind in ((WEIGHTS_FILE, KIND), (OPTIMIZER_FILE, OPTIMIZER_KIND))
     }
-    found[CONFIG_FILE] = digest(read_text(folder / CONFIG_FILE).encode())
+    found[ADAPTER_FILE] = digest(read_text(folder / ADAPTER_FILE).encode())
     for name, checksum in found.items():
         if state["files"].get(name) != checksum:
             raise DamagedError(f"{folder / name} is not the file that {STATE_FILE} was saved with")

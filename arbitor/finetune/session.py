@@ -113,7 +113,9 @@ def list_finetunes() -> list[Path]:
     """All finetunes under ./runs, newest first."""
     if not runs.RUNS.is_dir():
         return []
-    found = [path for path in runs.RUNS.iterdir() if (path / CONFIG_FILE).is_file()]
+    found = [
+        path for path in runs.RUNS.iterdir() if (path / CONFIG_FILE).is_file() and not runs.is_former(path)
+    ]
     return sorted(found, key=lambda path: _made(path / CONFIG_FILE), reverse=True)
 
 
@@ -421,8 +423,9 @@ def _stopped(finetune: Finetune, diverged: bool, console: Console, guard: Signal
         )
         return FAILED
     command = f"arbitor finetune --resume --run {shlex.quote(finetune.folder.name)}"
+    saved = f"saved {finetune.folder / 'latest'}" if finetune.has_saved else "nothing was learnt yet"
     console.print(
-        f"stopped at {where}; saved {finetune.folder / 'latest'}; go on with: {command}",
+        f"stopped at {where}; {saved}; go on with: {command}",
         markup=False,
         soft_wrap=True,
     )

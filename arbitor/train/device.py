@@ -66,6 +66,12 @@ def resolve_device(name: str) -> Device:
     requested_backend()
     if name not in ("auto", "cpu", "cuda"):
         raise UserError(f"unknown device {name!r}; choose auto, cpu or cuda")
+    device = _found(name)
+    backend(device.device)  # or else it says why not
+    return device
+
+
+def _found(name: str) -> Device:
     if name == "cpu":
         return Device(torch.device("cpu"), "cpu", "asked for")
     why_not = _why_no_cuda()

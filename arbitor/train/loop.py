@@ -356,6 +356,8 @@ class Run:
             name = self.folder.name
             again = any((self.folder / kept).is_dir() for kept in ("latest", "best"))
             what = f"go on with --resume --run {name}" if again else f"start anew with --reset --run {name}"
+            if not self.folder.is_dir():
+                raise UserError(f"{error}: somebody deleted {self.folder}; {what}") from error
             raise UserError(f"{error}; make room, then {what}") from error
 
     def _is_due(self, interval: int) -> bool:

@@ -4,9 +4,10 @@ import contextlib
 import difflib
 import json
 import os
+import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ FINETUNE_FILE = "finetune.json"
 SUMMARY_FILE = "summary.json"
 METRICS_FILE = "metrics.jsonl"
 MODEL_FILE = "model.safetensors"
+ADAPTER_FILE = "adapter_config.json"
 CHECKPOINTS = ("best", "latest", "final")  # in the order in which a model is looked for
 
 
@@ -29,13 +31,7 @@ def run_path(name: str) -> Path:
     Raises:
         UserError: the name is not one plain component of a path.
     """
-    if (
-        not name
-        or name.startswith((".", "-"))
-        or name != os.path.basename(name)
-        or "\\" in name
-        or "\0" in name
-    ):
+    if not re.fullmatch(r"\w[\w.-]*", name):
         raise UserError(
             f"--run {name!r} is no name of a run: use letters, digits, '-', '_' and '.', "
             "neither '-' nor '.' at the beginning, no '/'"
@@ -47,7 +43,7 @@ def list_runs() -> list[Path]:
     """All runs, newest first."""
     if not RUNS.is_dir():
         return []
-    found = [path for path in RUNS.iterdir() if (path / CONFIG_FILE).is_file()]
+    found = [path for path in RUNS.iterdir() if (path / CONFIG_FILE).is_file() and not is_former(path)]
     return sorted(found, key=_age, reverse=True)
 
 
@@ -64,6 +60,8 @@ def existing_run(name: str | None) -> Path:
         return next((run for run in runs if is_finished(run) or _checkpoint_of(run)), runs[0])
     path = run_path(name)
     if not (path / CONFIG_FILE).is_file():
+        if found := _checkpoint_of(path):
+            raise UserError(f"{path} has lost its {CONFIG_FILE}; put it back from {found / CONFIG_FILE}")
         raise UserError(f"there is no run {name!r} under ./{RUNS}{_suggestion(name)}")
     return path
 
@@ -112,19 +110,74 @@ def make_run(preset: str, name: str | None = None) -> Path:
         ) from error
 
 
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[None]:
+    """While a run is made anew: the one that there was lies aside, and is deleted once that is done.
+
+    It comes back if the new one leaves neither a checkpoint nor a summary. A process that is killed meanwhile
+    leaves it in `former_of(path)`.
+
+    Raises:
+        UserError: the folder holds something else than a run, or cannot be moved.
+    """
+    _refuse_no_run(path)
+    former = former_of(path)
+    if former.exists() and not _is_of_use(path):  # of a process that was killed
+        remove_run(path)
+    else:
+        forget_former(path)
+        try:
+            path.rename(former)
+        except OSError as error:
+            raise UserError(f"cannot move {path} aside: {error.strerror}") from error
+    try:
+        yield
+    finally:
+        if _is_of_use(path):
+            forget_former(path)
+        else:
+            if path.exists():
+                remove_run(path)
+            former.rename(path)
+
+
+def former_of(path: Path) -> Path:
+    """Where a run lies that is being replaced."""
+    return path.with_name(f".{path.name}.former")
+
+
+def is_former(path: Path) -> bool:
+    """Whether a folder is a run that is being replaced."""
+    return path.name.startswith(".") and path.name.endswith(".former")
+
+
+def forget_former(path: Path) -> None:
+    """Delete what a run has replaced, if that is still there."""
+    if former_of(path).is_dir():
+        remove_run(former_of(path))
+
+
+def _is_of_use(path: Path) -> bool:
+    return _checkpoint_of(path) is not None or is_finished(path)
+
+
 def remove_run(path: Path) -> None:
     """Delete a run; anything that is not one is refused.
 
     Raises:
         UserError: the folder holds something else, or cannot be removed.
     """
-    is_folder = path.is_dir() and not path.is_symlink()
-    if not is_folder or not ((path / CONFIG_FILE).is_file() or _is_beginning(path)):
-        raise UserError(f"{path} is not a run (it has no {CONFIG_FILE}); it stays as it is")
+    _refuse_no_run(path)
     try:
         shutil.rmtree(path)
     except OSError as error:
         raise UserError(f"cannot remove {path}: {error.strerror}") from error
+
+
+def _refuse_no_run(path: Path) -> None:
+    is_folder = path.is_dir() and not path.is_symlink()
+    if not is_folder or not ((path / CONFIG_FILE).is_file() or _is_beginning(path)):
+        raise UserError(f"{path} is not a run (it has no {CONFIG_FILE}); it stays as it is")
 
 
 def remove_if_untrained(path: Path) -> None:
@@ -235,7 +288,7 @@ def name_of(checkpoint: Path) -> str:
 def _named_checkpoint(given: str | Path) -> Path:
     name, path = str(given), Path(given)
     is_name = bool(name) and not name.startswith(".") and name == os.path.basename(name)
-    if is_name and (RUNS / name / CONFIG_FILE).is_file():
+    if is_name and ((RUNS / name / CONFIG_FILE).is_file() or _checkpoint_of(RUNS / name)):
         path = RUNS / name
     if path.is_file():
         if path.name != MODEL_FILE:
@@ -244,6 +297,11 @@ def _named_checkpoint(given: str | Path) -> Path:
     if (path / MODEL_FILE).exists():
         return path
     if found := _checkpoint_of(path):
+        if not (found / MODEL_FILE).exists() and (found / ADAPTER_FILE).exists():
+            raise UserError(
+                f"{found} is an adapter, which is no model without its base: `arbitor generate` and `arbitor "
+                "chat` take it as it is; else give the base"
+            )
         return found
     if swap.locate(path) != path:
         return swap.locate(path)

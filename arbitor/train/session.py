@@ -127,12 +127,16 @@ def start_training(
         return _grow(load_checkpoint(runs.find_checkpoint(base)), settings, run, console, flags)
     config = _settled(_new_config(settings, preset, config_file, flags))
     if run is not None and not reset:
+        if runs.run_path(run).exists():
+            refuse_busy(runs.run_path(run))
         runs.refuse_existing(run)
     device = resolve_device(config.train.device)
     corpus = _open(config, settings)
     if run is not None and reset and runs.run_path(run).exists():
         refuse_busy(runs.run_path(run))
-        runs.remove_run(runs.run_path(run))
+        _refuse_too_large(config, device)
+        with runs.replacing(runs.run_path(run)):
+            return _train_new(config, corpus, device, console, run, show_next=show_next)
     return _train_new(config, corpus, device, console, run, show_next=show_next)
 
 
@@ -223,6 +227,7 @@ def _resume(
         for name in runs.CHECKPOINTS:
             swap.recover(folder / name, keep_previous=name == "latest")
         checkpoint = _newest_checkpoint(folder, console)
+        runs.forget_former(folder)
         if not _is_longer(config, checkpoint.config) and checkpoint.model_config == config.model:
             raise UserError(
                 f"{folder / runs.CONFIG_FILE} is not what {checkpoint.folder} was trained with; put it back "
@@ -354,6 +359,8 @@ def _newest_checkpoint(folder: Path, console: Console) -> Checkpoint:
             break
     if not found:
         reason = problems[0] if problems else f"{folder} holds no checkpoint"
+        if runs.former_of(folder).is_dir():
+            reason += f" (what --reset was replacing is in {runs.former_of(folder)})"
         raise UserError(
             f"cannot resume: {reason}; start the run anew with --run {shlex.quote(folder.name)} --reset"
         )

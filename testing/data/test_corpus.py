@@ -153,7 +153,7 @@ def test_the_embedded_corpus_with_own_held_out_data(tmp_path):
 @pytest.mark.parametrize("held_out", ["0", "1", "-0.1", "2", "nan", "inf"])
 def test_a_share_outside_0_and_1_is_refused(tmp_path, held_out):
     (tmp_path / "a.txt").write_text("text")
-    with pytest.raises(UserError, match="share between 0 and 1"):
+    with pytest.raises(UserError, match="share above 0 and below 1"):
         opened(tmp_path / "a.txt", held_out=held_out)
 
 

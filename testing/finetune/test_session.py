@@ -153,6 +153,25 @@ def stop_after(step, run, code):
         assert run() == code
 
 
+def test_stopped_ahead_of_the_first_step_nothing_is_said_to_be_saved(finetune, capsys):
+    from arbitor.finetune.loop import Finetune
+    from arbitor.train.signals import Interrupted
+
+    def interrupted(_):
+        signal.raise_signal(signal.SIGINT)
+        raise Interrupted
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Finetune, "_measured", interrupted)
+        assert finetune("--steps", "8", "--run", "early") == 130
+    told = capsys.readouterr().out
+    assert (
+        "stopped at step 0 of 8; nothing was learnt yet; go on with: arbitor finetune --resume --run" in told
+    )
+    assert not Path("runs/early/latest").exists()
+    assert main(["finetune", "--resume", "--run", "early"]) == 0
+
+
 def test_a_damaged_checkpoint_is_replaced_by_the_one_before_it(finetune):
     steps = ["--steps", "8", "--save-interval", "3", "--eval-interval", "0"]
     assert finetune(*steps, "--run", "whole") == 0

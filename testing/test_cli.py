@@ -236,6 +236,12 @@ def test_what_a_killed_reset_left_is_found_again(workplace, capsys):
     assert main([*TRAIN, "--run", "done", "--reset", "--steps", "2"]) == 0
     assert not former.exists()
     assert main(["eval", "--data", "data.txt"]) == 0
+    run.rename(former)
+    assert main([*TRAIN, "--run", "done"]) == 2  # it is there again
+    assert "the run 'done' exists: continue it with --resume" in capsys.readouterr().err
+    run.rename(former)
+    assert main(["train", "--resume", "--run", "done"]) == 0
+    assert "'done' is finished" in capsys.readouterr().out
 
 
 def test_a_run_without_its_settings_is_no_dead_end(refused, workplace, capsys):

@@ -21,7 +21,7 @@ from arbitor.errors import UserError
 from arbitor.finetune.lora import Adapter, adapter_parameters, attach, fingerprint
 from arbitor.ternary import audit
 from arbitor.ternary.audit import AuditReport
-from arbitor.train.runs import ADAPTER_FILE, CHECKPOINTS, run_path
+from arbitor.train.runs import ADAPTER_FILE, CHECKPOINTS, is_name, run_path
 from arbitor.train.swap import locate
 from arbitor.train.tensorfile import DamagedError, read_tensors, read_text, write_tensors
 
@@ -188,7 +188,7 @@ def find_adapter(given: str | Path) -> Path | None:
     candidates = [path]
     if path.name in (WEIGHTS_FILE, ADAPTER_FILE) and path.is_file():
         candidates = [path.parent]
-    elif name and "/" not in name and "\\" not in name and not name.startswith(".") and "\0" not in name:
+    elif is_name(name):
         candidates.insert(0, run_path(name))
     for candidate in candidates:
         for folder in (candidate, *(locate(candidate / checkpoint) for checkpoint in CHECKPOINTS)):

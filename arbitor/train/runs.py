@@ -31,12 +31,17 @@ def run_path(name: str) -> Path:
     Raises:
         UserError: the name is not one plain component of a path.
     """
-    if not re.fullmatch(r"\w[\w.-]*", name):
+    if not is_name(name):
         raise UserError(
             f"--run {name!r} is no name of a run: use letters, digits, '-', '_' and '.', "
             "neither '-' nor '.' at the beginning, no '/'"
         )
     return RUNS / name
+
+
+def is_name(text: str) -> bool:
+    """Whether a run may be called so."""
+    return re.fullmatch(r"\w[\w.-]*", text) is not None
 
 
 def list_runs() -> list[Path]:
@@ -144,6 +149,13 @@ def replacing(path: Path) -> Iterator[None]:
 def former_of(path: Path) -> Path:
     """Where a run lies that is being replaced."""
     return path.with_name(f".{path.name}.former")
+
+
+def put_back(path: Path) -> None:
+    """Put a run back that a `replacing` which was killed has moved, if nothing is in its place."""
+    if not path.exists() and former_of(path).is_dir():
+        with contextlib.suppress(OSError):
+            former_of(path).rename(path)
 
 
 def is_former(path: Path) -> bool:

@@ -96,6 +96,8 @@ def start_training(
         compilers.fork_compilers()  # ahead of the first look at the GPU
     if resume and reset:
         raise UserError("--resume goes on with a run and --reset deletes it: give one of them")
+    if run is not None:
+        runs.put_back(runs.run_path(run))
     if resume:
         folder = runs.existing_run(run)
         if (folder / runs.FINETUNE_FILE).is_file():

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 USER_ERROR = 2
 BUG = 1
-NO_MEMORY = "can't allocate memory"  # what torch says of a CPU's
 INTERRUPTED = 130  # 128 plus the number of SIGINT, as shells have it
+NO_MEMORY = "can't allocate memory"  # what torch says of a CPU's
 VISION_BATCH = 64  # the captions of 16 images, the batch of texts, are few bytes to learn from
 
 app = App(

@@ -299,8 +299,8 @@ def name_of(checkpoint: Path) -> str:
 
 def _named_checkpoint(given: str | Path) -> Path:
     name, path = str(given), Path(given)
-    is_name = bool(name) and not name.startswith(".") and name == os.path.basename(name)
-    if is_name and ((RUNS / name / CONFIG_FILE).is_file() or _checkpoint_of(RUNS / name)):
+    is_part = bool(name) and not name.startswith(".") and name == os.path.basename(name)
+    if is_part and ((RUNS / name / CONFIG_FILE).is_file() or _checkpoint_of(RUNS / name)):
         path = RUNS / name
     if path.is_file():
         if path.name != MODEL_FILE:

@@ -121,7 +121,7 @@ def start_training(
     if base is not None:
         _refuse_other_settings(base, preset, config_file)
         if run is not None and not reset:
-            runs.refuse_existing(run)
+            _refuse_existing(run)
         if run is not None and reset and runs.run_path(run).exists():
             raise UserError(
                 f"--reset would delete {run!r} ahead of a run that starts from another: delete it first"
@@ -129,17 +129,19 @@ def start_training(
         return _grow(load_checkpoint(runs.find_checkpoint(base)), settings, run, console, flags)
     config = _settled(_new_config(settings, preset, config_file, flags))
     if run is not None and not reset:
-        if runs.run_path(run).exists():
-            refuse_busy(runs.run_path(run))
-        runs.refuse_existing(run)
+        _refuse_existing(run)
     device = resolve_device(config.train.device)
     corpus = _open(config, settings)
     if run is not None and reset and runs.run_path(run).exists():
         refuse_busy(runs.run_path(run))
-        _refuse_too_large(config, device)
         with runs.replacing(runs.run_path(run)):
             return _train_new(config, corpus, device, console, run, show_next=show_next)
     return _train_new(config, corpus, device, console, run, show_next=show_next)
+
+
+def _refuse_existing(run: str) -> None:
+    refuse_busy(runs.run_path(run))  # which the run's own files do not tell
+    runs.refuse_existing(run)
 
 
 def _refuse_other_settings(base: str, preset: str | None, config_file: str | None) -> None:

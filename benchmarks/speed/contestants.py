@@ -5,6 +5,7 @@ Shape letters: B windows, L bytes of a window.
 
 import contextlib
 import gc
+import math
 import shutil
 import statistics
 import time
@@ -33,7 +34,6 @@ from benchmarks.speed.clock import idle_seconds, matmul_peak
 TEXT_BYTES = 4_000_000
 DENSE_LR = 1e-3
 CONTESTANTS = ("trits", "dense-autocast", "dense-bf16", "dense-fp32", "dense-compiled", "torchao")
-PROFILED = 3  # steps, after those that are timed
 SLOW_BF16 = 4  # times that a product takes in bf16 of what it takes in fp32: no peer
 
 
@@ -52,6 +52,7 @@ class Setting:
         warmup: steps ahead of the timed ones.
         steps: timed steps.
         threads: on the CPU; None leaves torch's own number.
+        profiled: steps after those, for `Timing.idle_ms`.
     """
 
     preset: str
@@ -64,6 +65,7 @@ class Setting:
     warmup: int = 5
     steps: int = 20
     threads: int | None = None
+    profiled: int = 0
 
     @property
     def bytes_per_step(self) -> int:
@@ -96,7 +98,7 @@ class Timing:
         weights: trained weights of all kinds.
         share_of_peak: 6 operations an active weight and byte, over the measured `matmul_peak` of the device.
         iterations: of the core, mean over positions of the last forward; 0 without a core.
-        idle_ms: of a step in which nothing ran on the GPU, by the profiler; 0 on the CPU.
+        idle_ms: of a step in which nothing ran on the GPU, by the profiler; NaN where none was profiled.
     """
 
     ms_per_step: float
@@ -172,7 +174,8 @@ def measure(contestant: str, setting: Setting) -> Timing:
         whole = (time.perf_counter() - began) / setting.steps
         seconds = whole if device.is_cuda else statistics.median(times)
         kept_bytes, weights = kept()
-        idle_ms = 1e3 * idle_seconds(take_step, device, PROFILED) if device.is_cuda else 0.0
+        profiled = setting.profiled if device.is_cuda else 0
+        idle_ms = 1e3 * idle_seconds(take_step, device, profiled) if profiled else math.nan
         iterations = float(model.part_metrics().get("mean_iterations", torch.zeros(())))
     operations = 6 * counts(setting.config().model).active * setting.bytes_per_step
     return Timing(

@@ -34,6 +34,7 @@ from benchmarks.speed.contestants import Setting, why_absent
 from benchmarks.speed.table import in_own_process
 
 ROUNDS_ON_CPU = 3
+PROFILED = 3
 FEW_TOKENS_CTX = 4
 CAP_BYTES = 3.5 * (1 << 30)
 CAP_WEIGHTS = 2_000_000_000
@@ -53,7 +54,8 @@ def training_step(
     device: Device, preset: str = "base", batch: int = 32, ctx: int = 1024
 ) -> Mapping[str, float]:
     """G3: a step of `arbitor train` against the dense twins, compiled, with fused AdamW."""
-    setting = Setting(preset=preset, batch=batch, ctx=ctx, state="full", device=device.device.type)
+    kind = device.device.type
+    setting = Setting(preset=preset, batch=batch, ctx=ctx, state="full", device=kind, profiled=PROFILED)
     timings = {
         name: in_own_process(name, setting)
         for name in ("trits", "dense-autocast", "dense-bf16")

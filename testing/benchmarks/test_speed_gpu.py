@@ -44,7 +44,8 @@ def test_decoding_is_captured_as_a_graph(gpu, capsys):
 def test_steps_and_peaks(contestant):
     if contestant == "torchao":
         pytest.importorskip("torchao")
-    setting = Setting(preset="tiny", batch=4, ctx=32, state="full", device="cuda", warmup=2, steps=3)
+    sizes = {"batch": 4, "ctx": 32, "warmup": 2, "steps": 3, "profiled": 2}
+    setting = Setting(preset="tiny", state="full", device="cuda", **sizes)
     timing = measure(contestant, setting)
     assert timing.ms_per_step > 0
     assert timing.peak_bytes > timing.kept_bytes

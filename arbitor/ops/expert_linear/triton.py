@@ -24,9 +24,7 @@ from arbitor.ops.trit_codec.triton import scaled_weights
 from arbitor.ops.triton import digit, exp2_int, has_ptx, is_legal
 
 FEW_ROWS = 64  # altogether, or
-FEW_ROWS_EACH = (
-    16  # for each expert on average, are few; forward, the threshold `few_expert_rows` in its place
-)
+FEW_ROWS_EACH = 16  # for each expert on average, are few; see `product` for the forward
 FEW_TOKENS = 16  # rows of a tile then, the fewest that tensor cores take
 MANY_ROWS = 4096  # output rows from which on such tiles are large
 BYTES = 64  # packed bytes of a row at a time: two blocks of 160 trits
@@ -463,9 +461,8 @@ def product(
         return y.zero_()
     packed, exponent = packed.contiguous(), exponent.contiguous()
     exact = _has_integer_product(codes, exponent)  # so that both ways give the same bits
-    if not has_few_rows(
-        codes, offsets, threshold("few_expert_rows", codes.device) if exact else FEW_ROWS_EACH
-    ):
+    each = threshold("few_expert_rows", codes.device) if exact else FEW_ROWS_EACH
+    if not has_few_rows(codes, offsets, each):
         assert exact
         _many_rows(codes, scale, offsets, packed, exponent, y)
         return y

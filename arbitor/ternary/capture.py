@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from arbitor.ops.expert_linear import grouped_outer
+from arbitor.ops.expert_linear import add_grouped_outer, grouped_outer
 from arbitor.ops.row_sums import row_sums
 
 if TYPE_CHECKING:
@@ -83,8 +83,12 @@ class MatrixCapture(Capture):
         self._pairs.append((activations, output_gradient, *rest))
         size = math.prod(self._shape) * output_gradient.element_size()
         if self._dense is not None or sum(a.nbytes + b.nbytes for a, b, *_ in self._pairs) >= size:
-            gradient, self._pairs = self.product(), []
-            self.add_dense(gradient)
+            self._form()
+
+    def _form(self) -> None:
+        """Add dW of all pairs to the dense gradient, and drop them."""
+        gradient, self._pairs = self.product(), []
+        self.add_dense(gradient)
 
     def product(self) -> Tensor:
         """dW of all pairs together, in the dtype of their output gradients."""
@@ -95,13 +99,16 @@ class MatrixCapture(Capture):
         gradient = gradient.view(self._shape)
         if self._dense is None:
             self._dense = gradient.to(torch.float32) if gradient.dtype == torch.float16 else gradient
-            return
+        else:
+            self._dense = self._sum_so_far(self._dense, gradient.dtype).add_(gradient)
+
+    def _sum_so_far(self, dense: Tensor, dtype: torch.dtype) -> Tensor:
+        """The dense gradient in the dtype in which another of `dtype` is added; itself where that stays."""
         self._additions += 1
-        dtype = torch.promote_types(self._dense.dtype, gradient.dtype)
+        dtype = torch.promote_types(dense.dtype, dtype)
         if self._additions > NARROW_ADDITIONS:
             dtype = torch.promote_types(dtype, torch.float32)
-        # In place where the dtype stays.
-        self._dense = self._dense.to(dtype).add_(gradient)
+        return dense.to(dtype)
 
     @property
     def empty(self) -> bool:
@@ -230,9 +237,23 @@ class ExpertCapture(MatrixCapture):
 
     def product(self) -> Tensor:
         """Zero for an expert without rows."""
-        activations, output_gradient, offsets = self.sorted_rows()
         with outside_autocast():
-            return grouped_outer(output_gradient, activations.to(output_gradient.dtype), offsets)
+            return grouped_outer(*self._operands())
+
+    def _form(self) -> None:
+        if self._dense is None:
+            super()._form()
+            return
+        output_gradient, activations, offsets = self._operands()
+        self._pairs = []
+        self._dense = self._sum_so_far(self._dense, output_gradient.dtype)
+        with outside_autocast():
+            add_grouped_outer(self._dense, output_gradient, activations, offsets)
+
+    def _operands(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of `grouped_outer`: output gradients, activations in their dtype, and the ends of the rows."""
+        activations, output_gradient, offsets = self.sorted_rows()
+        return output_gradient, activations.to(output_gradient.dtype), offsets
 
 
 class RowCapture(Capture):

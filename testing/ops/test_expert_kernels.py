@@ -202,3 +202,39 @@ def test_gradients_of_experts_without_rows_are_zeros():
     found = triton.clear_idle(*moved(gradient, torch.tensor([0, 5, 5, 5], dtype=torch.int32)))
     assert (found[1] == 3).all()
     assert (found[[0, 2, 3]] == 0).all()
+
+
+@pytest.mark.parametrize("dtypes", [("float32", "bfloat16"), ("bfloat16",) * 2, ("float32",) * 2], ids=str)
+def test_gradients_are_added_where_experts_have_rows_and_nothing_else_is_written(dtypes):
+    from arbitor.ops.expert_linear import triton
+
+    total, gradient = (
+        torch.randn(4, 9, 701, generator=torch.Generator().manual_seed(seed)).to(getattr(torch, dtype))
+        for seed, dtype in enumerate(dtypes)
+    )
+    if total.dtype == torch.bfloat16:  # which Triton's interpreter rounds towards zero
+        total, gradient = total.round(), gradient.round()
+    gradient[[0, 2]] = torch.nan  # of experts without rows
+    gradient[3, 4, 5] = torch.inf
+    expected = total.clone()
+    expected[[1, 3]] += gradient[[1, 3]]
+    given = moved(total, gradient, torch.tensor([0, 5, 5, 9], dtype=torch.int32))
+    triton.add_busy(*given)
+    assert torch.equal(given[0].cpu(), expected)
+
+
+@pytest.mark.parametrize("ends", [[0, 5, 5, 30], [40, 40, 40, 40], [0, 0, 0, 0]], ids=str)
+@pytest.mark.parametrize("sizes", [(70, 37), (8, 16)], ids=str)
+def test_products_by_expert_are_added_as_those_that_are_formed(ends, sizes, monkeypatch):
+    from arbitor.ops.expert_linear import add_grouped_outer, grouped_outer
+
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(40, size, generator=generator) for size in sizes)
+    total = torch.randn(4, *sizes, generator=generator)
+    offsets = torch.tensor(ends, dtype=torch.int32)
+    for backend in ("torch", "triton"):
+        monkeypatch.setenv("ARB_TERNARY_BACKEND", backend)
+        found, *given = moved(total, a, b, offsets)
+        expected = found + grouped_outer(*given)
+        add_grouped_outer(found, *given)
+        assert torch.equal(found, expected)

@@ -67,6 +67,16 @@ def test_slices_of_output_rows_change_nothing(workspace, monkeypatch):
     torch.testing.assert_close(sliced_dx, whole_dx, rtol=1e-5, atol=1e-6)
 
 
+def test_decoded_weights_may_take_as_much_as_the_largest_of_rows():
+    from arbitor.ops.expert_linear.reference import WORKSPACE_BYTES, slices
+
+    narrow, wide = torch.empty(1 << 16, 8), torch.empty(1 << 16, 8192, device="meta")
+    assert list(slices([narrow], 1024, 100, 16, 4)) == list(slices([narrow[:1]], 1024, 100, 16, 4))
+    assert list(slices([narrow], 1024, 2 * WORKSPACE_BYTES // 1024 // 64, 16, 4)) == [(0, 256), (256, 512)]
+    for beside in ([narrow, wide], [wide, narrow]):
+        assert list(slices(beside, 1024, 4096, 16, 4)) == [(0, 4096)]
+
+
 @pytest.mark.parametrize("ends", [[1, 1, 1, 1, 1], [0, 0, 0, 0, 2], [0, 1, 1, 3, 3], [0, 0, 0, 0, 0]])
 def test_few_rows(ends):
     layer = experts()

@@ -9,10 +9,22 @@ from torch import Tensor
 from arbitor.ops import activations
 from arbitor.ops.backend import rounds_gradients, uses_triton
 from arbitor.ops.expert_linear import reference
-from arbitor.ops.expert_linear.reference import busy_experts, grouped_matmul, grouped_outer
+from arbitor.ops.expert_linear.reference import (
+    add_grouped_outer,
+    busy_experts,
+    grouped_matmul,
+    grouped_outer,
+)
 from arbitor.ops.registry import register
 
-__all__ = ["busy_experts", "expert_linear", "expert_linear_backward", "grouped_matmul", "grouped_outer"]
+__all__ = [
+    "add_grouped_outer",
+    "busy_experts",
+    "expert_linear",
+    "expert_linear_backward",
+    "grouped_matmul",
+    "grouped_outer",
+]
 
 
 def expert_linear(

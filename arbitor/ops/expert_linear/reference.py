@@ -7,7 +7,7 @@ Shape letters: M rows (tokens sorted by expert), I in, O out, E experts, A exper
 P packed bytes a row, G groups.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -40,17 +40,18 @@ def busy_experts(offsets: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
 
 
 def slices(
-    beside: Tensor, in_features: int, out_features: int, experts: int, element_size: int
+    beside: Iterable[Tensor], in_features: int, out_features: int, experts: int, element_size: int
 ) -> Iterator[tuple[int, int]]:
     """Ranges of output rows whose decoded weights fit into the workspace, in multiples of 16.
 
     Args:
-        beside: a tensor of rows that is there in any case; as large may the workspace be.
+        beside: tensors of rows that are there in any case; as large as the largest may the workspace be.
         in_features, out_features: I and O.
         experts: A, that are decoded.
         element_size: bytes of a decoded weight.
     """
-    rows = max(WORKSPACE_BYTES, beside.nbytes) // max(1, experts * in_features * element_size)
+    workspace = max(WORKSPACE_BYTES, *(tensor.nbytes for tensor in beside))
+    rows = workspace // max(1, experts * in_features * element_size)
     rows = max(16, rows // 16 * 16)
     for first in range(0, out_features, rows):
         yield first, min(first + rows, out_features)
@@ -75,16 +76,38 @@ def grouped_matmul(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 
 def grouped_outer(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
     """a^T b over the rows of each group: a [M, O], b [M, I] of one dtype -> [A, O, I]; zero without rows."""
+    product = _outer(a, b, offsets)
+    if uses_triton(a) and product.is_contiguous():
+        from arbitor.ops.expert_linear import triton
+
+        return triton.clear_idle(product, offsets)
+    return _clear_idle(product, offsets)
+
+
+def add_grouped_outer(total: Tensor, a: Tensor, b: Tensor, offsets: Tensor) -> None:
+    """Add `grouped_outer(a, b, offsets)` to total [A, O, I], in place; only groups with rows are written."""
+    product = _outer(a, b, offsets)
+    narrow = torch.float64 not in (total.dtype, product.dtype)
+    if narrow and uses_triton(total) and product.is_contiguous() and total.is_contiguous():
+        from arbitor.ops.expert_linear import triton
+
+        triton.add_busy(total, product, offsets)
+    else:
+        total.add_(_clear_idle(product, offsets))
+
+
+def _outer(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
+    """As `grouped_outer`, with anything for groups without rows."""
     if a.dtype == torch.float64:
         return torch.stack([a[first:last].t() @ b[first:last] for first, last in _ranges(offsets)])
     rows, columns = a.shape[1], b.shape[1]
     # Padding by nothing would copy.
     a, b = (F.pad(t, (0, pad)) if (pad := -t.shape[1] % MULTIPLE) else t for t in (a, b))
-    product = F.grouped_mm(a.t(), b, offs=offsets)[:, :rows, :columns]
-    if uses_triton(a) and product.is_contiguous():
-        from arbitor.ops.expert_linear import triton
+    return F.grouped_mm(a.t(), b, offs=offsets)[:, :rows, :columns]
 
-        return triton.clear_idle(product, offsets)
+
+def _clear_idle(product: Tensor, offsets: Tensor) -> Tensor:
+    """The product with zeros for groups without rows."""
     idle = torch.diff(offsets, prepend=offsets.new_zeros(1)) == 0
     return product.masked_fill_(idle[:, None, None], 0)
 
@@ -123,7 +146,7 @@ def forward(
     experts, ends = busy_experts(offsets, x.shape[0])
     out_features = packed.shape[1]
     y: Tensor | None = None
-    for first, last in slices(x, x.shape[1], out_features, len(experts), dtype.itemsize):
+    for first, last in slices([x], x.shape[1], out_features, len(experts), dtype.itemsize):
         weight = trit_codec.decode(
             packed[experts, first:last], exponent[experts, first:last], x.shape[1], group, dtype
         )
@@ -153,7 +176,7 @@ def backward(
     dy = dy.to(dtype)
     experts, ends = busy_experts(offsets, x.shape[0])
     dxn: Tensor | None = None
-    for first, last in slices(x, x.shape[1], packed.shape[1], len(experts), dtype.itemsize):
+    for first, last in slices([x, dy], x.shape[1], packed.shape[1], len(experts), dtype.itemsize):
         weight = trit_codec.decode(
             packed[experts, first:last], exponent[experts, first:last], x.shape[1], group, dtype
         )

@@ -406,6 +406,19 @@ def _clear_idle_kernel(gradient, offsets, size, BLOCK: tl.constexpr):
     tl.store(at, tl.zeros((BLOCK,), dtype=gradient.dtype.element_ty), mask=element < size)
 
 
+@triton.jit
+def _add_busy_kernel(total, gradient, offsets, size, BLOCK: tl.constexpr):
+    expert = tl.program_id(1)
+    if tl.load(offsets + expert - 1, mask=expert > 0, other=0) == tl.load(offsets + expert):
+        return
+    element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    at = expert.to(tl.int64) * size + element
+    used = element < size
+    sum_of = tl.load(total + at, mask=used, other=0.0).to(tl.float32)
+    sum_of += tl.load(gradient + at, mask=used, other=0.0).to(tl.float32)
+    tl.store(total + at, sum_of.to(total.dtype.element_ty), mask=used)
+
+
 def runs_forward(x: Tensor, offsets: Tensor, exponent: Tensor) -> bool:
     """Whether `forward` is for such a product: else the reference decodes and calls the library.
 
@@ -492,7 +505,7 @@ def _many_rows(
     experts, all_rows, _ = packed.shape
     block_t, block_o, block_i, warps, stages = _many_tile(tokens, experts, all_rows)
     slots = _slots(tokens, experts, block_t)
-    for first, last in reference.slices(y, columns, all_rows, experts, 1):
+    for first, last in reference.slices([codes, y], columns, all_rows, experts, 1):
         trits, row_scale = decode_experts(packed, exponent, offsets, first, last, columns)
         rows = last - first
         _many_rows_kernel[(slots * triton.cdiv(rows, block_o),)](
@@ -591,7 +604,7 @@ def _many_rows_gradient(
     experts, rows, _ = packed.shape
     columns = x.shape[1]
     dxn: Tensor | None = None
-    for first, last in reference.slices(x, columns, rows, experts, dy.element_size()):
+    for first, last in reference.slices([x, dy], columns, rows, experts, dy.element_size()):
         weight, _ = decode_experts(packed, exponent, offsets, first, last, columns, group, dy.dtype)
         part = dy if last - first == rows else dy[:, first:last].contiguous()
         part = reference.grouped_matmul(part, weight, offsets)
@@ -607,6 +620,14 @@ def clear_idle(gradient: Tensor, offsets: Tensor) -> Tensor:
     if gradient.numel():
         _clear_idle_kernel[(triton.cdiv(count, 4096), experts)](gradient, offsets, count, BLOCK=4096)
     return gradient
+
+
+def add_busy(total: Tensor, gradient: Tensor, offsets: Tensor) -> None:
+    """Add gradient to total, both [E, O, I] and contiguous, where experts have rows; sums are in fp32."""
+    experts, *size = gradient.shape
+    count = size[0] * size[1]
+    if gradient.numel():
+        _add_busy_kernel[(triton.cdiv(count, 4096), experts)](total, gradient, offsets, count, BLOCK=4096)
 
 
 def _places(experts: int) -> int:

@@ -34,7 +34,7 @@ def seconds_of(
 
 def idle_seconds(work: Callable[[], object], device: Device, calls: int) -> float:
     """Time of a call in which a GPU does nothing, from its first kernel to its last, by torch's profiler."""
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
         for _ in range(calls):
             work()
         device.synchronize()

@@ -8,5 +8,5 @@ order, with the same schedule; the twin has dense floats in place of every integ
 (`benchmarks.learning.contestants`). Each learning rate is run with seed 0, the best one of each, by the share
 right, with two more seeds. What is compared is the mean share of held-out captions that are written right,
 byte for byte. A finished run is a row of `benchmarks/results/digits-<data>-<device>.csv` and is skipped the
-next time.
+next time; with other steps, images or another `--held-out`, rows of before are left alone and not compared.
 """

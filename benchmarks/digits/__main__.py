@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from arbitor.config import RunConfig, override, preset
-from arbitor.data.images import Geometry, ImageCorpus, default_geometry, open_images
+from arbitor.data.holding_out import spelled_number
+from arbitor.data.images import OWN_SHARE, Geometry, ImageCorpus, default_geometry, open_images
 from arbitor.errors import UserError
 from arbitor.train.device import resolve_device
 from arbitor.train.task import CaptionTask
@@ -20,10 +21,18 @@ from benchmarks.learning.training import train_on
 
 COLUMNS = (
     *("contestant", "lr", "seed", "steps", "batch", "image_patch", "trunk_weights", "bytes_per_weight"),
-    *("images", "held_out", "captions_right", "held_out_bits_per_byte", "seconds"),
+    *("images", "held_out", "split", "captions_right", "held_out_bits_per_byte", "seconds"),
     *("commit", "device", "torch", "date"),
 )
-KEY = ("contestant", "lr", "seed", "steps", "batch", "image_patch")
+SETTINGS = (
+    "steps",
+    "batch",
+    "image_patch",
+    "images",
+    "held_out",
+    "split",
+)  # rows that differ are not compared
+KEY = ("contestant", "lr", "seed", *SETTINGS)
 RATES = {"trits-full": (0.025, 0.05, 0.1), "dense-adamw": (0.001, 0.002, 0.004)}
 SEEDS = (0, 1, 2)
 GOAL_RATIO = 0.98
@@ -55,25 +64,51 @@ def compare(options: argparse.Namespace) -> int:
     print(corpus.description)
     name = options.data.name if options.data else "sklearn"
     table = Table(options.results / f"digits-{name}-{slug(device.device)}.csv", COLUMNS, KEY)
+    asked = settings(config, corpus, split_of(options.held_out, corpus))
     contestants = options.contestant or list(RATES)
     for contestant in contestants:
-        while (run := next_run(contestant, mine(table.rows(), config))) is not None:
+        while (run := next_run(contestant, mine(table.rows(), asked))) is not None:
             if time.monotonic() > deadline:
                 print("time ran out; the same command goes on")
                 return 75
-            row = measure(run, config, corpus, device.device, options.commit or commit())
+            row = measure(run, config, corpus, asked["split"], device.device, options.commit or commit())
             table.put(row)
             print(
                 f"{run}: {100 * float(row['captions_right']):.2f} % right in {row['seconds']} s", flush=True
             )
-    print(summary(mine(table.rows(), config)))
+    print(summary(mine(table.rows(), asked)))
     return 0
 
 
-def mine(rows: Sequence[Row], config: RunConfig) -> list[Row]:
-    """The rows of runs of this length, batch and patch."""
-    wanted = (config.train.steps, config.train.batch, config.model.image_patch)
-    return [row for row in rows if tuple(int(row[k]) for k in ("steps", "batch", "image_patch")) == wanted]
+def split_of(held_out: str | None, corpus: ImageCorpus) -> str:
+    """Which images are held out, in words.
+
+    "share 0.1" is spread evenly over all, "last 1000" are the last ones, "t10k" the files of MNIST's own
+    split; anything else is the name of the file or folder that was given.
+    """
+    if held_out is None:
+        return "t10k" if "(the t10k files)" in corpus.description else f"share {float(OWN_SHARE):g}"
+    number = spelled_number(held_out)
+    if number is None:
+        return Path(held_out).name
+    return f"share {number:g}" if number < 1 else f"last {number:.0f}"
+
+
+def settings(config: RunConfig, corpus: ImageCorpus, split: str) -> dict[str, str]:
+    """The columns of a row that all compared runs share."""
+    return {
+        "steps": str(config.train.steps),
+        "batch": str(config.train.batch),
+        "image_patch": str(config.model.image_patch),
+        "images": str(len(corpus.train)),
+        "held_out": str(len(corpus.held_out)),
+        "split": split,
+    }
+
+
+def mine(rows: Sequence[Row], asked: Row) -> list[Row]:
+    """The rows of runs of this length, batch and patch, on as many images, held out in the same way."""
+    return [row for row in rows if asked.items() <= row.items()]
 
 
 def next_run(contestant: str, rows: Sequence[Row]) -> Run | None:
@@ -94,9 +129,9 @@ def best_rate(contestant: str, rows: Sequence[Row]) -> float:
 
 
 def measure(
-    run: Run, config: RunConfig, corpus: ImageCorpus, device: torch.device, from_commit: str
+    run: Run, config: RunConfig, corpus: ImageCorpus, split: str, device: torch.device, from_commit: str
 ) -> dict[str, str]:
-    """Train and evaluate one run; its row."""
+    """Train and evaluate one run, whose images are held out as `split` says; its row."""
     task = CaptionTask(override(config, seed=run.seed), corpus)
     trainee = build(run, config.model, device)
     began = time.perf_counter()
@@ -110,13 +145,9 @@ def measure(
         "contestant": run.contestant,
         "lr": format(run.lr, "g"),
         "seed": str(run.seed),
-        "steps": str(config.train.steps),
-        "batch": str(config.train.batch),
-        "image_patch": str(config.model.image_patch),
+        **settings(config, corpus, split),
         "trunk_weights": str(weights),
         "bytes_per_weight": format(trainee.trunk_bytes() / weights, ".4f"),
-        "images": str(len(corpus.train)),
-        "held_out": str(len(corpus.held_out)),
         "captions_right": format(result.captions_right or 0.0, ".5f"),
         "held_out_bits_per_byte": format(result.bits_per_byte, ".5f"),
         "seconds": format(seconds, ".1f"),

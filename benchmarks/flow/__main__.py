@@ -3,17 +3,15 @@
 import argparse
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from arbitor.config import RunConfig, override, preset
-from arbitor.data.sampler import random_bits
-from arbitor.data.video import ClipGeometry, Clips, MovingDigits, VideoCorpus, open_videos, write_clips
-from arbitor.drawing import autoencoder_of, draw, video_head_of
+from arbitor.data.video import ClipGeometry, VideoCorpus, open_videos
+from arbitor.drawing import autoencoder_of, video_head_of
 from arbitor.errors import UserError
 from arbitor.model import ARBModel
 from arbitor.ternary import named_ternary
@@ -25,7 +23,15 @@ from arbitor.train.loop import Trainer
 from arbitor.train.video_tasks import REPEATS, FlowTask
 from benchmarks.common import RESULTS, commit, provenance, slug
 from benchmarks.flow.baselines import shuffled
-from benchmarks.flow.features import frechet_distance, shares_right, train_classifier
+from benchmarks.flow.clips import captions_of, coded, decoded, drawn, random_clips, write_sheets
+from benchmarks.flow.features import (
+    CLASSIFIER,
+    Checked,
+    features_of,
+    frechet_distance,
+    named_right,
+    train_classifier,
+)
 from benchmarks.learning.table import Row, Table
 
 LOSSES = ("velocity_loss", "gaussian_loss", "independent_gaussian_loss", "shuffled_loss")
@@ -33,16 +39,18 @@ DISTANCES = (
     *("drawn_distance", "gaussian_distance", "shuffled_distance"),
     *("training_distance", "coded_distance"),
 )
+TRAINED = (
+    *("preset", "data", "seed", "codec_steps", "steps", "batch", "dim", "layers", "lr", "codec_lr"),
+)  # what training depends on
+KEY = (*TRAINED, "sampler", "sample_steps", "guidance", "clips", "classifier", "classifier_steps")
+NAMED = ("real_named", "real_velocities", "coded_named", "drawn_named")
 COLUMNS = (
-    *("seed", "codec_steps", "steps", "batch", "dim", "layers", "lr", "codec_lr"),
-    *("sampler", "sample_steps", "guidance"),
-    *("trunk_weights", "pixel_error", *LOSSES, "clips", *DISTANCES, "names_right", "velocities_right"),
+    *(*KEY, "trunk_weights", "pixel_error", *LOSSES, *DISTANCES, *NAMED),
     *("seconds", "commit", "device", "torch", "date"),
 )
-KEY = COLUMNS[:11]
+PRESET, DATA = "tiny", "moving digits"
 GOAL = 0.5
 GAUSSIAN_CLIPS = 4096  # that the Gaussians are fitted to
-CODED_AT_A_TIME = 256
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -74,7 +82,13 @@ def measure(options: argparse.Namespace) -> int:
     geometry = ClipGeometry(size=model.video_size, frames=model.video_frames, channels=model.video_channels)
     corpus = open_videos([], None, geometry)
     print(corpus.description)
-    name = "-".join(value or "none" for value in settings.values()).replace(".", "_")
+    name = "-".join(settings[key] for key in TRAINED).replace(".", "_").replace(" ", "_")
+    classifier = train_classifier(corpus, options.classifier_steps, device.device)
+    print(
+        f"classifier: names {100 * classifier.names:.1f} % of the real held-out clips, "
+        f"{100 * classifier.velocities:.1f} % of their velocities",
+        flush=True,
+    )
     began = time.monotonic()
     codec = trained(codec_config, corpus, device, options.work / f"{name}-codec", None, deadline)
     if codec is None:
@@ -94,8 +108,7 @@ def measure(options: argparse.Namespace) -> int:
         "trunk_weights": str(sum(trunk)),
         "pixel_error": format(coded, ".5f"),
         **{key: format(value, ".5f") for key, value in losses(flow.model, flow.task).items()},
-        "clips": str(options.clips),
-        **distances(flow.model, corpus, options, device.device),
+        **distances(flow.model, corpus, options, classifier),
         "seconds": format(seconds, ".1f"),
         **provenance(device.device, options.commit or commit()),
     }
@@ -108,6 +121,8 @@ def measure(options: argparse.Namespace) -> int:
 def run_settings(options: argparse.Namespace) -> dict[str, str]:
     """The columns that identify a row."""
     return {
+        "preset": PRESET,
+        "data": DATA,
         "seed": str(options.seed),
         "codec_steps": str(options.codec_steps),
         "steps": str(options.steps),
@@ -119,13 +134,16 @@ def run_settings(options: argparse.Namespace) -> dict[str, str]:
         "sampler": options.sampler,
         "sample_steps": str(options.sample_steps),
         "guidance": format(options.guidance, "g"),
+        "clips": str(options.clips),
+        "classifier": CLASSIFIER,
+        "classifier_steps": str(options.classifier_steps),
     }
 
 
 def configs(options: argparse.Namespace) -> tuple[RunConfig, RunConfig]:
     """The runs of the autoencoder and of the flow."""
     common = override(
-        preset("tiny"),
+        preset(PRESET),
         video_size=16,
         video_dim=options.dim,
         video_layers=options.layers,
@@ -195,77 +213,38 @@ def losses(model: ARBModel, task: FlowTask) -> dict[str, float]:
 
 @torch.no_grad()
 def distances(
-    model: ARBModel, corpus: VideoCorpus, options: argparse.Namespace, device: torch.device
+    model: ARBModel, corpus: VideoCorpus, options: argparse.Namespace, classifier: Checked
 ) -> dict[str, str]:
-    """Fréchet distances to real held-out clips, by the names of `DISTANCES`; how good the features are."""
-    assert isinstance(corpus.train, MovingDigits)
-    assert isinstance(corpus.held_out, MovingDigits)
-    with torch.enable_grad():
-        classifier = train_classifier(corpus.train, options.classifier_steps, device)
-    names_right, ways_right = shares_right(classifier, corpus.held_out, device)
+    """Fréchet distances to real held-out clips by the names of `DISTANCES`, shares by those of `NAMED`."""
     codec, count = autoencoder_of(model), options.clips
 
     def features(clips: Tensor) -> Tensor:
-        return torch.cat([classifier(part.to(device)) for part in clips.split(CODED_AT_A_TIME)])
+        return features_of(classifier.model, clips, model.device)
 
     real = random_clips(corpus.held_out, count, 2)
     other = random_clips(corpus.held_out, count, 3)
     gaussian = Gaussian.of(coded(model, random_clips(corpus.train, GAUSSIAN_CLIPS, 1)), full=True)
-    noise = torch.randn((count, *codec.latent_shape), generator=torch.Generator().manual_seed(4)).to(device)
-    sets = {
-        "drawn_distance": drawn(model, corpus.held_out, options),
-        "gaussian_distance": decoded(model, gaussian.sample(noise)),
+    noise = torch.randn((count, *codec.latent_shape), generator=torch.Generator().manual_seed(4))
+    made = {
+        "drawn_distance": drawn(model, captions_of(corpus.held_out, count, 7), options),
+        "gaussian_distance": decoded(model, gaussian.sample(noise.to(model.device))),
         "shuffled_distance": shuffled(other, 5),
         "training_distance": random_clips(corpus.train, count, 6),
         "coded_distance": decoded(model, coded(model, other)),
     }
-    of_real = features(real)
-    row = {name: format(frechet_distance(features(clips), of_real), ".4f") for name, clips in sets.items()}
-    return row | {"names_right": format(names_right, ".4f"), "velocities_right": format(ways_right, ".4f")}
-
-
-def drawn(model: ARBModel, clips: Clips, options: argparse.Namespace) -> Tensor:
-    """Clips uint8 [B, F, C, S, S] drawn to the captions of random held-out ones."""
-    places = np.arange(options.clips, dtype=np.uint64)
-    numbers = (random_bits(7, places) % np.uint64(len(clips))).tolist()
-    captions = [clips.captions[number] for number in numbers]
-    parts = []
-    for first in range(0, len(captions), CODED_AT_A_TIME):
-        some = captions[first : first + CODED_AT_A_TIME]
-        parts.append(
-            draw(
-                model,
-                some,
-                steps=options.sample_steps,
-                sampler=options.sampler,
-                guidance=options.guidance,
-                seed=first,
+    of_real, of_made = features(real), {name: features(clips) for name, clips in made.items()}
+    row = {name: format(frechet_distance(of, of_real), ".4f") for name, of in of_made.items()}
+    shares = {
+        "real_named": classifier.names,
+        "real_velocities": classifier.velocities,
+        **{
+            f"{what}_named": named_right(
+                classifier.model, of_made[f"{what}_distance"], captions_of(corpus.held_out, count, seed)
             )
-        )
-    return torch.cat(parts)
-
-
-def random_clips(clips: Clips, count: int, seed: int) -> Tensor:
-    """Clips uint8 [B, F, C, S, S] of things at random."""
-    places = np.arange(count, dtype=np.uint64)
-    numbers = (random_bits(2 * seed, places) % np.uint64(len(clips))).astype(np.int64)
-    return torch.from_numpy(clips.clips(numbers, random_bits(2 * seed + 1, places)))
-
-
-def coded(model: ARBModel, clips: Tensor) -> Tensor:
-    """Standardised latents of many clips, on the model's device."""
-    codec = autoencoder_of(model)
-    return torch.cat([codec.encode(part) for part in _parts(clips, model.device)])
-
-
-def decoded(model: ARBModel, latents: Tensor) -> Tensor:
-    """Clips uint8 of many latents, on the CPU."""
-    codec = autoencoder_of(model)
-    return torch.cat([codec.decode(part).cpu() for part in _parts(latents, model.device)])
-
-
-def _parts(tensor: Tensor, device: torch.device) -> Iterator[Tensor]:
-    return (part.to(device) for part in tensor.split(CODED_AT_A_TIME))
+            for what, seed in (("coded", 3), ("drawn", 7))
+        },
+    }
+    return row | {name: format(share, ".4f") for name, share in shares.items()}
 
 
 def summary(row: Row) -> str:
@@ -289,32 +268,17 @@ def summary(row: Row) -> str:
             )
         ),
         f"for scale: real training clips {row['training_distance']}, real ones in latents and "
-        f"back {row['coded_distance']}; the classifier names {100 * float(row['names_right']):.1f} % "
-        f"of the digits and {100 * float(row['velocities_right']):.1f} % of the velocities",
+        f"back {row['coded_distance']}",
+        f"the classifier names {_percent(row['drawn_named'])} of the drawn clips as their captions do, "
+        f"{_percent(row['real_named'])} of real held-out clips and {_percent(row['coded_named'])} of those "
+        f"in latents and back (velocities of real ones: {_percent(row['real_velocities'])})",
         f"goal: at most {GOAL:g} of the Gaussian and of frames out of order, in both",
     ]
     return "\n".join(lines)
 
 
-def write_sheets(model: ARBModel, corpus: VideoCorpus, options: argparse.Namespace, stem: Path) -> None:
-    """Drawn clips of every caption, each below a real one, as a sheet and playing."""
-    held_out = corpus.held_out
-    captions = sorted(set(held_out.captions))
-    numbers = np.array([held_out.captions.index(caption) for caption in captions])
-    real = torch.from_numpy(held_out.clips(numbers, random_bits(8, np.arange(len(numbers), dtype=np.uint64))))
-    made = draw(
-        model,
-        captions,
-        steps=options.sample_steps,
-        sampler=options.sampler,
-        guidance=options.guidance,
-        seed=0,
-    )
-    pairs = torch.stack([real, made], dim=1).flatten(0, 1).numpy()
-    for ending in (".png", ".gif"):
-        path = stem.with_suffix(ending)
-        write_clips(path, pairs)
-        print(f"{path}: real and drawn clips of {', '.join(c.decode() for c in captions)}")
+def _percent(share: str) -> str:
+    return f"{100 * float(share):.1f} %" if share else "(not measured)"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -331,7 +295,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sample-steps", type=int, default=32)
     parser.add_argument("--guidance", type=float, default=1.0)
     parser.add_argument("--clips", type=int, default=2048, help="in each set that distances are between")
-    parser.add_argument("--classifier-steps", type=int, default=1000)
+    parser.add_argument("--classifier-steps", type=int, default=1500, help="that gives the features")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--minutes", type=float, default=60.0, help="training stops after so long")
     parser.add_argument("--work", type=Path, default=Path("runs") / "flow-benchmark", help="for checkpoints")

@@ -7,4 +7,8 @@ network trained on the real recordings. Both note the codec's log-mel distance o
 beside that of each band's median over those recordings.
 
     python -m benchmarks.speech --data recordings.tar
+    python -m benchmarks.speech --summary                 what the rows say; nothing is trained
+
+The first prints what its own runs say, all of one seed; the second prints every recipe that was run on all
+speakers, with the mean over its seeds, and the trits' best recipe over the twin's, each chosen by that mean.
 """

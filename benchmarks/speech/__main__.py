@@ -25,6 +25,16 @@ from benchmarks.learning.table import Row, Table
 from benchmarks.learning.training import train_on
 from benchmarks.learning.twins import DenseLinear, FloatTable, make_twin
 from benchmarks.speech.recogniser import share_right, train_recogniser
+from benchmarks.speech.summary import (
+    GOALS,
+    TRITS,
+    TWIN,
+    Rates,
+    best_rates,
+    rates_of,
+    summary_of_all,
+    summary_of_run,
+)
 from benchmarks.speech.twins import replace_convolutions
 
 COLUMNS = (
@@ -36,27 +46,41 @@ COLUMNS = (
 GIVEN = ("seed", "dim", "codec_dim", "codes", "codec_steps", "steps", "batch")
 KEY = ("task", "contestant", "held_out", "lr", "codec_lr", *GIVEN, "equalise")
 TINY = preset("tiny").model
-RATES = {"trits-full": (0.05, 0.025, 0.1), "dense-adamw": (0.002, 0.001, 0.004)}
+RATES = {
+    "listen": {TRITS: (0.02, 0.01, 0.04), TWIN: (0.002, 0.001, 0.004)},
+    "speak": {TRITS: (0.05, 0.025, 0.1), TWIN: (0.002, 0.001, 0.004)},
+}  # the first is that of the best recipe among the rows; --sweep tries all
+CONTESTANTS = (TRITS, TWIN)
 TENTH = "0.1"
 TIMES_SPOKEN = 20
-GOALS = {"listen": 0.75, "speak": 0.80}
-GOAL_RATIO = 0.97
-
-Rates = tuple[float, float]  # of listening or speaking, and of the codec
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what is missing; exit code 0: all is there, 75: time ran out, 2: bad arguments."""
     options = _parser().parse_args(arguments)
     try:
-        return compare(options)
+        return summarise(options) if options.summary else compare(options)
     except UserError as error:
         print(f"benchmarks.speech: error: {error}", file=sys.stderr)
         return 2
 
 
+def summarise(options: argparse.Namespace) -> int:
+    """Print what the rows of all devices say; nothing is trained."""
+    paths = sorted(options.results.glob("speech-*.csv"))
+    if not paths:
+        raise UserError(f"there are no speech-*.csv in {options.results}; without --summary they are made")
+    for path in paths:
+        rows = Table(path, COLUMNS, KEY).rows()
+        for task in options.task or list(GOALS):
+            print(f"{path.name}: {summary_of_all(task, rows)}\n")
+    return 0
+
+
 def compare(options: argparse.Namespace) -> int:
     """All runs of the chosen tasks and contestants that the table does not hold."""
+    if options.data is None:
+        raise UserError("--data is needed, the recordings; only --summary does without")
     deadline = time.monotonic() + options.minutes * 60
     device = resolve_device(options.device).device
     table = Table(options.results / f"speech-{slug(device)}.csv", COLUMNS, KEY)
@@ -68,8 +92,8 @@ def compare(options: argparse.Namespace) -> int:
         folds = [f"speaker:{name}" for name in speakers] if task == "listen" else [TENTH]
         if not folds:
             raise UserError(f"{options.data}: the files' names say nothing of those speakers")
-        for contestant in options.contestant or list(RATES):
-            rates = rates_asked(contestant, options)
+        for contestant in options.contestant or CONTESTANTS:
+            rates = rates_asked(task, contestant, options)
             while (run := next_run(mine(table.rows(), task, contestant, options), folds, rates)) is not None:
                 if time.monotonic() > deadline:
                     print("time ran out; the same command goes on")
@@ -86,14 +110,15 @@ def compare(options: argparse.Namespace) -> int:
                     f"{row['seconds']} s",
                     flush=True,
                 )
-        print(summary(task, table.rows(), options))
+        own = {contestant: mine(table.rows(), task, contestant, options) for contestant in CONTESTANTS}
+        print(summary_of_run(task, own, folds))
     return 0
 
 
 def mine(rows: Sequence[Row], task: str, contestant: str, options: argparse.Namespace) -> list[Row]:
     """The rows of one task and contestant with the rates and settings that are asked for now."""
     wanted = {"task": task, "contestant": contestant} | settings(task, options)
-    asked = rates_asked(contestant, options)
+    asked = rates_asked(task, contestant, options)
     return [row for row in rows if wanted.items() <= row.items() and rates_of(row) in asked]
 
 
@@ -103,19 +128,14 @@ def settings(task: str, options: argparse.Namespace) -> dict[str, str]:
     return {name: str(getattr(options, name)) for name in GIVEN} | {"equalise": equalise}
 
 
-def rates_asked(contestant: str, options: argparse.Namespace) -> list[Rates]:
-    """Those given, of the contestants that are named; else the contestant's own."""
-    named = contestant in (options.contestant or RATES)
-    own = RATES[contestant] if options.sweep else RATES[contestant][:1]
+def rates_asked(task: str, contestant: str, options: argparse.Namespace) -> list[Rates]:
+    """Those given, of the contestants that are named; else the contestant's own in the task."""
+    named = contestant in (options.contestant or CONTESTANTS)
+    own = RATES[task][contestant] if options.sweep else RATES[task][contestant][:1]
     rates = options.lr if named and options.lr else own
     if named and options.codec_lr:
         return list(itertools.product(rates, options.codec_lr))
     return [(lr, lr) for lr in rates]
-
-
-def rates_of(row: Row) -> Rates:
-    """Those that a row was measured with."""
-    return float(row["lr"]), float(row["codec_lr"])
 
 
 def next_run(rows: Sequence[Row], folds: Sequence[str], rates: Sequence[Rates]) -> tuple[str, Rates] | None:
@@ -125,13 +145,6 @@ def next_run(rows: Sequence[Row], folds: Sequence[str], rates: Sequence[Rates]) 
     if all(run in done for run in wanted):
         wanted = [(fold, best_rates(rows, folds[0])) for fold in folds]
     return next((run for run in wanted if run not in done), None)
-
-
-def best_rates(rows: Sequence[Row], fold: str) -> Rates:
-    """The rates with the most words right on a fold."""
-    return rates_of(
-        max((row for row in rows if row["held_out"] == fold), key=lambda r: float(r["words_right"]))
-    )
 
 
 def measure(
@@ -191,7 +204,7 @@ def measure(
 
 def build_pipeline(run: Run, config: ModelConfig, device: torch.device) -> Trainee:
     """A fresh model with its codec, of trits or all of floats."""
-    if run.contestant == "trits-full":
+    if run.contestant == TRITS:
         return build(run, config, device)
     torch.manual_seed(run.seed)
     model = ARBModel(config=dataclasses.replace(config), device=device)
@@ -215,34 +228,19 @@ def read_back(
     return share_right(recogniser, spoken, words), share_right(recogniser, real, held_out.labels)
 
 
-def summary(task: str, rows: Sequence[Row], options: argparse.Namespace) -> str:
-    """The mean share of words right at each contestant's best rates, and the ratio to the twin."""
-    lines, means = [], {}
-    for contestant in RATES:
-        own = mine(rows, task, contestant, options)
-        if not own:
-            continue
-        best = best_rates(own, own[0]["held_out"])
-        shares = {r["held_out"]: float(r["words_right"]) for r in own if rates_of(r) == best}
-        means[contestant] = sum(shares.values()) / len(shares)
-        each = ", ".join(f"{fold} {100 * share:.1f}" for fold, share in shares.items())
-        lr, codec_lr = best
-        lines.append(
-            f"{task} {contestant} lr {lr:g}, codec {codec_lr:g}: "
-            f"{100 * means[contestant]:.2f} % right ({each})"
-        )
-    lines.append(f"goal: at least {100 * GOALS[task]:.0f} %")
-    if len(means) == len(RATES):
-        ratio = means["trits-full"] / max(1e-9, means["dense-adamw"])
-        lines.append(f"trits over float twin: {ratio:.4f} (goal of listening: at least {GOAL_RATIO})")
-    return "\n".join(lines)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speech", description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="folder or .tar of <word>_<speaker>_<n>.wav")
+    parser.add_argument(
+        "--data", type=Path, help="folder or .tar of <word>_<speaker>_<n>.wav; needed to train"
+    )
+    parser.add_argument(
+        "--summary",
+        action="store_true",
+        help="train nothing; print every recipe whose rows have all speakers, with the mean over seeds, and "
+        "the ratios of the contestants",
+    )
     parser.add_argument("--task", action="append", choices=tuple(GOALS), help="default both")
-    parser.add_argument("--contestant", action="append", choices=tuple(RATES), help="default both")
+    parser.add_argument("--contestant", action="append", choices=CONTESTANTS, help="default both")
     parser.add_argument("--speaker", action="append", help="to hold out; default each in turn")
     parser.add_argument("--sweep", action="store_true", help="try three rates on the first speaker")
     parser.add_argument(

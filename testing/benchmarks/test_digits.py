@@ -1,7 +1,10 @@
 """The comparison on digits: same architecture and images for both, what is run and what is summed up."""
 
 import csv
+import dataclasses
+import struct
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,8 +14,10 @@ from arbitor.evaluate import Evaluation
 from arbitor.ternary import Int8Embedding
 from arbitor.ternary.tensor import TernaryScaleTensor
 from arbitor.train.task import CaptionTask
-from benchmarks.digits.__main__ import RATES, main, measure, next_run, summary
+from benchmarks.common import RESULTS
+from benchmarks.digits.__main__ import COLUMNS, KEY, RATES, main, measure, next_run, split_of, summary
 from benchmarks.learning.contestants import Run, build
+from benchmarks.learning.table import Table
 from benchmarks.learning.training import train_on
 from benchmarks.learning.twins import DenseLinear, rms_norm
 
@@ -63,9 +68,11 @@ def test_both_get_the_same_batches(digits):
 
 def test_a_row_holds_what_was_measured(digits, monkeypatch):
     monkeypatch.setattr(CaptionTask, "evaluate", lambda *_: Evaluation(0.25, 900, 179, 0.75))
-    row = measure(Run("trits-full", 0.05, 1), config(), digits, CPU, "abc")
+    row = measure(Run("trits-full", 0.05, 1), config(), digits, "share 0.1", CPU, "abc")
     assert (row["captions_right"], row["held_out_bits_per_byte"]) == ("0.75000", "0.25000")
     assert (row["images"], row["held_out"], row["commit"], row["seed"]) == ("1618", "179", "abc", "1")
+    assert row["split"] == "share 0.1"
+    assert row.keys() == set(COLUMNS)
     assert 2 < float(row["bytes_per_weight"]) < 3
 
 
@@ -112,6 +119,59 @@ def test_what_is_done_is_skipped(digits, tmp_path, capsys, monkeypatch):
     assert "holds no IDX files" in capsys.readouterr().err
 
 
+def test_rows_of_other_images_are_neither_skipped_nor_summed_up_nor_replaced(
+    digits, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(CaptionTask, "evaluate", lambda *_: Evaluation(0.25, 900, 179, 0.75))
+    command = ["--steps", "1", "--batch", "2", "--device", "cpu", "--results", str(tmp_path), "--commit", "c"]
+    command += ["--contestant", "dense-adamw"]
+    splits = ((), ("--held-out", "179"), ("--held-out", "200"), ("--held-out", "0.2"))
+    for split in splits:
+        assert main([*command, *split]) == 0
+        told = capsys.readouterr().out
+        assert told.count("% right in") == 5
+        assert "mean of 3 seeds" in told
+    rows = Table(tmp_path / "digits-sklearn-cpu.csv", COLUMNS, KEY).rows()
+    assert [(r["images"], r["held_out"], r["split"]) for r in rows[::5]] == [
+        ("1618", "179", "share 0.1"),
+        ("1618", "179", "last 179"),
+        ("1597", "200", "last 200"),
+        ("1438", "359", "share 0.2"),
+    ]
+    assert len(rows) == 20
+    for split in (*splits, ("--held-out", "0.10")):
+        assert main([*command, *split]) == 0
+        assert "% right in" not in capsys.readouterr().out
+
+
+def test_what_is_held_out_is_told_apart(digits):
+    own = dataclasses.replace(digits, description="MNIST: 9 images to train on, 1 held out (the t10k files)")
+    assert split_of(None, digits) == split_of("0.1", digits) == "share 0.1"
+    assert split_of(None, own) == "t10k"
+    assert split_of("1000", own) == split_of("1e3", own) == "last 1000"
+    assert split_of("folder/others", own) == "others"
+
+
+def test_the_files_of_mnist_are_held_out_by_default(digits, tmp_path):
+    for part, count in (("train", 6), ("t10k", 3)):
+        pixels = np.random.default_rng(count).integers(0, 256, (count, 8, 8), dtype=np.uint8)
+        write_idx(tmp_path / f"{part}-images-idx3-ubyte", pixels)
+        write_idx(tmp_path / f"{part}-labels-idx1-ubyte", np.arange(count, dtype=np.uint8))
+    corpus = open_images([str(tmp_path)], None, Geometry(size=8, channels=1))
+    assert (len(corpus.held_out), split_of(None, corpus)) == (3, "t10k")
+
+
+def write_idx(path, array):
+    path.write_bytes(struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes())
+
+
+def test_the_results_that_are_kept_say_what_was_held_out():
+    for name, split, images in (("mnist-h100", "last 1000", "8000"), ("sklearn-cpu", "share 0.1", "1618")):
+        rows = Table(RESULTS / f"digits-{name}.csv", COLUMNS, KEY).rows()
+        assert len(rows) >= 10
+        assert {(r["split"], r["images"]) for r in rows} == {(split, images)}
+
+
 def mnist(data_folder):
     if not (data_folder / "mnist").is_dir():
         pytest.skip(f"no MNIST at {data_folder / 'mnist'} (IDX files)")
@@ -132,5 +192,5 @@ def test_mnist_is_learnt(data_folder):
     folder = mnist(data_folder)
     corpus = open_images([folder], "1000", Geometry(size=28, channels=1))
     settings = override(preset("tiny"), steps=2000, batch=128, **default_geometry([folder]))
-    row = measure(Run("trits-full", 0.05, 0), settings, corpus, torch.device("cuda"), "")
+    row = measure(Run("trits-full", 0.05, 0), settings, corpus, "last 1000", torch.device("cuda"), "")
     assert float(row["captions_right"]) >= 0.96

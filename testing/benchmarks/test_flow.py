@@ -6,11 +6,25 @@ import numpy as np
 import pytest
 import torch
 
-from arbitor.data.video import ClipGeometry, MovingDigits
+from arbitor.data.images import WORDS
+from arbitor.data.video import ClipGeometry, MovingDigits, VideoCorpus, open_videos
+from arbitor.errors import UserError
 from arbitor.train.gaussian import Gaussian
-from benchmarks.flow.__main__ import COLUMNS, main, summary
+from benchmarks.common import RESULTS
+from benchmarks.flow import features as features_module
+from benchmarks.flow.__main__ import COLUMNS, KEY, main, summary
 from benchmarks.flow.baselines import shuffled
-from benchmarks.flow.features import FEATURES, ClipClassifier, frechet_distance, labelled
+from benchmarks.flow.clips import DRAWS, captions_of, play, random_clips
+from benchmarks.flow.features import (
+    FEATURES,
+    ClipClassifier,
+    features_of,
+    frechet_distance,
+    labelled,
+    named_right,
+    train_classifier,
+)
+from benchmarks.learning.table import Table
 
 
 def normal(*shape, seed=0):
@@ -74,9 +88,67 @@ def test_features_and_labels_of_clips():
     assert ClipClassifier(6, 3, 20)(torch.zeros(2, 6, 3, 20, 20)).shape == (2, FEATURES)
 
 
+CPU = torch.device("cpu")
+
+
+def bars():
+    """Two digits, a bright one and a dark one, for training and held out."""
+    geometry = ClipGeometry(size=16, frames=8, channels=1)
+    pixels = np.stack([np.full((8, 8), value, dtype=np.uint8) for value in (250, 60)])
+    digits = MovingDigits(geometry, [b"three", b"nine"], pixels)
+    return VideoCorpus(train=digits, held_out=digits, description="")
+
+
+def test_a_classifier_that_is_undertrained_is_refused():
+    with pytest.raises(UserError, match=r"names \d.* of the real held-out clips after 0 steps"):
+        train_classifier(bars(), 0, CPU)
+
+
+def test_a_classifier_learns_names_and_captions_say_which_are_right(monkeypatch):
+    monkeypatch.setattr(features_module, "CHECKED", 64)
+    corpus = bars()
+    checked = train_classifier(corpus, 30, CPU)
+    assert checked.names >= 0.95
+    assert not checked.model.training
+    features = features_of(checked.model, random_clips(corpus.held_out, 40, 3), CPU, at_a_time=7)
+    captions = captions_of(corpus.held_out, 40, 3)
+    assert set(captions) == {b"three", b"nine"}
+    assert named_right(checked.model, features, captions) >= 0.9
+    swapped = [b"nine" if caption == b"three" else b"three" for caption in captions]
+    assert named_right(checked.model, features, swapped) <= 0.1
+
+
+def test_the_picture_that_plays_has_every_clip_and_frame(tmp_path):
+    image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+    clips = np.random.default_rng(0).integers(0, 256, (DRAWS, 10, 8, 1, 16, 16), dtype=np.uint8)
+    play(tmp_path / "a.gif", clips)
+    with image.open(tmp_path / "a.gif") as picture:
+        assert picture.n_frames == 8
+        assert picture.size == (10 * 17 * 3, DRAWS * 17 * 3)
+    assert (tmp_path / "a.gif").stat().st_size < 300_000  # of noise, the worst there is
+
+
+def test_the_rows_that_are_kept_have_these_columns():
+    for path in RESULTS.glob("flow-*.csv"):
+        table = Table(path, COLUMNS, KEY)
+        rows = table.rows()
+        assert len({table.identity(row) for row in rows}) == len(rows) > 0
+        assert all(float(row["real_named"]) >= 0.95 for row in rows if row["classifier"] == "pooled")
+
+
+@pytest.mark.long
+def test_the_classifier_names_held_out_digits():
+    pytest.importorskip("sklearn", reason="scikit-learn (extra `video`) is not installed")
+    corpus = open_videos([], None, ClipGeometry(size=16, frames=8, channels=1))
+    checked = train_classifier(corpus, 400, CPU)
+    assert checked.names >= 0.95
+    assert sorted(set(corpus.held_out.captions)) == sorted(word.encode() for word in WORDS)
+
+
 @pytest.mark.long
 def test_the_command_measures_and_goes_on_where_it_was_stopped(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("benchmarks.flow.__main__.GAUSSIAN_CLIPS", 2048)
+    monkeypatch.setattr(features_module, "LEAST_NAMED", 0.0)
     pytest.importorskip("sklearn", reason="scikit-learn (extra `video`) is not installed")
     command = [
         *("--steps", "2", "--codec-steps", "2", "--batch", "8", "--dim", "32", "--layers", "1"),
@@ -94,10 +166,15 @@ def test_the_command_measures_and_goes_on_where_it_was_stopped(tmp_path, capsys,
     assert float(row["velocity_loss"]) > float(row["gaussian_loss"]) > 0
     assert float(row["independent_gaussian_loss"]) > float(row["gaussian_loss"])
     assert float(row["training_distance"]) < float(row["gaussian_distance"])
+    assert all(0 <= float(row[name]) <= 1 for name in ("real_named", "coded_named", "drawn_named"))
+    assert row["classifier_steps"] == "2"
     for ending in ("png", "gif"):
-        assert (tmp_path / f"results/flow-cpu.{ending}").is_file()
+        assert 0 < (tmp_path / f"results/flow-cpu.{ending}").stat().st_size < 300_000
     out = capsys.readouterr().out
     assert summary(row) in out
     assert main(command) == 0
     assert "step" not in capsys.readouterr().out.splitlines()[0]
     assert main([*command, "--clips", "5"]) == 2
+    # Another set of clips is another row, on what was trained already.
+    assert main([*command, "--clips", "130"]) == 0
+    assert "step 1" not in capsys.readouterr().out

@@ -12,8 +12,9 @@ from arbitor.ternary import TernaryConv1d, TernaryUpsample1d
 from benchmarks.common import RESULTS
 from benchmarks.learning.contestants import Run
 from benchmarks.learning.table import Table
-from benchmarks.speech.__main__ import COLUMNS, KEY, build_pipeline, main
+from benchmarks.speech.__main__ import COLUMNS, KEY, RATES, build_pipeline, main
 from benchmarks.speech.recogniser import share_right, train_recogniser
+from benchmarks.speech.summary import results
 from benchmarks.speech.twins import DenseConv1d
 from testing.small_run import MODEL
 
@@ -102,16 +103,17 @@ def test_rows_of_several_recipes_stand_beside_each_other(arguments, tmp_path, ca
     monkeypatch.setattr("benchmarks.speech.__main__.build_pipeline", build)
     one = [*arguments, "--task", "listen", "--contestant", "trits-full", "--speaker", "a"]
     recipes = ([], ["--no-equalise"], ["--seed", "1"], ["--lr", "0.025"], ["--codec-lr", "0.1"])
+    own = str(RATES["listen"]["trits-full"][0])
     for recipe in recipes:
         assert main([*one, *recipe]) == 0
         assert capsys.readouterr().out.count("listen trits-full") == 2  # a run, and the summary of it alone
     rows = read(tmp_path / "speech-cpu.csv")
     assert [(r["equalise"], r["seed"], r["lr"], r["codec_lr"]) for r in rows] == [
-        ("on", "0", "0.05", "0.05"),
-        ("off", "0", "0.05", "0.05"),
-        ("on", "1", "0.05", "0.05"),
+        ("on", "0", own, own),
+        ("off", "0", own, own),
+        ("on", "1", own, own),
         ("on", "0", "0.025", "0.025"),
-        ("on", "0", "0.05", "0.1"),
+        ("on", "0", own, "0.1"),
     ]
     assert made == [True, False, True, True, True]
     for recipe in recipes:
@@ -158,6 +160,40 @@ def test_the_results_that_are_kept_say_what_was_heard():
     rows = Table(RESULTS / "speech-h100.csv", COLUMNS, KEY).rows()
     heard = {(row["task"], row["equalise"]) for row in rows}
     assert heard <= {("listen", "on"), ("listen", "off"), ("speak", "")}
+
+
+def test_rates_are_by_default_the_best_of_the_kept_rows():
+    """Of the runs with the same settings, those with as many seeds at least."""
+    rows = Table(RESULTS / "speech-h100.csv", COLUMNS, KEY).rows()
+    sizes = {"steps": "3000", "codec_steps": "3000", "dim": "160", "codec_dim": "160"}
+    for task, equalise in (("listen", "on"), ("speak", "")):
+        wanted = {"contestant": "trits-full", "equalise": equalise, **sizes}
+        found = [r for r in results(task, rows) if wanted.items() <= r.recipe.items()]
+        own = format(RATES[task]["trits-full"][0], "g")
+        default = next(r for r in found if r.recipe["lr"] == r.recipe["codec_lr"] == own)
+        assert default == next(r for r in found if len(r.seeds) >= len(default.seeds))
+
+
+def test_the_summary_of_all_needs_no_data_and_trains_nothing(tmp_path, capsys):
+    assert main(["--results", str(tmp_path)]) == 2
+    assert "--data is needed" in capsys.readouterr().err
+    assert main(["--summary", "--results", str(tmp_path)]) == 2
+    assert "there are no speech-*.csv" in capsys.readouterr().err
+    assert main(["--summary"]) == 0
+    assert "each at its own best recipe: trits-full" in capsys.readouterr().out
+
+
+def test_a_sweep_is_not_compared_with_runs_on_more_speakers(arguments, tmp_path, capsys):
+    """A contestant's best rates on the first speaker may have no rows of the others."""
+    one = [*arguments, "--task", "listen"]
+    assert main([*one, "--contestant", "dense-adamw"]) == 0
+    assert main([*one, "--contestant", "trits-full", "--speaker", "a"]) == 0
+    assert "no ratio" not in capsys.readouterr().out  # on that speaker alone both have a row
+    assert main([*one, "--contestant", "dense-adamw"]) == 0
+    told = capsys.readouterr().out
+    assert "1 of 2 folds" in told
+    assert "no ratio" in told
+    assert "trits over float twin" not in told
 
 
 def test_bad_data_is_exit_code_two(tmp_path, capsys):

@@ -9,7 +9,7 @@ from cyclopts import Parameter
 from arbitor import cli
 from arbitor.cli import DATA, LOGGING, RUN, TRAINING, whole
 from arbitor.errors import UserError
-from arbitor.flags import flag_of
+from arbitor.flags import PartFlags, flag_of
 
 DEFAULT_STEPS = 300
 TRIES = ("reconstruct", "hear", "say")
@@ -50,8 +50,16 @@ def audio(
     trits: Annotated[int | None, Parameter(group=TRAINING, converter=whole)] = None,
     codec_dim: Annotated[int | None, Parameter(group=TRAINING, converter=whole)] = None,
     codec_layers: Annotated[int | None, Parameter(group=TRAINING, converter=whole)] = None,
+    disable_moe: Annotated[bool, Parameter(group=TRAINING, show_default=False)] = False,
+    disable_vq: Annotated[bool, Parameter(group=TRAINING, show_default=False)] = False,
+    disable_graph: Annotated[bool, Parameter(group=TRAINING, show_default=False)] = False,
+    enable_memory: Annotated[bool, Parameter(group=TRAINING, show_default=False)] = False,
+    memory_rows: Annotated[int | None, Parameter(group=TRAINING, converter=whole)] = None,
+    max_moe_iters: Annotated[int | None, Parameter(group=TRAINING, converter=whole)] = None,
     state: Annotated[Literal["full", "compact", "lean"] | None, Parameter(group=TRAINING)] = None,
     lr: Annotated[float | None, Parameter(group=TRAINING)] = None,
+    accum_threshold: Annotated[int | None, Parameter(group=TRAINING, converter=whole)] = None,
+    e_accum_threshold: Annotated[int | None, Parameter(group=TRAINING, converter=whole)] = None,
     seed: Annotated[int | None, Parameter(group=TRAINING, converter=whole)] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"] | None, Parameter(group=TRAINING)] = None,
     eval_steps: Annotated[int | None, Parameter(group=LOGGING, converter=whole)] = None,
@@ -113,10 +121,26 @@ def audio(
         Width of the codec.
     codec_layers
         Blocks on each side of the codec's codes.
+    disable_moe
+        Leave the mixture of experts out.
+    disable_vq
+        Leave motifs out, and the graph with them.
+    disable_graph
+        Leave the motif graph out.
+    enable_memory
+        Add the n-gram memory.
+    memory_rows
+        Rows of each of the memory's hash tables.
+    max_moe_iters
+        Most iterations of the core.
     state
         What training keeps: full 2.3, compact 1.8 or lean 1.2 bytes a weight.
     lr
         Peak learning rate in trits per step; default by state.
+    accum_threshold
+        Accumulator value at which a trit flips; default by state.
+    e_accum_threshold
+        Accumulator value at which a scale exponent moves.
     seed
         Seed of weights, data order and rounding.
     device
@@ -164,6 +188,8 @@ def audio(
         "accum": accum,
         "state": state,
         "lr": lr,
+        "accum_threshold": accum_threshold,
+        "e_accum_threshold": e_accum_threshold,
         "seed": seed,
         "device": device,
         "eval_steps": eval_steps,
@@ -175,6 +201,15 @@ def audio(
     settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if not resume:
         settings = _defaults(settings, base)
+    off = {"moe": disable_moe, "vq": disable_vq, "graph": disable_graph}
+    parts = PartFlags(
+        without=tuple(name for name in off if off[name]),
+        memory=enable_memory,
+        memory_rows=memory_rows,
+        max_moe_iters=max_moe_iters,
+    )
+    if parts != PartFlags():
+        settings |= cli._part_settings(parts, preset, None, run, resume, base)
     from arbitor.train.session import start_training
 
     return start_training(

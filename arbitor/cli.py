@@ -168,7 +168,8 @@ def train(
         Do not shift and turn the images.
     enable_audio
         Learn the labels of recordings: --data names folders, .tar archives, .jsonl or audio files; default
-        synthesised sounds. `arbitor audio` has more: the codec, speaking.
+        synthesised sounds. `arbitor audio` has more: the codec, speaking. With --enable-vision as well, one
+        model learns from text, images and sounds, drawn by weights: `arbitor pretrain` has more of that.
     max_moe_iters
         Most iterations of the core.
     state
@@ -231,6 +232,24 @@ def train(
     numbers = memory_rows is not None or max_moe_iters is not None
     if image_encoder is not None and not enable_vision:
         raise UserError("--image-encoder is for images: give --enable-vision as well")
+    if enable_vision and enable_audio:
+        from arbitor.flags import PartFlags
+        from arbitor.pretrain_command import start_mix
+
+        return start_mix(
+            settings,
+            PartFlags(
+                without=without, memory=enable_memory, memory_rows=memory_rows, max_moe_iters=max_moe_iters
+            ),
+            image=image if image_encoder is None else {"image_encoder": image_encoder, **image},
+            enabled=("image", "audio"),
+            only=True,
+            run=run,
+            resume=resume,
+            reset=reset,
+            preset=preset,
+            config=config,
+        )
     if without or enable_memory or numbers or enable_vision or image:
         from arbitor.flags import PartFlags
 
@@ -258,8 +277,6 @@ def train(
         if enable_vision and batch is None and preset is None and config is None and not resume:
             settings["batch"] = VISION_BATCH  # a run that is resumed or grows keeps its own
     if enable_audio:
-        if enable_vision:
-            raise UserError("--enable-audio and --enable-vision: a run learns from recordings or images")
         settings |= _audio_settings(data, preset, config, run, resume)
     from arbitor.train.session import start_training
 
@@ -274,22 +291,34 @@ def train(
 
 
 def _part_settings(
-    parts: "PartFlags", preset: str | None, config_file: str | None, run: str | None, resume: bool
+    parts: "PartFlags",
+    preset: str | None,
+    config_file: str | None,
+    run: str | None,
+    resume: bool,
+    base: str | None = None,
 ) -> dict[str, Any]:
-    """What the flags of parts set in a new run; those that contradict a resumed one are refused."""
+    """What the flags of parts set in a new run, which may start from the run `base`; those that contradict a
+    resumed one are refused.
+    """
+    from arbitor.config import load_config
     from arbitor.flags import base_model
 
     if resume:
-        from arbitor.config import load_config
         from arbitor.train import runs
 
         path = runs.existing_run(run) / runs.CONFIG_FILE
-        base = load_config(path).model
-        parts.refuse_contradiction(base, str(path))
+        model = load_config(path).model
+        parts.refuse_contradiction(model, str(path))
     else:
-        base = base_model(preset, config_file)
-        _print_notes(parts.notes(base))
-    return parts.settings(base)
+        if base is None:
+            model = base_model(preset, config_file)
+        else:
+            from arbitor.train import runs
+
+            model = load_config(runs.find_checkpoint(base) / runs.CONFIG_FILE).model
+        _print_notes(parts.notes(model))
+    return parts.settings(model)
 
 
 def _audio_settings(

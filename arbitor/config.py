@@ -32,11 +32,17 @@ LARGEST_SINGLE_CODEBOOK = 1 << 12  # rows that every query is compared with
 MEMORY_ROWS = 1 << 15  # rows of each hash table of a memory that is asked for without a size
 AUDIO_RATE = 8000  # samples a second of a model that is asked to hear
 VIDEO_SIZE = 16  # pixels a side of the clips of a model that is asked to draw them
+LATENT_CHANNELS = 16  # of the latents of clips
 VIDEO_HEAD_DIM = 32  # width of a head of attention in the head that draws clips
 ENCODER_FIELDS = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio", "hidden_act", "layer_norm_eps"),
     *("image_size", "patch_size", "num_channels", "qkv_bias", "use_swiglu_ffn"),
 )  # what a frozen image encoder is made from
+AUTOENCODER_FIELDS = (
+    *("in_channels", "out_channels", "down_block_types", "up_block_types", "block_out_channels"),
+    *("layers_per_block", "act_fn", "latent_channels", "norm_num_groups", "scaling_factor", "shift_factor"),
+    *("use_quant_conv", "use_post_quant_conv", "mid_block_add_attention"),
+)  # what a frozen autoencoder of frames is made from
 IMAGE_SIZE = 224  # pixels a side of the images of a model that is asked to see
 
 _WIDTH = (1, 1 << 20)
@@ -181,6 +187,8 @@ class ModelConfig:
         video_dim: Width of the autoencoder and of the head that draws clips, a multiple of 32.
         video_layers: Blocks of that head.
         video_ids: Ids of a caption that it reads, the EOS behind it among them.
+        video_autoencoder: Architecture of a frozen autoencoder of frames in place of the one of trits, as a
+            line of JSON (see `arbitor.sidecars.vae`); empty is none.
     """
 
     vocab_size: int = 288
@@ -234,6 +242,7 @@ class ModelConfig:
     video_dim: int = 160
     video_layers: int = 4
     video_ids: int = 16
+    video_autoencoder: str = ""
 
     @property
     def has_motifs(self) -> bool:
@@ -328,6 +337,31 @@ class ModelConfig:
             raise UserError(f"video_dim must be a multiple of {VIDEO_HEAD_DIM}, got {self.video_dim}")
         require_range(self, "video_layers", 1, 1000)
         require_range(self, "video_ids", 5, 1 << 16)
+        if self.video_autoencoder:
+            self._check_autoencoder()
+
+    def _check_autoencoder(self) -> None:
+        import json
+
+        try:
+            fields = json.loads(self.video_autoencoder)
+            factor, latents = 1 << (len(fields["block_out_channels"]) - 1), fields["latent_channels"]
+            channels = fields["in_channels"]
+            complete = sorted(fields) == sorted(AUTOENCODER_FIELDS) and latents == LATENT_CHANNELS
+        except (ValueError, TypeError, KeyError, RecursionError):
+            complete = False
+        if not complete:
+            raise UserError(
+                "video_autoencoder is no line of JSON with the architecture of an autoencoder of "
+                f"{LATENT_CHANNELS} channels; --autoencoder writes one"
+            )
+        for name, its in (("video_patch", factor), ("video_stride", 1)):
+            if getattr(self, name) != its:
+                raise UserError(f"{name} is {getattr(self, name)}; that of the frozen autoencoder is {its}")
+        if self.video_channels > channels:
+            raise UserError(
+                f"video_channels is {self.video_channels}; the frozen autoencoder takes grey only"
+            )
 
     def _check_audio(self) -> None:
         if self.audio_rate and (not 2000 <= self.audio_rate <= 384_000 or self.audio_rate % 200):
@@ -453,6 +487,7 @@ class DataConfig:
         video_task: What a model with the video sidecar learns from clips: codec (pixels to latents and back)
             or flow (captions to latents); empty where the data is something else.
         encoder: Folder or hub name that a new model's frozen image encoder takes its weights from.
+        autoencoder: Folder or hub name that a new model's frozen autoencoder takes its weights from.
         learnt_before: What was learnt before, of `LEARNT`: by the runs that this one started from, and in a
             finetune. Written by what starts a run; None in settings of earlier versions, which do not say.
     """
@@ -464,6 +499,7 @@ class DataConfig:
     audio_task: str = ""
     video_task: str = ""
     encoder: str | None = None
+    autoencoder: str | None = None
     learnt_before: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -562,6 +598,13 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         settle_types(self)
+        if self.data.video_task == "codec" and self.model.video_autoencoder:
+            raise UserError("video_task is codec, but the autoencoder is a frozen one, which is not trained")
+
+    @property
+    def trains_autoencoder(self) -> bool:
+        """Whether an autoencoder of clips learns along in a mixed run; a frozen one never does."""
+        return self.mix.train_autoencoder and not self.model.video_autoencoder
 
     @property
     def learns(self) -> tuple[str, ...]:
@@ -570,7 +613,7 @@ class RunConfig:
         if mix.active:
             names = {_TAUGHT_BY[name] for name in mix.active}
             names |= {"codec"} if mix.train_codec and "speak" in names else set()
-            names |= {"autoencoder"} if mix.train_autoencoder and "flow" in names else set()
+            names |= {"autoencoder"} if self.trains_autoencoder and "flow" in names else set()
         elif data.video_task:
             names = {"autoencoder" if data.video_task == "codec" else data.video_task}
         elif data.audio_task:

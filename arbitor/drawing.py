@@ -14,10 +14,10 @@ from arbitor.generate import check_seed, new_generator
 from arbitor.model import ARBModel
 from arbitor.model.sequencer import WINDOW
 from arbitor.model.vocab import EOS, PAD
-from arbitor.sidecars.video import VideoAutoencoder, VideoHead
+from arbitor.sidecars.video import ClipAutoencoder, VideoHead
 
 
-def autoencoder_of(model: ARBModel) -> VideoAutoencoder:
+def autoencoder_of(model: ARBModel) -> ClipAutoencoder:
     """The autoencoder of a model.
 
     Raises:
@@ -26,7 +26,7 @@ def autoencoder_of(model: ARBModel) -> VideoAutoencoder:
     if "video" not in model.sidecars:
         raise UserError("this model has no sidecar for clips; train one with `arbitor diffusion`")
     codec = model.sidecars["video"].codec
-    assert isinstance(codec, VideoAutoencoder)
+    assert isinstance(codec, ClipAutoencoder)
     return codec
 
 

@@ -1,7 +1,7 @@
 """`arbitor pretrain`, the command behind `training/pretrain.py`: what is heavy is imported inside it."""
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
@@ -19,6 +19,8 @@ WITHOUT: dict[str, dict[str, Any]] = {
     "video": {"video_size": 0},
 }
 DEFAULT_WEIGHTS = {"text": 4.0, "code": 4.0, "image": 1.0, "audio": 1.0, "video": 1.0}
+ENABLED_BY = {"image": "--enable-vision", "audio": "--enable-audio"}
+SHOWN_AS = {"image": "images", "audio": "sounds"}
 CAPTION_IDS = 64  # of captions of one's own videos; the names of digits are shorter
 
 
@@ -54,6 +56,10 @@ def pretrain(
     disable_graph: Annotated[bool, Parameter(group=TRAINING, show_default=False)] = False,
     enable_memory: Annotated[bool, Parameter(group=TRAINING, show_default=False)] = False,
     memory_rows: Annotated[int | None, Parameter(group=TRAINING, converter=whole)] = None,
+    enable_vision: Annotated[
+        bool, Parameter(name=("--enable-vision", "--enable-image"), group=TRAINING, show_default=False)
+    ] = False,
+    enable_audio: Annotated[bool, Parameter(group=TRAINING, show_default=False)] = False,
     image_size: Annotated[int | None, Parameter(group=TRAINING, converter=whole)] = None,
     image_patch: Annotated[int | None, Parameter(group=TRAINING, converter=whole)] = None,
     image_channels: Annotated[int | None, Parameter(group=TRAINING, converter=whole)] = None,
@@ -143,6 +149,10 @@ def pretrain(
         Add the n-gram memory.
     memory_rows
         Rows of each of the memory's hash tables.
+    enable_vision
+        Draw images: their usual weight, where none is given and the config file or the run has 0.
+    enable_audio
+        The same for sounds.
     image_size
         Pixels a side that every image is fitted into; default by the data, else 224.
     image_patch
@@ -221,33 +231,88 @@ def pretrain(
         "encoder": image_encoder,
     }
     settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    before = _before(run, resume, base)
-    start = base_config(preset, config) if before is None else before
-    written = {} if before is not None or config is None else written_settings(config)
-    weights = _weights(settings, _usual_weights(before, resume, written))
     sizes = {"image_size": image_size, "image_patch": image_patch, "image_channels": image_channels}
     image: dict[str, Any] = {name: value for name, value in sizes.items() if value is not None}
     if image_encoder is not None:
         image = {"image_encoder": image_encoder, **image}
     clips = {"video_size": video_size, "video_frames": video_frames, "video_channels": video_channels}
     video: dict[str, Any] = {name: value for name, value in clips.items() if value is not None}
-    if image and not weights["image"]:
-        raise UserError(f"{flag_of(next(iter(image)))} is for images: give --image-weight as well")
-    if video and not weights["video"]:
-        raise UserError(f"{flag_of(next(iter(video)))} is for videos: give --video-weight as well")
-    if video.get("video_size") == 0:
-        raise UserError("--video-size 0: a clip has one pixel or more; --video-weight 0 leaves videos out")
-    if preserve_state and not (weights["text"] or weights["code"]):
-        raise UserError("--preserve-state is for text and code: give --text-weight or --code-weight as well")
-    if audio_seconds is not None and not weights["audio"]:
-        raise UserError("--audio-seconds is for sounds: give --audio-weight as well")
-
     parts = PartFlags(
         without=[n for n, off in (("moe", disable_moe), ("vq", disable_vq), ("graph", disable_graph)) if off],
         memory=enable_memory,
         memory_rows=memory_rows,
         max_moe_iters=max_moe_iters,
     )
+    enabled = [name for name, on in (("image", enable_vision), ("audio", enable_audio)) if on]
+    return start_mix(
+        settings,
+        parts,
+        image=image,
+        video=video,
+        audio_seconds=audio_seconds,
+        enabled=enabled,
+        run=run,
+        resume=resume,
+        reset=reset,
+        base=base,
+        preset=preset,
+        config=config,
+    )
+
+
+def start_mix(
+    settings: dict[str, Any],
+    parts: PartFlags,
+    *,
+    image: Mapping[str, Any],
+    video: Mapping[str, Any] | None = None,
+    audio_seconds: float | None = None,
+    enabled: Collection[str] = (),
+    only: bool = False,
+    run: str | None,
+    resume: bool,
+    reset: bool,
+    base: str | None = None,
+    preset: str | None,
+    config: str | None,
+) -> int:
+    """Train a mixed run, new, resumed or grown; returns the exit code.
+
+    Args:
+        settings: given by flags, without those of parts and media; added to.
+        parts: the flags of the model's parts.
+        image, video: settings of the media that were given by flags.
+        audio_seconds: longest sound, if that was given.
+        enabled: media that shall be drawn whatever the config file or the run says.
+        only: draw text and these media alone, unless the config file or the run says more, and say so; what
+            `arbitor train` does where several media are enabled.
+        run, resume, reset, base, preset, config: flags of that name.
+
+    Raises:
+        UserError: anything given that cannot be used.
+    """
+    video = video or {}
+    before = _before(run, resume, base)
+    start = base_config(preset, config) if before is None else before
+    written = {} if before is not None or config is None else written_settings(config)
+    usual = _usual_weights(before, resume, written)
+    if only:
+        _refuse_no_mix(settings, enabled, start, run, resume)
+        usual |= {name: start.mix.weight(name) for name in MIXED if name != "text" and name not in enabled}
+    weights = _weights(settings, usual, enabled)
+    if image and not weights["image"]:
+        raise UserError(f"{flag_of(next(iter(image)))} is for images: give --image-weight as well")
+    if image.get("image_size") == 0 and "image" in enabled:
+        raise UserError("--enable-vision asks for images and --image-size 0 for none: give one of them")
+    if video and not weights["video"]:
+        raise UserError(f"{flag_of(next(iter(video)))} is for videos: give --video-weight as well")
+    if video.get("video_size") == 0:
+        raise UserError("--video-size 0: a clip has one pixel or more; --video-weight 0 leaves videos out")
+    if settings.get("preserve_state") and not (weights["text"] or weights["code"]):
+        raise UserError("--preserve-state is for text and code: give --text-weight or --code-weight as well")
+    if audio_seconds is not None and not weights["audio"]:
+        raise UserError("--audio-seconds is for sounds: give --audio-weight as well")
+
     if before is None:
         cli._print_notes(parts.notes(start.model))
     elif resume:
@@ -261,12 +326,57 @@ def pretrain(
         settings.setdefault("output_router", True)
         settings.setdefault("train_codec", not (before is not None and before.model.audio_rate))
         settings.setdefault("train_autoencoder", not (before is not None and before.model.video_size))
+    if only:
+        mix = ", ".join(f"{name} {weight:g}" for name, weight in weights.items() if weight)
+        line = f"{_flags_of(enabled)} train one model on a mix, with the weights {mix}"
+        cli._print_notes([f"{line}; `arbitor pretrain` takes others"])
+    if "field" in settings and not any(
+        settings.get(key) or getattr(start.mix, key) for key in ("text_data", "code_data", "image_data")
+    ):
+        from arbitor.data.contents import unused_field
+
+        cli._print_notes([unused_field(settings["field"])])
 
     from arbitor.train.session import start_training
 
     return start_training(
         settings, preset=preset, config_file=config, run=run, resume=resume, reset=reset, base=base
     )
+
+
+def _refuse_no_mix(
+    settings: Mapping[str, Any], enabled: Collection[str], start: RunConfig, run: str | None, resume: bool
+) -> None:
+    """Raise UserError where flags of `arbitor train` do not say what a mix is to be made of.
+
+    Args:
+        settings: given by flags.
+        enabled: media that are asked for beside text.
+        start: settings of the run that is resumed, or of preset and config file.
+        run, resume: flags of that name.
+    """
+    flags = _flags_of(enabled)
+    if start.mix.active and "data" not in settings:
+        return
+    data = "--data" if "data" in settings else "its data" if resume else "data of the config file"
+    if "data" in settings or start.data.data:
+        each = ", ".join(f"--{name}-data" for name in ("text", *enabled))
+        raise UserError(
+            f"{flags}: text and media are drawn by turns, each from data of its own, which {data} cannot "
+            f"tell apart; `arbitor pretrain` takes {each}"
+        )
+    if resume and all(getattr(start.model, next(iter(WITHOUT[name]))) for name in enabled):
+        from arbitor.train import runs
+
+        name = runs.existing_run(run).name
+        raise UserError(
+            f"{flags}: the run {name!r} has these parts and is not mixed; a mixed run that starts from it is "
+            f"made by: arbitor pretrain --base {shlex.quote(name)} --code-weight 0 --video-weight 0"
+        )
+
+
+def _flags_of(enabled: Collection[str]) -> str:
+    return " and ".join(ENABLED_BY[name] for name in enabled)
 
 
 def _before(run: str | None, resume: bool, base: str | None) -> RunConfig | None:
@@ -321,13 +431,27 @@ def _usual_weights(before: RunConfig | None, resume: bool, written: Mapping[str,
     return DEFAULT_WEIGHTS | (given if len(given) < len(MIXED) or any(given.values()) else {})
 
 
-def _weights(settings: Mapping[str, Any], usual: Mapping[str, float]) -> dict[str, float]:
+def _weights(
+    settings: Mapping[str, Any], usual: Mapping[str, float], enabled: Collection[str]
+) -> dict[str, float]:
     """The weight of every modality: those given, over the usual ones.
 
+    Args:
+        settings: given by flags.
+        usual: see `_usual_weights`.
+        enabled: media that have their default weight where the usual one is 0.
+
     Raises:
-        UserError: one that is negative or no number, or all are 0.
+        UserError: one that is negative or no number, or 0 for what is enabled, or all are 0.
     """
+    usual = {**usual, **{name: DEFAULT_WEIGHTS[name] for name in enabled if not usual[name]}}
     weights = {}
+    for name in enabled:
+        if settings.get(f"{name}_weight") == 0:
+            raise UserError(
+                f"{ENABLED_BY[name]} asks for {SHOWN_AS[name]} and --{name}-weight 0 for none: give one of "
+                "them"
+            )
     for name in MIXED:
         weights[name] = float(settings.get(f"{name}_weight", usual[name]))
         if not 0.0 <= weights[name] < float("inf"):

@@ -1,4 +1,6 @@
-"""What the scripts in `training/` add to the commands behind them: larger settings where there is a GPU."""
+"""What the scripts in `training/` add to the commands behind them: larger settings where there is a GPU, and
+the flag of their medium.
+"""
 
 import sys
 from collections.abc import Sequence
@@ -21,6 +23,11 @@ def with_preset(tokens: Sequence[str]) -> list[str]:
     if names.intersection((*_CHOSEN, *_ASKING)) or not _uses_gpu(given):
         return given
     return [*given, "--preset", GPU_PRESET]
+
+
+def with_flag(tokens: Sequence[str], flag: str, *others: str) -> list[str]:
+    """The arguments behind `flag`, unless they have it already, by its name or another one."""
+    return [*tokens] if {flag, *others}.intersection(tokens) else [flag, *tokens]
 
 
 def _uses_gpu(tokens: Sequence[str]) -> bool:

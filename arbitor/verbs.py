@@ -29,7 +29,7 @@ from arbitor.ternary.audit import audit_checkpoint
 from arbitor.train.checkpoint import CONFIG_FILE, STATE_FILE, load, load_checkpoint
 from arbitor.train.device import deterministic
 from arbitor.train.display import Display, printable
-from arbitor.train.learnt import tells_before
+from arbitor.train.learnt import lacks, tells_before
 from arbitor.train.runs import find_checkpoint, name_of, refuse_unlearnt
 
 if TYPE_CHECKING:
@@ -84,9 +84,9 @@ def find_model(
             run.
 
     Raises:
-        UserError: nothing there, or it has learnt something else.
+        UserError: nothing there, it has learnt something else, or the adapter is one of another base.
     """
-    from arbitor.finetune.adapter import find_adapter, read_adapter
+    from arbitor.finetune.adapter import find_adapter, read_adapter, refuse_other_base
     from arbitor.finetune.session import learnt_by_adapter, learnt_by_checkpoint, newest_adapter
 
     if checkpoint is None and adapter is None and newest_finetune:
@@ -114,6 +114,8 @@ def find_model(
         )
     base = find_checkpoint(saved.base if checkpoint is None else checkpoint)
     learnt = learnt_by_adapter(folder, base)
+    if lacks(learnt, wanted):  # of a base that is not its own, what both have learnt says nothing
+        refuse_other_base(load(base, "cpu"), saved)
     refuse_unlearnt(folder, learnt, wanted, tells_before(base))
     return Found(base=base, adapter=saved, learnt=learnt)
 

@@ -59,6 +59,7 @@ def diffusion(
     layers: Annotated[int | None, Parameter(group=TRAINING, converter=whole)] = None,
     patch: Annotated[int | None, Parameter(group=TRAINING, converter=whole)] = None,
     stride: Annotated[int | None, Parameter(group=TRAINING, converter=whole)] = None,
+    autoencoder: Annotated[str | None, Parameter(group=TRAINING)] = None,
     state: Annotated[Literal["full", "compact", "lean"] | None, Parameter(group=TRAINING)] = None,
     lr: Annotated[float | None, Parameter(group=TRAINING)] = None,
     seed: Annotated[int | None, Parameter(group=TRAINING, converter=whole)] = None,
@@ -127,6 +128,9 @@ def diffusion(
         Pixels a side of a position of the latents; default 4.
     stride
         Frames of a position of the latents; default 2.
+    autoencoder
+        Folder or hub name of a pretrained AutoencoderKL of 16 channels, such as FLUX's, to use as it is, on
+        each frame, in place of one that is trained.
     state
         What training keeps: full 2.3, compact 1.8 or lean 1.2 bytes a weight.
     lr
@@ -147,7 +151,7 @@ def diffusion(
         Write no checkpoints at all.
     """
     if sample is not None:
-        if task is not None or resume or data is not None:
+        if task is not None or resume or data is not None or autoencoder is not None:
             raise UserError("--sample draws with a trained run: give it without training")
         return _sample(run, sample, count, out, steps=sample_steps, sampler=sampler, guidance=guidance,
                        seed=seed, device=device or "auto")  # fmt: skip
@@ -165,6 +169,7 @@ def diffusion(
         "video_layers": layers,
         "video_patch": patch,
         "video_stride": stride,
+        "autoencoder": autoencoder,
         "steps": steps,
         "batch": batch,
         "accum": accum,
@@ -179,13 +184,17 @@ def diffusion(
         "save": False if no_save else None,
     }
     settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    if codec_steps is not None and (task is not None or base is not None or resume):
+    if autoencoder is not None and task == "codec":
+        raise UserError("--autoencoder brings an autoencoder, and --task codec trains one: give one of them")
+    if codec_steps is not None and (task or base or resume or autoencoder):
         raise UserError("--codec-steps is of an autoencoder that goes ahead of the flow: leave it out")
     from arbitor.train.session import start_training
 
     if resume:
         return start_training(settings, preset=preset, run=run, resume=True, reset=reset, flags=FLAGS)
-    if task is None and base is None:
+    if task is None and autoencoder is not None:
+        print("arbitor: note: --autoencoder is used as it is: only the flow is trained", file=sys.stderr)
+    elif task is None and base is None:
         if no_save:
             raise UserError("--no-save: the flow begins with the autoencoder's checkpoint; leave it out")
         return _train_both(settings, preset, run, reset, codec_steps)
@@ -218,12 +227,12 @@ def _defaults(settings: dict[str, Any], base: str | None, preset: str | None) ->
         from arbitor.config import VIDEO_SIZE
         from arbitor.train.learnt import refusal_of_base
 
-        if base is not None and flow and "video_size" not in settings:
+        if base is not None and flow and not {"video_size", "autoencoder"} & settings.keys():
             raise UserError(refusal_of_base(base, "flow", "autoencoder"))
         usual |= {"video_size": VIDEO_SIZE, "batch": BATCH}
         if settings.get("data"):
             usual["video_ids"] = CAPTION_IDS
-    if base is None and flow:
+    if base is None and flow and "autoencoder" not in settings:
         print(
             "arbitor: note: without --base the autoencoder stays as it was drawn, which is enough to try "
             "only: train one with --task codec first, or leave --task out",

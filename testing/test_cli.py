@@ -321,6 +321,17 @@ def test_no_run_at_all(workplace, refused):
     shutil.rmtree(workplace / "runs")
     for verb in (["generate"], ["eval", "--data", "data.txt"], ["audit"], ["train", "--resume"]):
         refused(verb, "there is no run under ./runs", "`arbitor train` makes one")
+    for arguments, maker in (
+        (["finetune"], "arbitor train"),
+        (["finetune", "--enable-vision"], "arbitor train --enable-vision"),
+        (["finetune", "--enable-audio"], "arbitor audio"),
+        (["finetune", "nowhere", "--enable-audio", "--task", "speak"], "arbitor audio"),
+        (["finetune", "--enable-video"], "arbitor diffusion"),
+        (["generate", "--image", "x.png"], "arbitor train --enable-vision"),
+        (["audio", "--say", "seven"], "arbitor audio --task speak"),
+        (["diffusion", "--sample", "seven"], "arbitor diffusion"),
+    ):
+        refused(arguments, "there is no run", f"`{maker}` makes one")
 
 
 def test_the_traceback_is_for_those_who_ask(workplace, capsys):

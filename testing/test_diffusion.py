@@ -4,6 +4,8 @@ import functools
 import json
 import shlex
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -11,9 +13,11 @@ from PIL import Image
 from arbitor import video_command
 from arbitor.config import load_config
 from arbitor.drawing import draw
+from arbitor.sidecars import vae
 from arbitor.train.checkpoint import load
 from arbitor.train.metrics import read_metrics
 from arbitor.video_command import main
+from testing.small_vae import small_autoencoder
 
 pytest.importorskip("sklearn", reason="scikit-learn (extra `video`) is not installed")
 
@@ -241,3 +245,113 @@ def test_bad_arguments_are_one_line_and_leave_nothing(arguments, why, tmp_path, 
     assert error.startswith("arbitor: error: ")
     assert why in error
     assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").iterdir())
+
+
+FLOW = [*SIZES, *FEW, "--autoencoder", "ae"]
+
+
+@pytest.mark.long
+def test_a_frozen_autoencoder_goes_without_training_and_its_folder_is_not_needed_again(
+    tmp_path, capsys, monkeypatch
+):
+    from arbitor import cli
+    from arbitor.train.loop import Run
+
+    small_autoencoder(tmp_path / "ae")
+    assert main([*FLOW, "--steps", "2", "--run", "whole"]) == 0
+    out, err = capsys.readouterr()
+    assert err == "arbitor: note: --autoencoder is used as it is: only the flow is trained\n"
+    assert "clips of 4 frames of 8 x 8 in 4 x 4 x 4 latents of a frozen autoencoder" in out
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["whole"]
+    config = load_config("runs/whole/config.toml")
+    assert (config.model.video_patch, config.model.video_stride, config.data.autoencoder) == (2, 1, "ae")
+    assert config.learnt == ("flow",)
+    take = Run._take_step
+
+    def take_and_stop(self):
+        take(self)
+        self.guard.received = 15
+
+    monkeypatch.setattr(Run, "_take_step", take_and_stop)
+    assert main([*FLOW, "--steps", "2", "--run", "parts"]) != 0
+    monkeypatch.setattr(Run, "_take_step", take)
+    shutil.rmtree("ae")
+    assert main(["--resume", "--run", "parts", "--autoencoder", "ae"]) == 0
+    assert files("parts") == files("whole")
+    assert main(["--sample", "one", "--sample-steps", "1", "--count", "1", "--run", "whole"]) == 0
+    assert Image.open("out.gif").n_frames == 4
+    capsys.readouterr()
+    assert cli.main(["audit", "whole"]) == 0
+    assert "float" not in capsys.readouterr().out.replace("no float", "")
+    assert main(["--base", "whole", "--steps", "1", "--run", "on"]) == 0
+    before, after = load("runs/whole").state_dict(), load("runs/on").state_dict()
+    kept = [name for name in before if ".codec." in name]
+    assert kept
+    assert all((before[name] == after[name]).all() for name in kept)
+    capsys.readouterr()
+    for wrong, why in (
+        (["--resume", "--run", "whole", "--autoencoder", "b"], "contradicts the run's autoencoder = ae"),
+        (["--base", "whole", "--autoencoder", "ae"], "has an autoencoder already; leave it out"),
+        (["--base", "whole", "--task", "codec"], "--task is codec, but the autoencoder is a frozen one"),
+        (["--sample", "x", "--autoencoder", "ae"], "without training"),
+    ):
+        assert main(wrong) == 2
+        assert why in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    vae._skeleton.cache_clear()
+    assert main(["--sample", "one", "--run", "whole"]) == 2
+    assert "extra autoencoder: pip install '.[autoencoder]'" in capsys.readouterr().err
+
+
+@pytest.mark.long
+def test_a_frozen_autoencoder_comes_to_a_run_of_text_and_into_the_mix(tmp_path, capsys):
+    from arbitor import cli
+
+    small_autoencoder(tmp_path / "ae")
+    (tmp_path / "data.txt").write_text("some text to learn from, again and again\n" * 200)
+    few = ["--steps", "1", "--batch", "2", "--eval-steps", "2", "--device", "cpu"]
+    assert cli.main(["train", "--data", "data.txt", *few, "--run", "text"]) == 0
+    assert main(["--base", "text", *FLOW, "--steps", "1", "--run", "flow"]) == 0
+    assert load_config("runs/flow/config.toml").learnt == ("text", "flow")
+    sizes = "video_size = 8\nvideo_frames = 4\nvideo_dim = 32\nvideo_layers = 1\n"
+    weights = "text_weight = 1\nvideo_weight = 1\ntext_data = ['data.txt']\n"
+    Path("mix.toml").write_text(f"[model]\n{sizes}[data]\nautoencoder = 'ae'\n[mix]\n{weights}")
+    assert cli.main(["train", "--config", "mix.toml", *few, "--run", "mixed"]) == 0
+    config = load_config("runs/mixed/config.toml")
+    assert (config.model.video_patch, config.learnt) == (2, ("text", "flow"))
+    assert "held_out_pixel_error" in json.loads((tmp_path / "runs/mixed/summary.json").read_text())
+    Path("wrong.toml").write_text("[data]\nautoencoder = 'ae'\ndata = ['data.txt']\n")
+    capsys.readouterr()
+    assert cli.main(["train", "--config", "wrong.toml", *few, "--run", "none"]) == 0
+    assert "note: autoencoder ae has no effect: the model takes no clips" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "given", "why"),
+    [
+        ({"latent_channels": 4}, [], "error: --autoencoder ae has latents of 4 channels; they must be 16"),
+        ({}, ["--autoencoder", "nowhere"], "error: --autoencoder nowhere: no such folder"),
+        ({}, ["--patch", "4"], "error: --patch is 4; that of the frozen autoencoder is 2"),
+        ({}, ["--stride", "2"], "error: --stride is 2; that of the frozen autoencoder is 1"),
+        ({}, ["--task", "codec"], "give one of them"),
+        ({}, ["--codec-steps", "2"], "leave it out"),
+        ({"in_channels": 1, "out_channels": 1}, ["--channels", "3"], "error: --channels is 3; the frozen"),
+        (None, [], "error: ae holds no diffusion_pytorch_model.safetensors"),
+    ],
+)
+def test_autoencoders_that_cannot_be_used_leave_nothing(changes, given, why, tmp_path, capsys):
+    small_autoencoder(tmp_path / "ae", **(changes or {}))
+    if changes is None:
+        (tmp_path / "ae/diffusion_pytorch_model.safetensors").unlink()
+    flow = SIZES if "--autoencoder" in given else FLOW
+    assert main([*flow, "--steps", "1", *given]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert why in error
+    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").iterdir())
+
+
+def test_without_diffusers_the_extra_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    assert main([*FLOW, "--steps", "1"]) == 2
+    assert "extra autoencoder: pip install '.[autoencoder]'" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()

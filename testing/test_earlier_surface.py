@@ -2,16 +2,24 @@
 
 import contextlib
 import copy
+import functools
+import json
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import arbitor
+from arbitor.config import PRESETS, load_config, preset
+from arbitor.drawing import draw
 from arbitor.model import ARBModel, KVLedger
 from arbitor.ternary.runtime import attached_optimizer
 from testing.small_net import changed, snapshot
+from testing.small_run import MODEL
 from training.ternary_runtime import configure_ternary_training, reset_runtime_state
 
 SMALL = {
@@ -256,3 +264,115 @@ def test_one_step_of_training_with_the_flags_of_the_earlier_system(tmp_path, mon
     for _ in range(2):  # --reset starts an existing run anew
         assert main([*command.split(), *flags]) == 0, capsys.readouterr().err
     assert not (tmp_path / "runs" / "smoke" / "latest").exists()
+
+
+# -- command lines ------------------------------------------------------------------------------------------
+
+TINY = dict(MODEL, ctx=16, motif_trits=3, num_experts=2, expert_dim=32, graph_edges=16, graph_heads=2)
+TINY |= {"memory_heads": 1, "memory_dim": 8, "image_patch": 4, "image_channels": 1}
+TINY |= {"audio_dim": 16, "audio_layers": 1, "video_dim": 32, "video_layers": 1, "video_frames": 2}
+STEP = "--steps 1 --batch 2 --accum 2 --eval-steps 1 --eval-interval 1 --save-interval 1 --device cpu"
+PARTS = "--max-moe-iters 1 --enable-memory --accum-threshold 20 --e-accum-threshold 24"
+BARE = "--disable-moe --disable-vq --disable-graph --no-save"
+TEXT, PHOTOS = "--data data.txt --ctx 64", "--data photos --image-size 8 --ctx 16"
+MIX = "--text-weight 2 --code-weight 1 --image-weight 1 --audio-weight 1 --video-weight 1 --log-interval 1"
+MIXED = "--text-data data.txt --code-data data.txt --image-data photos --image-size 8 --audio-seconds 0.1"
+TUNE = "--steps 1 --batch 2 --device cpu --eval-interval 1 --save-interval 1 --run tuned"
+
+# Command lines with what they are given beside `STEP`, and those that finetune what they made.
+LINES = {
+    "arbitor.train": (f"{TEXT} {PARTS}", "training/finetuning/text.py made --data talk.jsonl"),
+    "arbitor.train --enable-audio": (f"--ctx 16 {PARTS}", None),
+    "arbitor.train --enable-vision --enable-audio": (f"--config mix.toml --ctx 16 {PARTS}", None),
+    "training/text.py": (f"{TEXT} {PARTS}", None),
+    "training/vision.py": (
+        f"--enable-image {PHOTOS} {PARTS}",
+        "training/finetuning/vision.py made --enable-vision --data photos",
+    ),
+    "training/audio.py": (f"--ctx 800 {PARTS}", "training/finetuning/audio.py made --enable-audio"),
+    "training/diffusion.py": (
+        "--size 8 --held-out 4",
+        "training/finetuning/diffusion.py made --held-out 4",
+    ),
+    "training/pretrain.py": (
+        f"--enable-vision --enable-audio {MIX} {MIXED} --video-size 8 --ctx 16 --preserve-state {PARTS}",
+        None,
+    ),
+}
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A folder with data, where a step of the preset `tiny`, which has every part here, takes little."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(PRESETS, "tiny", preset("tiny", **TINY))
+    for name, small in (
+        ("data.audio._SYNTHETIC_COUNT", 30),
+        ("train.mix.SHOWN_BYTES", 4),
+        ("train.mix.ROUTER_ITEMS", 1),
+        ("train.report.SAMPLE_BYTES", 4),
+        ("train.loop.LAST_WINDOWS_PER_TRAINED", 1),
+        ("train.video_tasks.STANDARD_CLIPS", 8),
+        ("train.video_tasks.draw", functools.partial(draw, steps=1)),
+    ):
+        monkeypatch.setattr(f"arbitor.{name}", small)
+    (tmp_path / "data.txt").write_text("".join(f"line {n} of some text\n" for n in range(400)))
+    lines = [json.dumps({"prompt": f"say {n}", "response": f"<{n}>"}) for n in range(10)]
+    (tmp_path / "talk.jsonl").write_text("\n".join(lines))
+    (tmp_path / "photos").mkdir()
+    for n in range(10):
+        Image.new("L", (8, 8), 20 * n).save(tmp_path / f"photos/{n}.png")
+        (tmp_path / f"photos/{n}.txt").write_text(f"<{n}>")
+    mix = (
+        "[model]\nimage_size = 8\naudio_samples = 800\n[mix]\ntext_data = 'data.txt'\nimage_data = 'photos'\n"
+    )
+    (tmp_path / "mix.toml").write_text(mix)
+    return tmp_path
+
+
+@pytest.fixture
+def call(repository, monkeypatch, capsys):
+    """call(line): the exit code of `python line`, or of `python -m line`."""
+
+    def run(line):
+        script, *arguments = line.split()
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        if script.endswith(".py"):
+            start = functools.partial(runpy.run_path, str(repository / script))
+        else:
+            start = functools.partial(runpy.run_module, script, alter_sys=True)
+        with pytest.raises(SystemExit) as end:
+            start(run_name="__main__")
+        if end.value.code:
+            pytest.fail(capsys.readouterr().err)
+        return end.value.code
+
+    return run
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("line", LINES)
+def test_every_flag_of_the_earlier_system_trains_a_step(line, workplace, call):
+    more, finetune = LINES[line]
+    first = " --codec-steps 1" if "diffusion" in line else ""  # in place of ten
+    assert call(f"{line} {STEP} {more} --run made --reset{first}") == 0
+    config = load_config("runs/made/config.toml")
+    assert (config.train.batch, config.train.accum, config.train.eval_steps) == (2, 2, 1)
+    assert call(f"{line} {STEP.replace('--steps 1', '--steps 2')} {more} --run made --resume") == 0
+    assert load_config("runs/made/config.toml").train.steps == 2
+    if PARTS in more:
+        assert config.model.memory_rows > 0
+        assert config.model.max_moe_iters == 1
+        assert (config.train.accum_threshold, config.train.e_accum_threshold) == (20, 24)
+        assert call(f"{line} {STEP} {more.replace(PARTS, BARE)} --run bare") == 0
+        bare = load_config("runs/bare/config.toml").model
+        assert (bare.num_experts, bare.motif_trits, bare.graph_edges, bare.memory_rows) == (0, 0, 0, 0)
+        assert not Path("runs/bare/latest").exists()
+    if finetune is not None:
+        assert call(f"{finetune} {TUNE}") == 0
+        assert Path("runs/tuned/final/adapter_config.json").is_file()
+
+
+def test_smoke_takes_the_flags_of_the_earlier_system(call):
+    flags = "--preset tiny --state lean --seed 1 --ctx 8 --batch 1 --max-moe-iters 1 --no-vq --no-graph"
+    assert call(f"arbitor.smoke {flags} --backward --device cpu") == 0

@@ -324,6 +324,18 @@ def test_an_autoencoder_of_a_base_stays_and_the_flow_learns(capsys):
         (["--image-encoder", "nowhere"], "--image-encoder"),
         (["--audio-weight", "0"], "--audio-seconds is for sounds"),
         (["--video-weight", "0"], "--video-size is for videos"),
+        (
+            ["--enable-audio", "--audio-weight", "0"],
+            "--enable-audio asks for sounds and --audio-weight 0 for none",
+        ),
+        (
+            ["--enable-image", "--image-weight", "0"],
+            "--enable-vision asks for images and --image-weight 0 for",
+        ),
+        (
+            ["--enable-vision", "--image-size", "0"],
+            "--enable-vision asks for images and --image-size 0 for none",
+        ),
         (["--video-size", "0"], "--video-size 0: a clip has one pixel or more"),
         (["--video-size", "9"], "--video-size 9 is no multiple of video_patch 4"),
         (["--video-size", "4"], "--video-data: the built-in digits have 8 pixels a side, clips only 4"),
@@ -346,6 +358,103 @@ def test_bad_flags_are_one_line_and_leave_nothing(arguments, why, workplace, cap
     assert error.startswith("arbitor: error: ")
     assert why in error
     assert not (workplace / "runs").exists() or not list((workplace / "runs").iterdir())
+
+
+@pytest.fixture
+def settings_of(monkeypatch):
+    """settings_of(main, arguments): the settings that a run would be started with."""
+    started = []
+
+    def keep(settings, **_):
+        started.append(settings)
+        return 0
+
+    def of(command, arguments):
+        monkeypatch.setattr("arbitor.train.session.start_training", keep)
+        assert command(arguments) == 0
+        monkeypatch.undo()
+        return started.pop()
+
+    return of
+
+
+def weights_in(settings):
+    return [settings[f"{name}_weight"] for name in MIXED]
+
+
+@pytest.mark.parametrize("flag", ["--enable-vision", "--enable-image"])
+def test_a_medium_that_is_enabled_has_its_usual_weight(flag, workplace, settings_of):
+    (workplace / "mix.toml").write_text("[mix]\ntext_weight = 2\nimage_weight = 0\naudio_weight = 3\n")
+    given = ["--config", str(workplace / "mix.toml")]
+    assert weights_in(settings_of(main, given)) == [2, 4, 0, 3, 1]
+    enabled = settings_of(main, [*given, flag, "--enable-audio"])
+    assert weights_in(enabled) == [2, 4, 1, 3, 1]
+    assert (enabled["image_size"], enabled["audio_rate"]) == (8, 8000)
+    assert weights_in(settings_of(main, [flag])) == [4, 4, 1, 1, 1]
+    assert weights_in(settings_of(main, [flag, "--image-weight", "5"])) == [4, 4, 5, 1, 1]
+
+
+def test_a_run_grows_by_a_medium_that_is_enabled(workplace):
+    assert main([*NEW[:4], *FEW, *TEXT_ONLY, "--steps", "1", "--run", "text"]) == 0
+    assert main(["--resume", "--run", "text", "--enable-vision", "--steps", "1"]) == 0
+    config = load_config("runs/tiny-1/config.toml")
+    assert [config.mix.weight(name) for name in MIXED] == [4, 0, 1, 0, 0]
+
+
+SEVERAL = ["train", "--enable-vision", "--enable-audio"]
+MIXES = "arbitor: note: --enable-vision and --enable-audio train one model on a mix, with the weights "
+
+
+def test_several_media_of_arbitor_train_are_a_mix(workplace, settings_of, capsys):
+    flags = ["--steps", "7", "--ctx", "16", "--enable-memory", "--accum-threshold", "20", "--image-size", "4"]
+    settings = settings_of(arbitor_main, [*SEVERAL, *flags, "--no-save", "--no-augment"])
+    assert capsys.readouterr().err == f"{MIXES}text 4, image 1, audio 1; `arbitor pretrain` takes others\n"
+    pretrain = ["--enable-vision", "--enable-audio", "--code-weight", "0", "--video-weight", "0", *flags]
+    assert settings == settings_of(main, [*pretrain, "--no-save", "--no-augment"])
+    assert (settings["steps"], settings["save"], settings["augment"]) == (7, False, False)
+    assert settings["memory_rows"] > 0
+    assert weights_in(settings) == [4, 0, 1, 1, 0]
+    (workplace / "mix.toml").write_text("[mix]\ntext_weight = 2\nvideo_weight = 3\nimage_weight = 0\n")
+    settings = settings_of(arbitor_main, [*SEVERAL, "--config", str(workplace / "mix.toml"), "--field", "x"])
+    assert weights_in(settings) == [2, 0, 1, 1, 3]
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "arbitor: note: --field x has no effect: no .jsonl file is among the data"
+    )
+
+
+def test_several_media_of_arbitor_train_go_on_and_grow(workplace, capsys):
+    (workplace / "mix.toml").write_text(f"{TOML}audio_samples = 800\n[mix]\ntext_data = 'text.txt'\n")
+    assert arbitor_main([*SEVERAL, "--config", "mix.toml", *FEW, "--steps", "1", "--run", "mixed"]) == 0
+    assert f"{MIXES}text 4, image 1, audio 1" in capsys.readouterr().err
+    assert set(state_of("mixed")["sampler"]["parts"]) == {"text", "image", "audio"}
+    assert arbitor_main([*SEVERAL, "--resume", "--run", "mixed", "--steps", "2"]) == 0
+    assert state_of("mixed")["step"] == 2
+    train = ["train", "--config", "small.toml", *FEW, "--steps", "1"]
+    assert arbitor_main([*train, "--data", "text.txt", "--run", "plain"]) == 0
+    capsys.readouterr()
+    for given, data in (
+        (["--resume", "--run", "plain"], "its data"),
+        (["--config", "runs/plain/config.toml"], "data of the config file"),
+        (["--resume", "--run", "mixed", "--data", "text.txt"], "--data"),
+        (["--data", "text.txt"], "--data"),
+    ):
+        assert arbitor_main([*SEVERAL, *given]) == 2
+        assert capsys.readouterr().err == (
+            "arbitor: error: --enable-vision and --enable-audio: text and media are drawn by turns, each "
+            f"from data of its own, which {data} cannot tell apart; `arbitor pretrain` takes --text-data, "
+            "--image-data, --audio-data\n"
+        )
+    assert arbitor_main([*train, "--enable-vision", "--run", "sees"]) == 0
+    assert arbitor_main([*SEVERAL, "--resume", "--run", "sees", "--steps", "1"]) == 0
+    assert [load_config("runs/tiny-1/config.toml").mix.weight(name) for name in MIXED] == [4, 0, 1, 1, 0]
+    assert arbitor_main(["train", "--resume", "--run", "sees", "--enable-audio", "--steps", "1"]) == 0
+    capsys.readouterr()
+    assert arbitor_main([*SEVERAL, "--resume", "--run", "tiny-2"]) == 2
+    assert capsys.readouterr().err == (
+        "arbitor: error: --enable-vision and --enable-audio: the run 'tiny-2' has these parts and is not "
+        "mixed; a mixed run that starts from it is made by: arbitor pretrain --base tiny-2 --code-weight 0 "
+        "--video-weight 0\n"
+    )
 
 
 def test_a_state_that_nothing_would_keep_is_refused(capsys):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from arbitor.recipes import with_preset
+from arbitor.recipes import with_flag, with_preset
 
 
 @pytest.mark.parametrize(
@@ -33,6 +33,16 @@ def test_the_preset_is_small_where_there_is_a_gpu(tokens, adds, monkeypatch):
     assert with_preset(tokens) == tokens
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert with_preset(tokens) == ([*tokens, "--preset", "small"] if adds else tokens)
+
+
+def test_the_flag_of_a_medium_may_be_repeated():
+    assert with_flag(["--steps", "3"], "--enable-vision", "--enable-image") == [
+        "--enable-vision",
+        "--steps",
+        "3",
+    ]
+    for given in (["--enable-vision"], ["--steps", "3", "--enable-image"]):
+        assert with_flag(given, "--enable-vision", "--enable-image") == given
 
 
 def test_an_interrupt_ahead_of_the_command_is_one_line(monkeypatch, capsys):

@@ -3,7 +3,7 @@
 import sys
 
 from arbitor.cli import main
-from arbitor.recipes import with_preset
+from arbitor.recipes import with_flag, with_preset
 
 if __name__ == "__main__":
-    sys.exit(main(["train", "--enable-vision", *with_preset(sys.argv[1:])]))
+    sys.exit(main(["train", *with_flag(with_preset(sys.argv[1:]), "--enable-vision", "--enable-image")]))

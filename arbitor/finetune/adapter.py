@@ -145,12 +145,7 @@ def apply_adapter(model: nn.Module, saved: SavedAdapter) -> None:
     Raises:
         UserError: it is an adapter of another base, by fingerprint, names or shapes.
     """
-    if saved.base_fingerprint is not None and saved.base_fingerprint != fingerprint(model):
-        made_for = f" ({saved.base})" if saved.base else ""
-        raise UserError(
-            f"{saved.folder} is an adapter for another base{made_for}: the model's weights are not those "
-            "that it was trained beside"
-        )
+    refuse_other_base(model, saved)
     for module in saved.adapter.modules:
         a, b = (saved.weights[f"{module}.{part}.weight"] for part in ("lora_A", "lora_B"))
         if a.shape[0] != saved.adapter.rank or b.shape[1] != saved.adapter.rank:
@@ -168,6 +163,16 @@ def apply_adapter(model: nn.Module, saved: SavedAdapter) -> None:
     with torch.random.fork_rng(devices=[]):
         attach(model, saved.adapter)
     load_weights(model, saved.weights)
+
+
+def refuse_other_base(model: nn.Module, saved: SavedAdapter) -> None:
+    """Raise UserError if an adapter was trained beside other weights than a model's, as far as it says so."""
+    if saved.base_fingerprint is not None and saved.base_fingerprint != fingerprint(model):
+        made_for = f" ({saved.base})" if saved.base else ""
+        raise UserError(
+            f"{saved.folder} is an adapter for another base{made_for}: the model's weights are not those "
+            "that it was trained beside"
+        )
 
 
 @torch.no_grad()

@@ -37,6 +37,7 @@ from arbitor.train.tensorfile import DamagedError
 
 FAILED = 1
 _SIDECARS = {"vision": "image_size", "audio": "audio_rate", "video": "video_size"}
+_MAKERS = {"vision": "arbitor train --enable-vision", "audio": "arbitor audio", "video": "arbitor diffusion"}
 
 
 def start_finetuning(
@@ -226,8 +227,9 @@ def _find_base(checkpoint: str | None, settings: Mapping[str, Any]) -> Path:
     """
     needed = [field for name, field in _SIDECARS.items() if settings.get(name)]
     wanted = () if needed or "audio_task" in settings else ("text",)
+    made_by = next((_MAKERS[name] for name in _MAKERS if settings.get(name)), None)
     if checkpoint is not None:
-        return runs.find_checkpoint(checkpoint, wanted)
+        return runs.find_checkpoint(checkpoint, wanted, made_by=made_by)
     for run in runs.list_runs():
         if not (run / CONFIG_FILE).is_file():
             with contextlib.suppress(UserError):
@@ -236,7 +238,7 @@ def _find_base(checkpoint: str | None, settings: Mapping[str, Any]) -> Path:
                     found = runs.find_checkpoint(run)
                     if not lacks(learnt_of(found), wanted):
                         return found
-    return runs.find_checkpoint(None, wanted)
+    return runs.find_checkpoint(None, wanted, made_by=made_by)
 
 
 def _base_name(checkpoint: Path) -> str:

@@ -199,6 +199,23 @@ class ARBModel(nn.Module):
             raise UserError("this model has no frozen image encoder: its image_encoder is empty")
         encoder.take(source)
 
+    def take_autoencoder(self, source: str) -> None:
+        """Give the frozen autoencoder its weights; see `arbitor.sidecars.vae.FrozenAutoencoder.take`.
+
+        Args:
+            source: a folder, or a name on the hub.
+
+        Raises:
+            UserError: the model has no frozen autoencoder, or the source does not fit it.
+        """
+        if "video" not in self.sidecars or not self.config.video_autoencoder:
+            raise UserError("this model has no frozen autoencoder: its video_autoencoder is empty")
+        from arbitor.sidecars.vae import FrozenAutoencoder
+
+        codec = self.sidecars["video"].codec
+        assert isinstance(codec, FrozenAutoencoder)
+        codec.take(source)
+
     def forward(
         self,
         ids: Tensor,

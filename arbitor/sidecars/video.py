@@ -15,14 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arbitor.config import VIDEO_HEAD_DIM, ModelConfig
+from arbitor.config import LATENT_CHANNELS, VIDEO_HEAD_DIM, ModelConfig
 from arbitor.errors import UserError
 from arbitor.model.ffn import after_squared_relu
 from arbitor.model.norm import rms_norm
 from arbitor.ternary import Int8Embedding, Int8Vector, TernaryLinear
 from arbitor.ternary.stream import add_to_stream
 
-LATENT_CHANNELS = 16
 MIDDLE = 128  # the grey that becomes 0
 STANDARD_BITS = 12  # after the point of the constants that standardise latents
 TIME_FREQUENCIES = 32
@@ -49,7 +48,86 @@ class PatchBlock(nn.Module):
         return h + after_squared_relu(self.down, self.up(h))
 
 
-class VideoAutoencoder(nn.Module):
+class ClipAutoencoder(nn.Module):
+    """What turns clips into latents of 16 channels and back.
+
+    Args:
+        size: S.
+        frames: F.
+        channels: C.
+        latent_shape: (16, T, H, W).
+
+    Attributes:
+        size, frames, channels, latent_shape: the same.
+    """
+
+    def __init__(
+        self, size: int, frames: int, channels: int, latent_shape: tuple[int, int, int, int]
+    ) -> None:
+        super().__init__()
+        self.size, self.frames, self.channels = size, frames, channels
+        self.latent_shape = latent_shape
+
+    def forward(self, clips: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Clips in latents and back.
+
+        Args:
+            clips: uint8 [B, F, C, S, S].
+            noise: float [B, 16, T, H, W] that is added to the latents, in units of what they are ahead of
+                standardisation; it makes the decoder bear latents that were drawn.
+
+        Returns:
+            fp32 [B, F, C, S, S]; 0 to 1 is black to white, and it may lie outside.
+        """
+        raise NotImplementedError
+
+    def encode(self, clips: Tensor) -> Tensor:
+        """uint8 [B, F, C, S, S] -> standardised latents fp32 [B, 16, T, H, W], without gradient.
+
+        Raises:
+            UserError: another dtype or shape.
+        """
+        raise NotImplementedError
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Standardised latents float [B, 16, T, H, W] -> uint8 [B, F, C, S, S].
+
+        Raises:
+            UserError: another shape.
+        """
+        raise NotImplementedError
+
+    def loss(self, clips: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Mean square error of pixels (1 is black to white) of clips in latents and back; see `forward`."""
+        return F.mse_loss(self(clips, noise), clips.float() / 255)
+
+    def standardise(self, clips: Tensor, share: float = 1.0) -> None:
+        """Make latents like those of these clips have mean 0 and variance 1, if that can be set at all.
+
+        Args:
+            clips: uint8 [B, F, C, S, S].
+            share: of the way from how it is now.
+        """
+
+    def _checked(self, clips: Tensor) -> Tensor:
+        wanted = (self.frames, self.channels, self.size, self.size)
+        if clips.dtype != torch.uint8 or clips.dim() != 5 or tuple(clips.shape[1:]) != wanted:
+            raise UserError(
+                f"clips must be uint8 of shape (batch, {', '.join(map(str, wanted))}), got {clips.dtype} "
+                f"{tuple(clips.shape)}"
+            )
+        return clips
+
+    def _checked_latents(self, latents: Tensor) -> Tensor:
+        if latents.dim() != 5 or tuple(latents.shape[1:]) != self.latent_shape:
+            raise UserError(
+                f"latents must have the shape (batch, {', '.join(map(str, self.latent_shape))}), got "
+                f"{tuple(latents.shape)}"
+            )
+        return latents
+
+
+class VideoAutoencoder(ClipAutoencoder):
     """Boxes of a few frames and pixels as 16 numbers each, and back, by ternary linears.
 
     Every box is coded by itself. What comes out of `encode` has mean 0 and variance 1 in every channel of the
@@ -88,15 +166,14 @@ class VideoAutoencoder(nn.Module):
         num_layers: int = 2,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__()
         if size % patch or frames % stride:
             raise UserError(
                 f"{frames} frames of {size} pixels do not divide into boxes of {stride} frames of {patch}"
             )
-        place = None if device is None else torch.device(device)
-        self.size, self.frames, self.channels, self.patch, self.stride = size, frames, channels, patch, stride
         side = size // patch
-        self.latent_shape = (LATENT_CHANNELS, frames // stride, side, side)
+        super().__init__(size, frames, channels, (LATENT_CHANNELS, frames // stride, side, side))
+        place = None if device is None else torch.device(device)
+        self.patch, self.stride = patch, stride
         numbers = channels * stride * patch**2
         self.enter = TernaryLinear(numbers, dim, input_norm=False, device=place)
         self.encoder = nn.ModuleList(PatchBlock(dim, place) for _ in range(num_layers))
@@ -111,17 +188,8 @@ class VideoAutoencoder(nn.Module):
             self.register_buffer(name, constants)
 
     def forward(self, clips: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Clips in latents and back.
-
-        Args:
-            clips: uint8 [B, F, C, S, S].
-            noise: float [B, 16, T, H, W] that is added to the latents, in units of what they are ahead of
-                standardisation; it makes the decoder bear latents that were drawn.
-
-        Returns:
-            fp32 [B, F, C, S, S]; 0 to 1 is black to white, and it may lie outside.
-        """
-        with _exact(clips):
+        """See `ClipAutoencoder.forward`."""
+        with exact(clips):
             latents = self._latents(self._checked(clips))
             if noise is not None:
                 latents = latents + noise.permute(0, 2, 3, 4, 1).flatten(1, 3)
@@ -129,37 +197,20 @@ class VideoAutoencoder(nn.Module):
 
     @torch.no_grad()
     def encode(self, clips: Tensor) -> Tensor:
-        """uint8 [B, F, C, S, S] -> standardised latents fp32 [B, 16, T, H, W].
-
-        Raises:
-            UserError: another dtype or shape.
-        """
-        with _exact(clips):
+        """See `ClipAutoencoder.encode`."""
+        with exact(clips):
             mean_K, std_K = self._constants()
             z_BPK = (self._latents(self._checked(clips)) - mean_K) / std_K
         return z_BPK.unflatten(1, self.latent_shape[1:]).permute(0, 4, 1, 2, 3)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Standardised latents float [B, 16, T, H, W] -> uint8 [B, F, C, S, S].
-
-        Raises:
-            UserError: another shape.
-        """
-        if latents.dim() != 5 or tuple(latents.shape[1:]) != self.latent_shape:
-            raise UserError(
-                f"latents must have the shape (batch, {', '.join(map(str, self.latent_shape))}), got "
-                f"{tuple(latents.shape)}"
-            )
-        with _exact(latents):
+        """See `ClipAutoencoder.decode`."""
+        with exact(latents):
             mean_K, std_K = self._constants()
-            z_BPK = latents.float().permute(0, 2, 3, 4, 1).flatten(1, 3)
+            z_BPK = self._checked_latents(latents).float().permute(0, 2, 3, 4, 1).flatten(1, 3)
             pixels = self._pixels(z_BPK * std_K + mean_K)
         return (pixels * 255).round_().clamp_(0, 255).to(torch.uint8)
-
-    def loss(self, clips: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Mean square error of pixels (1 is black to white) of clips in latents and back; see `forward`."""
-        return F.mse_loss(self(clips, noise), clips.float() / 255)
 
     @torch.no_grad()
     def standardise(self, clips: Tensor, share: float = 1.0) -> None:
@@ -170,7 +221,7 @@ class VideoAutoencoder(nn.Module):
             share: of the way from the constants that there are to those of the clips; below 1 they follow an
                 autoencoder that learns.
         """
-        with _exact(clips):
+        with exact(clips):
             z_MK = self._latents(self._checked(clips)).flatten(0, 1).double()
         unit = float(1 << STANDARD_BITS)
         mean_K, std_K = z_MK.mean(dim=0) * unit, z_MK.std(dim=0, correction=0) * unit
@@ -181,15 +232,6 @@ class VideoAutoencoder(nn.Module):
     def _constants(self) -> tuple[Tensor, Tensor]:
         unit = 2.0**-STANDARD_BITS
         return self.latent_mean.float() * unit, self.latent_std.float() * unit
-
-    def _checked(self, clips: Tensor) -> Tensor:
-        wanted = (self.frames, self.channels, self.size, self.size)
-        if clips.dtype != torch.uint8 or clips.dim() != 5 or tuple(clips.shape[1:]) != wanted:
-            raise UserError(
-                f"clips must be uint8 of shape (batch, {', '.join(map(str, wanted))}), got {clips.dtype} "
-                f"{tuple(clips.shape)}"
-            )
-        return clips
 
     def _latents(self, clips: Tensor) -> Tensor:
         """uint8 [B, F, C, S, S] -> fp32 [B, P, K], not standardised."""
@@ -386,15 +428,7 @@ class VideoSequencer(nn.Module):
 
     def __init__(self, config: ModelConfig, device: torch.device | None = None) -> None:
         super().__init__()
-        self.codec = VideoAutoencoder(
-            size=config.video_size,
-            frames=config.video_frames,
-            channels=config.video_channels,
-            patch=config.video_patch,
-            stride=config.video_stride,
-            dim=config.video_dim,
-            device=device,
-        )
+        self.codec = make_autoencoder(config, device)
         shape = self.codec.latent_shape
         self.from_latent = TernaryLinear(
             shape[0], config.dim, tscale=config.tscale, input_norm=False, device=device
@@ -409,6 +443,26 @@ class VideoSequencer(nn.Module):
         """
         latents = self.codec.encode(clips)
         return rms_norm(self.from_latent(latents.flatten(2).mT).float() + place_vectors(self.places))
+
+
+def make_autoencoder(config: ModelConfig, device: torch.device | None = None) -> ClipAutoencoder:
+    """The autoencoder that a configuration asks for: of trits, or a frozen one."""
+    size, frames, channels = config.video_size, config.video_frames, config.video_channels
+    if config.video_autoencoder:
+        from arbitor.sidecars.vae import FrozenAutoencoder
+
+        return FrozenAutoencoder(
+            config.video_autoencoder, size=size, frames=frames, channels=channels, device=device
+        )
+    return VideoAutoencoder(
+        size=size,
+        frames=frames,
+        channels=channels,
+        patch=config.video_patch,
+        stride=config.video_stride,
+        dim=config.video_dim,
+        device=device,
+    )
 
 
 def make_video_head(config: ModelConfig, device: torch.device | None = None) -> VideoHead:
@@ -473,6 +527,6 @@ def time_waves(t: Tensor) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
-def _exact(x: Tensor) -> torch.autocast:
+def exact(x: Tensor) -> torch.autocast:
     """Outside of bf16, in which latents would be known to 8 bits."""
     return torch.autocast(x.device.type, enabled=False)

@@ -76,6 +76,11 @@ def try_command(name: str, learnt: Collection[str]) -> str:
     return next(command for what, command in _TRIED.items() if what in learnt).format(shlex.quote(name))
 
 
+def maker(wanted: Sequence[str]) -> str:
+    """A command line that makes a run which has learnt the first of what is `wanted`; see `lacks`."""
+    return _MADE[wanted[0]] if wanted else _MADE["text"]
+
+
 def refusal(
     checkpoint: Path, name: str, learnt: Collection[str], wanted: Sequence[str], other: str | None
 ) -> str:
@@ -88,7 +93,7 @@ def refusal(
         wanted: see `lacks`; the first of them stands for all.
         other: name of a run that has learnt it, if there is one.
     """
-    made = _MADE[wanted[0]]
+    made = maker(wanted)
     for part, commands in _MADE_FROM.items():
         if part in learnt and wanted[0] in commands:
             made = commands[wanted[0]].format(shlex.quote(name))

@@ -77,8 +77,13 @@ class Trainer:
         self.growth: list[str] = []
         if checkpoint is None:
             self.model = ARBModel(config=config.model, device=device.device)
-            if config.model.image_encoder and config.data.encoder and not _has_encoder(base):
+            if config.model.image_encoder and config.data.encoder and not _brings("image.encoder", base):
                 self.model.take_encoder(config.data.encoder)
+            frozen = config.model.video_size and config.model.video_autoencoder
+            if frozen and not _brings("video.codec.frozen", base):
+                if config.data.autoencoder is None:
+                    raise UserError("autoencoder is not set, so nothing says where the frozen one is")
+                self.model.take_autoencoder(config.data.autoencoder)
             if base is not None:
                 self.growth += graft_weights(self.model, base)
             if (prepare := getattr(self.task, "prepare", None)) is not None:
@@ -528,9 +533,9 @@ def _mean(losses: Sequence[Tensor]) -> Tensor:
     return sum(others, first)
 
 
-def _has_encoder(base: Checkpoint | None) -> bool:
-    """Whether a base brings the tensors of a frozen image encoder."""
-    return base is not None and any(name.startswith("sidecars.image.encoder.") for name in base.weights)
+def _brings(part: str, base: Checkpoint | None) -> bool:
+    """Whether a base has the tensors of a part of the sidecars, such as "image.encoder"."""
+    return base is not None and any(name.startswith(f"sidecars.{part}.") for name in base.weights)
 
 
 def _refuse_other_model(checkpoint: Checkpoint, config: RunConfig) -> None:

@@ -236,16 +236,16 @@ class AudioPart:
 class VideoPart:
     """Captions, from which a flow draws the latents of their clips, and the autoencoder of those latents.
 
-    As in `AudioPart`, the autoencoder learns along from the same clips unless `train_autoencoder` is off, by
-    a loss that reaches no other part. The constants that standardise its latents then follow it, by a quarter
-    of the way to those of each batch.
+    As in `AudioPart`, the autoencoder learns along from the same clips unless `train_autoencoder` is off or
+    it is a frozen one, by a loss that reaches no other part. The constants that standardise its latents then
+    follow it, by a quarter of the way to those of each batch.
     """
 
     beside = "gaussian"
 
     def __init__(self, config: RunConfig, corpus: VideoCorpus) -> None:
         self.task = FlowTask(config, corpus)
-        self._trains_autoencoder = config.mix.train_autoencoder
+        self._trains_autoencoder = config.trains_autoencoder
 
     def output(self, model: ARBModel, *batch: Tensor) -> ARBOutput:
         """See `Part`."""

@@ -107,9 +107,10 @@ def describe_parts(model: ModelConfig) -> str:
         )
     if model.video_size:
         side, times = model.video_size // model.video_patch, model.video_frames // model.video_stride
+        kind = " of a frozen autoencoder" if model.video_autoencoder else ""
         parts.append(
             f"clips of {model.video_frames} frames of {model.video_size} x {model.video_size} in "
-            f"{times} x {side} x {side} latents"
+            f"{times} x {side} x {side} latents{kind}"
         )
     if model.image_size:
         side, patch = model.image_size, model.image_patch

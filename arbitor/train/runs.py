@@ -14,7 +14,7 @@ from typing import Any
 from arbitor.config import RUNS
 from arbitor.errors import UserError
 from arbitor.train import swap
-from arbitor.train.learnt import assumption, lacks, learnt_of, refusal, tells_before
+from arbitor.train.learnt import assumption, lacks, learnt_of, maker, refusal, tells_before
 
 CONFIG_FILE = "config.toml"
 FINETUNE_FILE = "finetune.json"
@@ -226,7 +226,9 @@ def read_summary(path: Path) -> dict[str, Any]:
     return summary if type(summary.get(f"held_out_{figure}")) is float else {}
 
 
-def find_checkpoint(given: str | Path | None = None, wanted: Sequence[str] = ()) -> Path:
+def find_checkpoint(
+    given: str | Path | None = None, wanted: Sequence[str] = (), *, made_by: str | None = None
+) -> Path:
     """The checkpoint folder that a command means.
 
     Args:
@@ -236,10 +238,12 @@ def find_checkpoint(given: str | Path | None = None, wanted: Sequence[str] = ())
         wanted: what it must have learnt one of, of `arbitor.config.LEARNT`; empty is anything. A checkpoint
             without settings is taken for what it may have learnt; so is one that is given, with a note, if
             its settings do not say what was learnt before.
+        made_by: command that is named where there is no run at all; default the one for what is wanted.
 
     Raises:
         UserError: there is none, or it has learnt something else.
     """
+    made_by = made_by or maker(wanted)
     if given is None:
         if found := newest_checkpoint(wanted):
             return found
@@ -250,9 +254,9 @@ def find_checkpoint(given: str | Path | None = None, wanted: Sequence[str] = ())
                 if list_runs()
                 else f"there is no run under ./{RUNS}"
             )
-            raise UserError(f"{problem}; `arbitor train` makes one")
+            raise UserError(f"{problem}; `{made_by}` makes one")
     else:
-        folder = _named_checkpoint(given)
+        folder = _named_checkpoint(given, made_by)
     refuse_unlearnt(folder, learnt_of(folder), wanted, given is None or tells_before(folder))
     return folder
 
@@ -297,7 +301,7 @@ def name_of(checkpoint: Path) -> str:
     return run.name if run.parent == RUNS and _checkpoint_of(run) == checkpoint else str(checkpoint)
 
 
-def _named_checkpoint(given: str | Path) -> Path:
+def _named_checkpoint(given: str | Path, made_by: str) -> Path:
     name, path = str(given), Path(given)
     is_part = bool(name) and not name.startswith(".") and name == os.path.basename(name)
     if is_part and ((RUNS / name / CONFIG_FILE).is_file() or _checkpoint_of(RUNS / name)):
@@ -323,7 +327,7 @@ def _named_checkpoint(given: str | Path) -> Path:
         )
     if path.exists():
         raise UserError(f"{path} is neither a run nor a checkpoint: it holds no {MODEL_FILE}")
-    raise UserError(f"there is no run or checkpoint {name!r}{_suggestion(name)}")
+    raise UserError(f"there is no run or checkpoint {name!r}{_suggestion(name, made_by)}")
 
 
 def _checkpoint_of(run: Path) -> Path | None:
@@ -339,10 +343,10 @@ def _age(run: Path) -> tuple[int, int, str]:
     return (run / CONFIG_FILE).stat().st_mtime_ns, int(digits) if digits.isdecimal() else 0, run.name
 
 
-def _suggestion(name: str) -> str:
+def _suggestion(name: str, made_by: str = "arbitor train") -> str:
     names = [run.name for run in list_runs()]
     close = difflib.get_close_matches(name, names, n=1)
     if close:
         return f" (did you mean {close[0]!r}?)"
     more = ", ..." if len(names) > 5 else ""
-    return f"; runs: {', '.join(names[:5])}{more}" if names else "; `arbitor train` makes one"
+    return f"; runs: {', '.join(names[:5])}{more}" if names else f"; `{made_by}` makes one"

@@ -13,7 +13,7 @@ from typing import Any, TextIO, cast
 import torch
 from rich.console import Console
 
-from arbitor.config import MIXED, RunConfig, dump_toml, load_config, override
+from arbitor.config import MIXED, RunConfig, dump_toml, load_config, override, written_settings
 from arbitor.config import preset as preset_config
 from arbitor.data import open_corpus
 from arbitor.data.audio import open_training_audio
@@ -22,7 +22,7 @@ from arbitor.data.images import Geometry, open_training_images
 from arbitor.data.mixed import open_mix
 from arbitor.data.video import ClipGeometry, open_videos
 from arbitor.errors import UserError
-from arbitor.flags import flag_of, naming_flags
+from arbitor.flags import flag_of, naming_flags, put_usual
 from arbitor.ops import compilers
 from arbitor.ternary.optimizer import SIGN_THRESHOLD, STATES
 from arbitor.train import report, runs, swap
@@ -170,6 +170,12 @@ def _grow(
         # Other data than that of the base: its settings do not mean anything for other media. A mixed run
         # that starts from a mixed one keeps its data, and shall not be measured on what was learnt from.
         others |= {"held_out": None, "field": "text"}
+    if config.model.video_size and settings.get("autoencoder") is not None:
+        raise UserError(
+            f"--autoencoder {settings['autoencoder']}: {base.folder} has an autoencoder already; leave it "
+            "out, or start from a run that takes no clips"
+        )
+    settings = _with_autoencoder(settings, config, {})
     with naming_flags(settings, flags):
         grown = override(config, **{**others, **settings})
     device = resolve_device(grown.train.device)
@@ -263,9 +269,41 @@ def _new_config(
     base = None if preset is None else preset_config(preset)
     if config_file is not None:
         base = load_config(config_file, base)
+    base = base or preset_config("tiny")
+    written = {} if config_file is None else written_settings(config_file)
+    settings = _with_autoencoder(settings, base, written)
     with naming_flags(settings, flags):
         # The file may be that of a run which started from another one; this one starts from none.
-        return override(base or preset_config("tiny"), **{**settings, "learnt_before": ()})
+        return override(base, **{**settings, "learnt_before": ()})
+
+
+def _with_autoencoder(
+    settings: Mapping[str, Any], base: RunConfig, written: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """The settings with those that follow from the frozen autoencoder they, or the base's, name.
+
+    Args:
+        settings: given by flags.
+        base: what they are laid over.
+        written: the settings of the config file.
+
+    Raises:
+        UserError: an autoencoder that cannot be used.
+    """
+    source = settings.get("autoencoder", base.data.autoencoder)
+    if source is None:
+        return settings
+    if not settings.get("video_size", base.model.video_size):
+        print(f"arbitor: note: autoencoder {source} has no effect: the model takes no clips", file=sys.stderr)
+        return settings
+    if base.model.video_autoencoder and "autoencoder" not in settings:
+        return settings
+    from arbitor.sidecars.vae import geometry_of, read_architecture
+
+    architecture = read_architecture(source)
+    more = {**settings, "video_autoencoder": architecture}
+    put_usual(more, geometry_of(architecture), written, "video_size")
+    return more
 
 
 def _settled(config: RunConfig) -> RunConfig:

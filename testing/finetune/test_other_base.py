@@ -4,8 +4,10 @@ import io
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from arbitor.cli import main
 from arbitor.errors import UserError
@@ -33,6 +35,30 @@ def test_an_adapter_of_another_base_is_refused_in_one_line(verb, finetune, workp
     shutil.copytree("runs/other/best", "runs/base/best")
     assert main([verb, "tuned", *more]) == 2
     assert "is an adapter for another base" in capfd.readouterr().err
+
+
+def test_an_adapter_of_another_base_is_told_as_one_whatever_that_base_has_learnt(finetune, capfd):
+    assert finetune("--steps", "1", "--run", "tuned") == 0
+    Path("photos").mkdir()
+    for number in range(10):
+        Image.new("L", (8, 8), 20 * number).save(f"photos/{number}.png")
+        Path(f"photos/{number}.txt").write_text(f"<{number}>")
+    sizes = ["--image-size", "8", "--image-patch", "4", "--image-channels", "1"]
+    flags = ["--enable-vision", "--config", "small.toml", "--data", "photos", *sizes, "--steps", "1"]
+    assert main(["train", *flags, "--run", "vision"]) == 0
+    capfd.readouterr()
+    assert main(["generate", "vision", "--adapter", "tuned"]) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err == (
+        "arbitor: error: runs/tuned/best is an adapter for another base (runs/base/best): the model's "
+        "weights are not those that it was trained beside\n"
+    )
+    # Beside its own base, what both have learnt is what is told.
+    assert main(["generate", "base", "--adapter", "tuned", "--image", "photos/1.png"]) == 2
+    assert (
+        "to continue text and to answer, not to name images: the run 'vision' has" in capfd.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ import torch
 from arbitor.config import ModelConfig
 from arbitor.errors import UserError
 from arbitor.model import ARBModel
-from arbitor.sidecars.encoder import FrozenEncoder, geometry_of, read_architecture, rounded
+from arbitor.sidecars.encoder import FrozenEncoder, geometry_of, read_architecture
+from arbitor.sidecars.frozen import rounded
 from arbitor.ternary import VoteOptimizer, named_ternary
 from arbitor.ternary.audit import audit
 from arbitor.train.checkpoint import build_model

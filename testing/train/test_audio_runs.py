@@ -287,7 +287,25 @@ def test_enable_audio_of_the_train_verb_listens_and_grows_a_text_run(tmp_path, c
     assert "of the captions right" in capsys.readouterr().out
     assert (tmp_path / "runs/tiny-1/summary.json").is_file()
     assert cli.main(["train", "--resume", "--run", "tiny-1", "--enable-audio", "--steps", "3"]) == 0
-    assert cli.main(["train", "--enable-audio", "--enable-vision"]) == 2
+
+
+def test_the_model_has_the_parts_that_flags_ask_for(capsys):
+    from arbitor.config import load_config
+
+    parts = ["--enable-memory", "--memory-rows", "50", "--max-moe-iters", "2"]
+    thresholds = ["--accum-threshold", "20", "--e-accum-threshold", "24"]
+    assert main([*SMALL_CODEC, *parts, *thresholds, "--run", "codec"]) == 0
+    assert "note: --max-moe-iters 2 has no effect" in capsys.readouterr().err
+    config = load_config("runs/codec/config.toml")
+    assert (config.model.memory_rows, config.model.max_moe_iters) == (50, 2)
+    assert (config.train.accum_threshold, config.train.e_accum_threshold) == (20, 24)
+    assert main(["--resume", "--run", "codec", *parts, *thresholds]) == 0
+    assert main(["--resume", "--run", "codec", "--max-moe-iters", "3"]) == 2
+    assert "--max-moe-iters 3 contradicts the run's max_moe_iters = 2" in capsys.readouterr().err
+    # A run that starts from it has its parts, but for those that flags take away or add.
+    few = ["--task", "speak", "--base", "codec", "--steps", "1", "--batch", "2", "--disable-moe"]
+    assert main([*few, "--memory-rows", "0", "--run", "speaks"]) == 0
+    assert load_config("runs/speaks/config.toml").model.memory_rows == 0
 
 
 def test_enable_audio_keeps_what_the_config_file_says(tmp_path):

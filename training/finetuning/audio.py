@@ -7,6 +7,7 @@ training/finetuning/audio.py speaks --task speak --data words/    texts, spoken
 import sys
 
 from arbitor.cli import main
+from arbitor.recipes import with_flag
 
 if __name__ == "__main__":
-    sys.exit(main(["finetune", "--enable-audio", *sys.argv[1:]]))
+    sys.exit(main(["finetune", *with_flag(sys.argv[1:], "--enable-audio")]))

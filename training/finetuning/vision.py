@@ -3,6 +3,7 @@
 import sys
 
 from arbitor.cli import main
+from arbitor.recipes import with_flag
 
 if __name__ == "__main__":
-    sys.exit(main(["finetune", "--enable-vision", *sys.argv[1:]]))
+    sys.exit(main(["finetune", *with_flag(sys.argv[1:], "--enable-vision", "--enable-image")]))

@@ -201,9 +201,8 @@ def audio(
     settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if not resume:
         settings = _defaults(settings, base)
-    off = {"moe": disable_moe, "vq": disable_vq, "graph": disable_graph}
     parts = PartFlags(
-        without=tuple(name for name in off if off[name]),
+        without=cli.left_out(moe=disable_moe, vq=disable_vq, graph=disable_graph),
         memory=enable_memory,
         memory_rows=memory_rows,
         max_moe_iters=max_moe_iters,

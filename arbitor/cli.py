@@ -224,9 +224,7 @@ def train(
         "log_interval": log_interval,
     }
     settings = {name: value for name, value in given.items() if value is not None}
-    without = [
-        name for name, off in (("moe", disable_moe), ("vq", disable_vq), ("graph", disable_graph)) if off
-    ]
+    without = left_out(moe=disable_moe, vq=disable_vq, graph=disable_graph)
     sizes = {"image_size": image_size, "image_patch": image_patch, "image_channels": image_channels}
     image: dict[str, Any] = {name: value for name, value in sizes.items() if value is not None}
     numbers = memory_rows is not None or max_moe_iters is not None
@@ -288,6 +286,11 @@ def train(
         resume=resume,
         reset=reset,
     )
+
+
+def left_out(**off: bool) -> tuple[str, ...]:
+    """Names of the parts that flags leave out, as `arbitor.flags.PartFlags` takes them."""
+    return tuple(name for name in off if off[name])
 
 
 def _part_settings(
@@ -637,7 +640,7 @@ def smoke(
     from arbitor.flags import PartFlags, naming_flags
     from arbitor.smoke import run
 
-    without = [name for name, off in (("vq", no_vq), ("graph", no_graph)) if off]
+    without = left_out(vq=no_vq, graph=no_graph)
     with naming_flags(("ctx", "batch", "seed", "max_moe_iters")):
         return run(
             preset=preset,

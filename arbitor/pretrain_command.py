@@ -238,7 +238,7 @@ def pretrain(
     clips = {"video_size": video_size, "video_frames": video_frames, "video_channels": video_channels}
     video: dict[str, Any] = {name: value for name, value in clips.items() if value is not None}
     parts = PartFlags(
-        without=[n for n, off in (("moe", disable_moe), ("vq", disable_vq), ("graph", disable_graph)) if off],
+        without=cli.left_out(moe=disable_moe, vq=disable_vq, graph=disable_graph),
         memory=enable_memory,
         memory_rows=memory_rows,
         max_moe_iters=max_moe_iters,

@@ -28,7 +28,7 @@ from arbitor.train import runs, swap
 from arbitor.train.checkpoint import Checkpoint, load_checkpoint
 from arbitor.train.device import Device, deterministic, resolve_device, resumed_threads, thread_count
 from arbitor.train.display import Display, format_bytes, format_seconds, printable
-from arbitor.train.learnt import lacks, learnt_of
+from arbitor.train.learnt import lacks, learnt_of, maker
 from arbitor.train.metrics import MetricsLog
 from arbitor.train.plot import plot_loss
 from arbitor.train.report import print_rows
@@ -37,7 +37,7 @@ from arbitor.train.tensorfile import DamagedError
 
 FAILED = 1
 _SIDECARS = {"vision": "image_size", "audio": "audio_rate", "video": "video_size"}
-_MAKERS = {"vision": "arbitor train --enable-vision", "audio": "arbitor audio", "video": "arbitor diffusion"}
+_LEARNT_FIRST = {"vision": "image", "audio": "codec", "video": "flow"}  # by a run that has the sidecar
 
 
 def start_finetuning(
@@ -227,7 +227,7 @@ def _find_base(checkpoint: str | None, settings: Mapping[str, Any]) -> Path:
     """
     needed = [field for name, field in _SIDECARS.items() if settings.get(name)]
     wanted = () if needed or "audio_task" in settings else ("text",)
-    made_by = next((_MAKERS[name] for name in _MAKERS if settings.get(name)), None)
+    made_by = maker([what for name, what in _LEARNT_FIRST.items() if settings.get(name)] or wanted)
     if checkpoint is not None:
         return runs.find_checkpoint(checkpoint, wanted, made_by=made_by)
     for run in runs.list_runs():

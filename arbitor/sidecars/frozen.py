@@ -35,7 +35,7 @@ class FrozenWeights(nn.Module):
         super().__init__()
         self.codes, self.exponents = _Integers(), _Integers()
         for name, parameter in parameters:
-            rows = num_rows(name, parameter.shape)
+            rows = _num_rows(name, parameter.shape)
             dtype = torch.int8 if rows else torch.int16
             code = torch.zeros(parameter.shape, dtype=dtype, device=device)
             exponent = torch.zeros(max(rows, 1), dtype=torch.int8, device=device)
@@ -59,7 +59,7 @@ class FrozenWeights(nn.Module):
                 raise UserError(f"{source}: {name} holds numbers that are not finite")
         for name, parameter in given.items():
             key = name.replace(".", "-")
-            code, exponent = rounded(parameter.float(), num_rows(name, parameter.shape))
+            code, exponent = rounded(parameter.float(), _num_rows(name, parameter.shape))
             getattr(self.codes, key).copy_(code)
             getattr(self.exponents, key).copy_(exponent)
 
@@ -81,7 +81,7 @@ class FrozenWeights(nn.Module):
         return decoded
 
 
-def num_rows(name: str, shape: torch.Size) -> int:
+def _num_rows(name: str, shape: torch.Size) -> int:
     """Rows of a matrix, each with an exponent of its own; 0 for what counts as a vector.
 
     Args:

@@ -40,15 +40,8 @@ COLUMNS = (
     *("set", "preset", "base_steps", "rank", "lr", "steps", "batch", "shortest", "longest", "seed"),
     *("base_weights", "base_bits_per_byte", "adapter_parameters", "pairs", "held_out"),
     *("base_loss", "loss", "fall", "control_loss", "control_fall"),
-    *(
-        "base_bytes_loss",
-        "bytes_loss",
-        "bytes_fall",
-        "base_sha256",
-        "base_unchanged",
-        "base_seconds",
-        "seconds",
-    ),
+    *("base_bytes_loss", "bytes_loss", "bytes_fall"),
+    *("base_sha256", "base_unchanged", "base_seconds", "seconds"),
     *("text", "commit", "device", "torch", "date"),
 )
 GIVEN = ("preset", "base_steps", "rank", "lr", "steps", "batch", "shortest", "longest", "seed")
@@ -147,9 +140,8 @@ def measure(name: str, text: Text, options: argparse.Namespace, device: Device) 
     unchanged, parameters = True, 0
     for run, learnt in ((name, pairs), (f"{name}-control", shuffled(pairs, options.seed))):
         write_set(Path(f"{run}.jsonl"), learnt)
-        model = (
-            load_checkpoint(checkpoint).build_model(device.device).eval()
-        )  # models of one load share memory
+        # Loaded anew each time: models of one load share memory.
+        model = load_checkpoint(checkpoint).build_model(device.device).eval()
         data = open_instructions([f"{run}.jsonl"], "held_out.jsonl", model.config.ctx)
         examples = data.held_out[:EVAL_EXAMPLES]
         losses.setdefault("base", held_out_loss(model, examples, options.batch))
